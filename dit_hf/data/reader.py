@@ -1,0 +1,117 @@
+"""Batches of a latent cache by the house's rule: what is in them is a pure function of seed, step and position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .latents import open_latents
+
+
+class LatentReader:
+    """Reads batches of latents straight out of the memory-mapped Arrow file of a cache.
+
+    Picture j of a run over n pictures is `perm(seed, j // n)[j % n]`, and step k (from 0) of global batch size b holds
+    pictures k b … (k + 1) b - 1: no state to keep, the same for any number of processes.
+
+    Args:
+        folder: A cache made by `dit-hf prepare-latents`.
+        split: `"train"` or `"validation"`.
+        conditions: Columns to read as condition ids, in this order; None is all.
+
+    Raises:
+        ValueError: if the cache is not whole, has no picture in the split, or lacks a condition.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train", conditions: list[str] | None = None):
+        dataset, self.info = open_latents(folder)
+        known = self.info["conditions"]
+        names = list(known) if conditions is None else list(conditions)
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(
+                f"{folder} has no condition {', '.join(missing)}; it has {', '.join(known) or 'none'}"
+            )
+        self.folder = str(folder)
+        self.conditions = {name: known[name] for name in names}
+        self.latent_shape = tuple(self.info["latent_shape"])
+        self.has_flip = "latent_mean_flip" in dataset.column_names
+        table = dataset.data.table
+        self.indices = np.flatnonzero(table.column("split").to_numpy() == split)
+        if not len(self.indices):
+            raise ValueError(f"{folder} has no {split} pictures")
+        columns = [table.column(name).to_numpy().astype(np.int64) for name in names]
+        self._condition_ids = np.stack(columns, axis=1) if columns else np.zeros((len(table), 0), np.int64)
+        self._table = table
+        self._views: dict[str, list[np.ndarray]] = {}
+        self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened anew in another process: views of memory-mapped files cannot travel."""
+        return _reopen, (self.folder, self.indices, list(self.conditions))
+
+    def rows(self, seed: int, first: int, count: int) -> np.ndarray:
+        """Rows of the cache that are pictures `first` … `first + count - 1` of a run with `seed`."""
+        total, rows = len(self.indices), []
+        while count:
+            epoch, offset = divmod(first, total)
+            taken = self._permuted(seed, epoch)[offset : offset + count]
+            rows.append(taken)
+            first, count = first + len(taken), count - len(taken)
+        return self.indices[np.concatenate(rows)]
+
+    def read(self, column: str, rows: np.ndarray) -> np.ndarray:
+        """The latents of `rows`, fp16 [len(rows), channels, height, width], copied out of the mapped file."""
+        views = self._column_views(column)
+        starts = np.cumsum([0, *(len(view) for view in views[:-1])])
+        chunks = np.searchsorted(starts, rows, side="right") - 1
+        out = np.empty((len(rows), *self.latent_shape), np.float16)
+        flat = out.reshape(len(rows), -1)
+        for position, (chunk, row) in enumerate(zip(chunks, rows - starts[chunks], strict=True)):
+            flat[position] = views[chunk][row]
+        return out
+
+    def batch(self, seed: int, first: int, count: int, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Pictures `first` … `first + count - 1`: `latent_mean`, `latent_std` and int64 `condition_ids`.
+
+        `flip` [count] says which pictures are read mirrored; without such columns it has no effect.
+        """
+        rows = self.rows(seed, first, count)
+        batch = {name: self.read(name, rows) for name in ("latent_mean", "latent_std")}
+        if flip is not None and self.has_flip:
+            for name, latents in batch.items():
+                latents[flip] = self.read(f"{name}_flip", rows[flip])
+        return {**batch, "condition_ids": self._condition_ids[rows]}
+
+    def attributes(self, count: int) -> list[dict[str, int]] | None:
+        """The conditions of the first `count` pictures in the order of the cache, as a pipeline takes them."""
+        if not self.conditions:
+            return None
+        rows = self._condition_ids[self.indices[np.arange(count) % len(self.indices)]]
+        return [dict(zip(self.conditions, row.tolist(), strict=True)) for row in rows]
+
+    def _permuted(self, seed: int, epoch: int) -> np.ndarray:
+        if self._permutation is None or self._permutation[0] != (seed, epoch):
+            order = np.random.default_rng([seed, epoch]).permutation(len(self.indices))
+            self._permutation = ((seed, epoch), order)
+        return self._permutation[1]
+
+    def _column_views(self, column: str) -> list[np.ndarray]:
+        if column not in self._views:
+            size = int(np.prod(self.latent_shape))
+            chunks = self._table.column(column).chunks
+            self._views[column] = [
+                chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in chunks if len(chunk)
+            ]
+        return self._views[column]
+
+
+def _reopen(folder: str, indices: np.ndarray, conditions: list[str]) -> LatentReader:
+    reader = LatentReader(folder, conditions=conditions)
+    reader.indices = indices
+    return reader

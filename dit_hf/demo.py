@@ -1,0 +1,143 @@
+"""The demo: from nothing to faces on a sheet, offline, in about ten minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from .data.images import AVATARS, open_rows
+from .data.latents import open_latents, prepare_latents
+from .pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .sheets import beside, draw_sheet
+from .storage import write_text
+from .training.config import Config, recipe_path
+from .training.loop import Trainer, train
+
+NUM_IMAGES = 8000
+SHEET_SIZE = 64
+TIMED_STEPS = 20
+CAPTIONED = ("Eyeglasses", "Wearing_Hat", "Smiling", "Mustache", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
+CAPTIONED += ("Bald",)
+
+NEXT = """The same for CelebA, with the pictures in img_align_celeba (a GPU helps):
+  dit-hf prepare-latents --source img_align_celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
+  accelerate launch --config_file accelerate_config.yaml scripts/train.py --config recipes/celeba-l1.yaml
+  python -c "import dit_hf; from diffusers import DiffusionPipeline as P; \
+P.from_pretrained('runs/celeba-l1/pipeline')().images[0].save('face.png')\""""
+
+
+def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:
+    """Draw avatars, encode them, train for about `minutes`, and draw sheets with the trained pipeline, all offline.
+
+    Args:
+        output_dir: The run's folder. An unfinished demo there is gone on with; of a finished one the sheet is named.
+        minutes: How long to train; turned into a number of steps once, by the speed of the first 20.
+        seed: Of avatars, weights and training.
+    """
+    if minutes <= 0:
+        raise ValueError(f"minutes={minutes} must be above 0")
+    run = Path(output_dir)
+    if (run / "sheet.png").is_file():
+        print(f"the demo is finished: {run / 'sheet.png'} ({run / 'pipeline'} is the trained pipeline)")
+        return
+    latents = prepare_latents(
+        str(run / "latents"), AVATARS, vae="avatar", resolution="64", num_images=NUM_IMAGES, seed=seed
+    )
+    if not (run / "config.yaml").is_file():
+        config = _recipe(run, latents, seed)
+        config.train.max_train_steps = _steps_in(config, minutes * 60)
+        write_text(run / "config.yaml", config.to_yaml())
+    config = read_config(run / "config.yaml")
+    config.train.resume_from_checkpoint = "latest"
+    train(config)
+    # A process of its own draws the sheets, so that what is shown is what any user can load.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "dit_hf.demo", str(run)], check=True, env=environment)
+    print(f"\n{run} holds:")
+    for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
+        print(f"  {run / name}")
+    print(f"\n{NEXT}")
+
+
+def read_config(path: Path) -> Config:
+    """The recipe that a run's `config.yaml` holds."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    values = parser.instantiate_classes(parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    return Config(values.data, values.model, values.objective, values.optim, values.train)
+
+
+def draw_sheets(run: Path) -> None:
+    """Load the exported pipeline of `run` and draw `sheet.png` and `denoising.png`."""
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    _, info = open_latents(run / "latents")
+    # What is asked for are the attributes of avatars that were never trained on.
+    unseen, _ = open_rows(AVATARS, 64, "center", SHEET_SIZE, None, info["settings"]["seed"] + 1)
+    asked = [{name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")]
+    generator = torch.Generator().manual_seed(0)
+    faces = pipeline(asked, generator=generator).images
+    free = pipeline(batch_size=16, generator=generator).images
+    captions = ["\n".join(_words(row)) for row in asked]
+    left = draw_sheet(faces, 8, captions, "asked for these attributes, among others", min_side=96)
+    right = draw_sheet(free, 2, ["\n\n"] * len(free), "asked for nothing", min_side=96)
+    _save(beside(left, right), run / "sheet.png")
+    _save(_denoising(pipeline, asked[:8]), run / "denoising.png")
+
+
+def _recipe(run: Path, latents: Path, seed: int) -> Config:
+    config = read_config(recipe_path("avatars.yaml"))
+    config.data.latents, config.train.output_dir, config.train.seed = str(latents), str(run), seed
+    config.train.report_to = "none"
+    return config
+
+
+def _steps_in(config: Config, seconds: float) -> int:
+    """How many steps fit, by the time of the first 20 steps of a run that is thrown away."""
+    trainer = Trainer(config)
+    trainer.step(0)  # the first step also sets things up
+    started = time.monotonic()
+    for step in range(1, TIMED_STEPS + 1):
+        trainer.step(step)
+    return max(TIMED_STEPS, round(seconds * TIMED_STEPS / (time.monotonic() - started)))
+
+
+def _words(row: dict[str, int]) -> list[str]:
+    """A short caption in at most three lines: sex, then what is easy to see."""
+    words = ["man" if row["Male"] else "woman"]
+    words += [name.removesuffix("_Hair").replace("Wearing_", "").replace("_", " ").lower() for name in CAPTIONED if row[name]]
+    return [words[0], ", ".join(words[1:3]), ", ".join(words[3:])]
+
+
+def _denoising(pipeline: LatentDiTPipeline, asked: list[dict[str, int]]) -> Image.Image:
+    """One row a face: the latents as decoded on the way from noise to the face."""
+    stages: list[torch.Tensor] = []
+
+    def keep(_pipe: LatentDiTPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
+        stages.append(tensors["latents"])
+        return tensors
+
+    pipeline(asked, generator=torch.Generator().manual_seed(1), callback_on_step_end=keep, output_type="latent")
+    steps = [*range(0, len(stages) - 1, 3), len(stages) - 1]
+    shown = [pipeline.decode_latents(stages[step]) for step in steps]
+    images = [column[row] for row in range(len(asked)) for column in shown]
+    return draw_sheet(images, len(steps), title="out of the noise, step by step", min_side=96)
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    partial = path.with_name(f".{path.name}")
+    sheet.save(partial, "png")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    draw_sheets(Path(sys.argv[1]))

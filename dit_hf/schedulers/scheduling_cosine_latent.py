@@ -1,0 +1,216 @@
+# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.
+"""The cosine noise schedule (Nichol & Dhariwal, https://arxiv.org/abs/2102.09672) with DDIM steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+MAX_BETA = 0.999
+
+
+@dataclass
+class CosineLatentSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample: The sample one step nearer to the clean latent, the shape of the input.
+        pred_original_sample: The clean latent as predicted at this step, the same shape.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
+    r"""
+    Timestep `t` in [0, T - 1], fractions allowed, is the noise level `u = (t + 1) / T` of the cosine schedule
+    `alpha_bar(u) = cos^2((u + s) / (1 + s) * pi / 2) / cos^2(s / (1 + s) * pi / 2)` (Nichol & Dhariwal, eq. 17), with
+    betas capped at 0.999 so that no level is pure noise. `t = 0` is the cleanest level that is trained.
+
+    The config always carries `trained_betas` and the keys stock schedulers need, so that
+    `DPMSolverMultistepScheduler.from_config(scheduler.config)` and its like sample the same model.
+
+    Args:
+        num_train_timesteps: T, the number of levels.
+        cosine_s: s, the offset that keeps the first levels from being too clean.
+        prediction_type: What the model predicts: `"sample"` (the clean latent), `"epsilon"` (the noise) or
+            `"v_prediction"` (Salimans & Ho, https://arxiv.org/abs/2202.00512, section 4).
+        trained_betas: The T betas of another schedule, to use instead of the cosine.
+        clip_sample: Must be False: latents have no range to clip to.
+        set_alpha_to_one: Must be True: the last step ends on the clean latent.
+        timestep_spacing: Must be `"trailing"`: sampling begins at the noisiest level.
+        steps_offset: Must be 0.
+
+    Raises:
+        ValueError: for an unknown `prediction_type`, betas that are not T numbers in (0, 1), or other fixed values.
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012 (diffusers' spelling)
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 500,
+        cosine_s: float = 0.008,
+        prediction_type: str = "sample",
+        trained_betas: list[float] | None = None,
+        clip_sample: bool = False,
+        set_alpha_to_one: bool = True,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+    ):
+        if prediction_type not in ("sample", "epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type={prediction_type!r}; known are sample, epsilon, v_prediction")
+        if clip_sample or not set_alpha_to_one or timestep_spacing != "trailing" or steps_offset:
+            raise ValueError(
+                "CosineLatentScheduler needs clip_sample=False, set_alpha_to_one=True, timestep_spacing='trailing' "
+                "and steps_offset=0"
+            )
+        if trained_betas is None:
+            trained_betas = cosine_betas(num_train_timesteps, cosine_s)
+            self.register_to_config(trained_betas=trained_betas)
+        self.betas = torch.tensor(trained_betas, dtype=torch.float32)
+        if self.betas.shape != (num_train_timesteps,) or not ((self.betas > 0) & (self.betas < 1)).all():
+            raise ValueError(f"trained_betas must be {num_train_timesteps} numbers between 0 and 1")
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        # Entry i + 1 of both tables is level i; entry 0 is the clean latent.
+        clean = torch.ones(1)
+        self._alphas = torch.cat([clean, self.alphas_cumprod]).sqrt()
+        self._sigmas = torch.cat([1 - clean, 1 - self.alphas_cumprod]).sqrt()
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Spread `num_inference_steps` evenly from the noisiest level down ("trailing", https://arxiv.org/abs/2305.08891).
+
+        Where the number does not divide T the timesteps are fractions, so the spacing stays even.
+
+        Raises:
+            ValueError: if it is not between 1 and T.
+        """
+        total = self.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be between 1 and {total}")
+        self.num_inference_steps = num_inference_steps
+        steps = torch.arange(num_inference_steps, dtype=torch.float64)
+        self.timesteps = (total - steps * total / num_inference_steps - 1).to(device=device, dtype=torch.float32)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """The input as it is: this schedule preserves the variance."""
+        return sample
+
+    def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`alpha` and `sigma` (the square roots of alpha_bar and 1 - alpha_bar) at `timesteps` of any shape, float32.
+
+        Between two levels the angle of (alpha, sigma) is interpolated, which on the cosine schedule is exact up to
+        the chord's third order; -1 is the clean latent.
+        """
+        if self._alphas.device != timesteps.device:  # moved once, so that no step waits for a copy
+            self._alphas, self._sigmas = self._alphas.to(timesteps.device), self._sigmas.to(timesteps.device)
+        position = timesteps.to(torch.float32).clamp(-1, self.config.num_train_timesteps - 1) + 1
+        low = position.floor()
+        weight = position - low
+        low, high = low.long(), position.ceil().long()
+        alpha = torch.lerp(self._alphas[low], self._alphas[high], weight)
+        sigma = torch.lerp(self._sigmas[low], self._sigmas[high], weight)
+        norm = torch.where(weight > 0, torch.hypot(alpha, sigma), torch.ones_like(alpha))
+        return alpha / norm, sigma / norm
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noisy latents `alpha x0 + sigma noise` at `timesteps` [batch] (or one for all)."""
+        alpha, sigma = self._broadcast_levels(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The velocity `v = alpha noise - sigma x0` that a v-prediction model learns."""
+        alpha, sigma = self._broadcast_levels(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def predict_original_sample(
+        self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """The clean latent that `model_output` at noisy `sample` stands for, by the config's `prediction_type`."""
+        if self.config.prediction_type == "sample":
+            return model_output
+        alpha, sigma = self._broadcast_levels(timesteps, sample)
+        if self.config.prediction_type == "epsilon":
+            return (sample - sigma * model_output) / alpha
+        return alpha * sample - sigma * model_output
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> CosineLatentSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One DDIM step (Song et al., https://arxiv.org/abs/2010.02502, eq. 12 and 16) to the next of `timesteps`.
+
+        Args:
+            model_output: What the model predicted, the shape of `sample`.
+            timestep: The current one of `timesteps`.
+            sample: The noisy latents.
+            eta: 0 is deterministic, 1 is as noisy as DDPM.
+            generator: For the noise when `eta` is above 0.
+            variance_noise: That noise itself, instead of a generator.
+            return_dict: False for the tuple `(prev_sample, pred_original_sample)`.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for an `eta` outside [0, 1].
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must be between 0 and 1")
+        timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32)
+        # The step is found by its timestep, so that a loop may begin anywhere; all on the device, nothing waits.
+        schedule = torch.cat([self.timesteps.to(sample.device), timestep.new_full((1,), -1.0)])
+        previous = schedule[(schedule - timestep).abs().argmin() + 1]
+
+        # 1. The clean latent and the noise that the prediction stands for.
+        alpha, sigma = self._broadcast_levels(timestep, sample)
+        original = self.predict_original_sample(model_output, timestep, sample)
+        noise = (sample - alpha * original) / sigma
+        # 2. Back to the previous level, part of the noise fresh where eta asks for it.
+        alpha_prev, sigma_prev = self._broadcast_levels(previous, sample)
+        if eta > 0:
+            ratio = (alpha / alpha_prev).square()
+            fresh = eta * (sigma_prev / sigma) * (1 - ratio).clamp(min=0).sqrt()
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator, device=sample.device, dtype=sample.dtype)
+            kept = (sigma_prev.square() - fresh.square()).clamp(min=0).sqrt()
+            prev_sample = alpha_prev * original + kept * noise + fresh * variance_noise
+        else:
+            prev_sample = alpha_prev * original + sigma_prev * noise
+        if not return_dict:
+            return prev_sample, original
+        return CosineLatentSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
+
+    def _broadcast_levels(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, sigma = self.levels(timesteps.to(like.device))
+        shape = alpha.shape + (1,) * (like.ndim - alpha.ndim) if alpha.ndim else alpha.shape
+        return alpha.reshape(shape).to(like.dtype), sigma.reshape(shape).to(like.dtype)
+
+
+def cosine_betas(num_train_timesteps: int, cosine_s: float = 0.008) -> list[float]:
+    """Betas of the cosine schedule, `1 - alpha_bar((i + 1) / T) / alpha_bar(i / T)`, capped at 0.999."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2
+
+    total = num_train_timesteps
+    return [min(1 - alpha_bar((i + 1) / total) / alpha_bar(i / total), MAX_BETA) for i in range(total)]

@@ -1,0 +1,87 @@
+"""How folders are written so that nothing half-written is ever read: beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a folder beside `final` to fill; when the block ends well it is synced and takes `final`'s place.
+
+    A folder that already stands at `final` stays until then; what an interrupted call left beside it is removed.
+    """
+    final = Path(final)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text` in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+def write_manifest(folder: Path, name: str = MANIFEST, **facts: Any) -> None:
+    """Write `facts` and the size and SHA-256 of every file of `folder` to its file `name`."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_text(folder / name, json.dumps({**facts, "files": files}, indent=2) + "\n")
+
+
+def read_manifest(folder: Path, name: str = MANIFEST, hashes: bool = False) -> dict[str, Any]:
+    """Read what `write_manifest` wrote and compare sizes (and `hashes`, which reads every byte).
+
+    Raises:
+        ValueError: if the manifest or a file is missing or differs, naming it.
+    """
+    try:
+        manifest = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not whole: no readable {name}") from error
+    for file, expected in manifest["files"].items():
+        path = folder / file
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            raise ValueError(f"{folder} is damaged: {file} is missing or has another size than when it was written")
+        if hashes and sha256(path) != expected["sha256"]:
+            raise ValueError(f"{folder} is damaged: {file} has other content than when it was written")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,206 @@
+"""What a recipe says: one dataclass a section, read by jsonargparse from YAML and `--section.key` options."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..models.transformer_latent_dit import PRESETS
+
+
+@dataclass
+class DataConfig:
+    """What is learned from.
+
+    Args:
+        latents: A latent cache made by `dit-hf prepare-latents`.
+        conditions: Condition columns of the cache to train on; null is all of them, [] is none.
+        normalization: `channel` brings each channel of the latents to mean 0 and standard deviation 1 by the cache's
+            statistics, `scaling_factor` only multiplies by the VAE's scaling factor.
+        sample_posterior: Draw fresh samples of the VAE's posterior; false reads its mean.
+        flip: Mirror half of the pictures, where the cache holds them mirrored.
+    """
+
+    latents: str = "runs/demo/latents"
+    conditions: list[str] | None = None
+    normalization: Literal["channel", "scaling_factor"] = "channel"
+    sample_posterior: bool = True
+    flip: bool = True
+
+
+@dataclass
+class ModelConfig:
+    """The transformer; sizes that are null come from the preset, channels and latent size from the cache.
+
+    Args:
+        preset: Sizes by name: `tiny` or `reference`.
+        patch_size: Side of the patches in latents.
+        num_layers: Blocks.
+        num_attention_heads: Heads.
+        attention_head_dim: Width of a head.
+        mlp_ratio: Width of the feed-forward layers over the model's width.
+    """
+
+    preset: str = "reference"
+    patch_size: int = 2
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    attention_head_dim: int | None = None
+    mlp_ratio: float = 4.0
+
+    def sizes(self) -> dict[str, Any]:
+        """Keywords for `LatentDiTTransformer2DModel`."""
+        own = {name: getattr(self, name) for name in PRESETS[self.preset]}
+        sizes = {name: PRESETS[self.preset][name] if value is None else value for name, value in own.items()}
+        return {**sizes, "patch_size": self.patch_size, "mlp_ratio": self.mlp_ratio}
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the model learns to predict.
+
+    Args:
+        prediction_type: `sample` (the clean latent), `epsilon` or `v_prediction`.
+        loss: `l1` or `l2`.
+        snr_gamma: Min-SNR weighting (https://arxiv.org/abs/2303.09556) with this gamma; null is no weighting.
+        num_train_timesteps: Levels of the cosine schedule.
+        condition_dropout: Share of the pictures trained without any condition, for guidance; as many again keep only a
+            random part of theirs, so that sampling may ask for a few attributes and leave the others open.
+    """
+
+    prediction_type: Literal["sample", "epsilon", "v_prediction"] = "v_prediction"
+    loss: Literal["l1", "l2"] = "l2"
+    snr_gamma: float | None = 5.0
+    num_train_timesteps: int = 500
+    condition_dropout: float = 0.15
+
+
+@dataclass
+class OptimConfig:
+    """Adam, its learning rate over time, and the moving average of the weights.
+
+    Args:
+        learning_rate: After warm-up.
+        lr_scheduler: `constant`, `cosine` (to 0 at the end) or `linear` (constant, then to 0 over `lr_decay_ratio`).
+        lr_warmup_steps: Steps of linear warm-up.
+        lr_decay_ratio: Share of the run at its end over which `linear` decays.
+        adam_beta1: First moment.
+        adam_beta2: Second moment.
+        adam_epsilon: Added to the denominator.
+        adam_weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are clipped to this norm.
+        ema_decay: Of the moving average, reached by (1 + step) / (10 + step); 0 is no averaging.
+    """
+
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: int = 0
+    lr_decay_ratio: float = 0.4
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+
+@dataclass
+class TrainConfig:
+    """The run.
+
+    Args:
+        output_dir: The run's folder.
+        max_train_steps: Optimizer steps.
+        global_batch_size: Pictures a step, over all ranks and accumulation steps.
+        gradient_accumulation_steps: Parts a rank's share of the batch is computed in.
+        gradient_checkpointing: Less memory for about a third more time.
+        mixed_precision: `no`, `fp16` or `bf16`; null is what accelerate was configured with.
+        seed: All randomness is a function of it, the step, and the position in the batch.
+        resume_from_checkpoint: `latest`, or the name of a checkpoint in `output_dir`.
+        checkpointing_steps: Steps between checkpoints.
+        checkpoints_total_limit: How many are kept.
+        logging_steps: Steps between rows of `training_log.csv`.
+        sampling_steps: Steps between sample sheets; 0 draws none.
+        num_inference_steps: Of the sample sheets.
+        guidance_scale: Of the sample sheets, and the default of the exported pipeline.
+        report_to: `wandb`, `tensorboard` or `none`.
+    """
+
+    output_dir: str = "runs/train"
+    max_train_steps: int = 100_000
+    global_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    seed: int = 0
+    resume_from_checkpoint: str | None = None
+    checkpointing_steps: int = 5_000
+    checkpoints_total_limit: int = 2
+    logging_steps: int = 50
+    sampling_steps: int = 5_000
+    num_inference_steps: int = 25
+    guidance_scale: float = 2.0
+    report_to: Literal["wandb", "tensorboard", "none"] = "wandb"
+
+
+@dataclass
+class Config:
+    """A recipe: everything that decides what a run learns, and how it runs."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_yaml(self) -> str:
+        """As a recipe's file."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before any work.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if self.model.preset not in PRESETS:
+            raise ValueError(f"model.preset={self.model.preset!r} is unknown; known are {', '.join(PRESETS)}")
+        positive = {
+            "train": ("max_train_steps", "global_batch_size", "gradient_accumulation_steps", "checkpointing_steps"),
+            "objective": ("num_train_timesteps",),
+        }
+        positive["train"] += ("checkpoints_total_limit", "logging_steps", "num_inference_steps")
+        for section, names in positive.items():
+            for name in names:
+                if getattr(getattr(self, section), name) < 1:
+                    raise ValueError(f"{section}.{name} must be at least 1")
+        for section, name in (("objective", "condition_dropout"), ("optim", "ema_decay"), ("optim", "lr_decay_ratio")):
+            if not 0 <= getattr(getattr(self, section), name) <= 1:
+                raise ValueError(f"{section}.{name} must be between 0 and 1")
+        if self.objective.condition_dropout > 0.5:
+            raise ValueError("objective.condition_dropout must be at most 0.5: it applies twice")
+
+    def decisive(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: every key that decides what is learned, step by step."""
+        decisive = dataclasses.asdict(self)
+        decisive["data"].pop("latents")
+        decisive["train"] = {name: decisive["train"][name] for name in ("global_batch_size", "seed")}
+        return decisive
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file: `name` itself, or the recipe of that name that came with dit_hf.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    package = Path(__file__).parents[1]
+    shipped = [root / "recipes" / Path(name).with_suffix(".yaml").name for root in (package, package.parent)]
+    for path in (Path(name), *shipped):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"recipe {name}: no such file")

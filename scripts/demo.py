@@ -1,0 +1,8 @@
+"""`python scripts/demo.py ...` is `dit-hf demo`."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["demo", *sys.argv[1:]]))

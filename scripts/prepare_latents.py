@@ -1,0 +1,8 @@
+"""`python scripts/prepare_latents.py ...` is `dit-hf prepare-latents`."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare-latents", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`accelerate launch scripts/train.py --config recipes/avatars.yaml ...` is `dit-hf train` on every rank."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

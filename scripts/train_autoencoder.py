@@ -1,0 +1,8 @@
+"""`python scripts/train_autoencoder.py ...` is `dit-hf train-autoencoder`."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train-autoencoder", *sys.argv[1:]]))
