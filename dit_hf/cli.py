@@ -49,9 +49,9 @@ def main(args: list[str] | None = None) -> int:
         print(f"usage: dit-hf VERB [options]\n\nverbs: {', '.join(VERBS)}\n\n`dit-hf VERB --help` shows its options.")
         return 0
     if verb == "--version":
-        from importlib.metadata import version
+        from . import __version__
 
-        print(f"dit_hf {version('dit_hf')}")
+        print(f"dit_hf {__version__}")
         return 0
     if verb not in VERBS:
         nearest = difflib.get_close_matches(verb, VERBS, 1)
@@ -64,6 +64,9 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(_inline_recipe(args[1:]) if verb == "train" else args[1:])
     try:
         _call(verb, function, parser, options)
+    except KeyboardInterrupt:
+        print(f"dit-hf {verb}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         if os.environ.get("DIT_HF_TRACEBACK"):
             raise
@@ -76,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
 def _parser(verb: str, function: Any) -> OneLineParser:
     # The source of the options' help is the docstring, whose first paragraph describes the verb.
     description = (inspect.getdoc(function) or "").split("\n\n")[0]
-    parser = OneLineParser(prog=f"dit-hf {verb}", description=description)
+    parser = OneLineParser(prog=f"dit-hf {verb}", description=description, allow_abbrev=False)
     if verb == "train":
         from .training.config import Config
 
@@ -96,7 +99,13 @@ def _inline_recipe(args: list[str]) -> list[str]:
 
     found = list(args)
     for i, arg in enumerate(args):
-        value = arg.partition("=")[2] if arg.startswith("--config=") else args[i + 1] if arg == "--config" and args[i + 1 :] else None
+        value = (
+            arg.partition("=")[2]
+            if arg.startswith("--config=")
+            else args[i + 1]
+            if arg == "--config" and args[i + 1 :]
+            else None
+        )
         if value is None:
             continue
         try:
@@ -112,7 +121,7 @@ def _inline_recipe(args: list[str]) -> list[str]:
 
 
 def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> None:
-    options = parser.instantiate_classes(options)
+    options = parser.instantiate(options)
     if verb == "train":
         from .training.config import Config
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .data.images import AVATARS, open_rows
 from .data.latents import open_latents, prepare_latents
-from .pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
 from .sheets import beside, draw_sheet
 from .storage import write_text
 from .training.config import Config, recipe_path
@@ -25,8 +25,10 @@ from .training.loop import Trainer, train
 NUM_IMAGES = 8000
 SHEET_SIZE = 64
 TIMED_STEPS = 20
-CAPTIONED = ("Eyeglasses", "Wearing_Hat", "Smiling", "Mustache", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
-CAPTIONED += ("Bald",)
+CAPTIONED = (
+    *("Eyeglasses", "Wearing_Hat", "Smiling", "Mustache", "Bald"),
+    *("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair"),
+)
 
 NEXT = """The same for CelebA, with the pictures in img_align_celeba (a GPU helps):
   dit-hf prepare-latents --source img_align_celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
@@ -72,7 +74,7 @@ def read_config(path: Path) -> Config:
     """The recipe that a run's `config.yaml` holds."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config)
-    values = parser.instantiate_classes(parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8"))))
     return Config(values.data, values.model, values.objective, values.optim, values.train)
 
 
@@ -83,7 +85,9 @@ def draw_sheets(run: Path) -> None:
     _, info = open_latents(run / "latents")
     # What is asked for are the attributes of avatars that were never trained on.
     unseen, _ = open_rows(AVATARS, 64, "center", SHEET_SIZE, None, info["settings"]["seed"] + 1)
-    asked = [{name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")]
+    asked: list[Attributes] = [
+        {name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")
+    ]
     generator = torch.Generator().manual_seed(0)
     faces = pipeline(asked, generator=generator).images
     free = pipeline(batch_size=16, generator=generator).images
@@ -111,14 +115,16 @@ def _steps_in(config: Config, seconds: float) -> int:
     return max(TIMED_STEPS, round(seconds * TIMED_STEPS / (time.monotonic() - started)))
 
 
-def _words(row: dict[str, int]) -> list[str]:
+def _words(row: Attributes) -> list[str]:
     """A short caption in at most three lines: sex, then what is easy to see."""
     words = ["man" if row["Male"] else "woman"]
-    words += [name.removesuffix("_Hair").replace("Wearing_", "").replace("_", " ").lower() for name in CAPTIONED if row[name]]
+    words += [
+        name.removesuffix("_Hair").replace("Wearing_", "").replace("_", " ").lower() for name in CAPTIONED if row[name]
+    ]
     return [words[0], ", ".join(words[1:3]), ", ".join(words[3:])]
 
 
-def _denoising(pipeline: LatentDiTPipeline, asked: list[dict[str, int]]) -> Image.Image:
+def _denoising(pipeline: LatentDiTPipeline, asked: list[Attributes]) -> Image.Image:
     """One row a face: the latents as decoded on the way from noise to the face."""
     stages: list[torch.Tensor] = []
 

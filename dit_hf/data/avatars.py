@@ -158,9 +158,7 @@ def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | No
 
     Rendered once in `num_proc` processes and kept in datasets' own cache, like anything `load_dataset` makes.
     """
-    features = Features(
-        {"id": Value("string"), "image": Image()} | {name: Value("int8") for name in ATTRIBUTES}
-    )
+    features = Features({"id": Value("string"), "image": Image()} | {name: Value("int8") for name in ATTRIBUTES})
     return Dataset.from_generator(
         _rows,
         features=features,

@@ -130,14 +130,16 @@ class _Encoder:
             name: [values[i] for i in kept] for name, values in batch.items() if name != "image"
         }
         columns.setdefault("split", ["validation" if is_held_out(i) else "train" for i in columns["id"]])
-        latents = {"latent_mean": [], "latent_std": []} if not images else self._encode(np.stack(images))
+        pixels = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+        columns |= self._encode(pixels)
         if self.flip:
-            mirrored = {} if not images else self._encode(np.stack(images)[:, :, ::-1])
-            latents |= {f"{name}_flip": mirrored.get(name, []) for name in ("latent_mean", "latent_std")}
-        return columns | latents
+            columns |= {f"{name}_flip": values for name, values in self._encode(pixels[:, :, ::-1]).items()}
+        return columns
 
     @torch.no_grad()
-    def _encode(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def _encode(self, images: np.ndarray) -> dict[str, Any]:
+        if not len(images):
+            return {"latent_mean": [], "latent_std": []}
         pixels = torch.from_numpy(images.copy()).to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = self.vae.encode(pixels).latent_dist
         mean, std = posterior.mean.half(), posterior.std.half()

@@ -31,9 +31,7 @@ class LatentReader:
         names = list(known) if conditions is None else list(conditions)
         missing = [name for name in names if name not in known]
         if missing:
-            raise ValueError(
-                f"{folder} has no condition {', '.join(missing)}; it has {', '.join(known) or 'none'}"
-            )
+            raise ValueError(f"{folder} has no condition {', '.join(missing)}; it has {', '.join(known) or 'none'}")
         self.folder = str(folder)
         self.conditions = {name: known[name] for name in names}
         self.latent_shape = tuple(self.info["latent_shape"])

@@ -32,7 +32,7 @@ class LatentDiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: LatentDiTAttention, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -49,7 +49,7 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention over [batch, tokens, dim] with separate query, key and value projections."""
 
     _default_processor_cls = LatentDiTAttnProcessor
-    _available_processors = [LatentDiTAttnProcessor]  # noqa: RUF012 (diffusers' spelling)
+    _available_processors = [LatentDiTAttnProcessor]
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -59,10 +59,11 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        self.set_processor(self._default_processor_cls())
+        AttentionModuleMixin.set_processor(self, LatentDiTAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.processor(self, hidden_states, **kwargs)
+        processor: Any = self.processor
+        return processor(self, hidden_states, **kwargs)
 
 
 class LatentDiTTransformerBlock(nn.Module):
@@ -107,10 +108,10 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LatentDiTTransformerBlock"]  # noqa: RUF012
-    _repeated_blocks = ["LatentDiTTransformerBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = ["time_embedding"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["proj_in", "time_embedding", "condition_embedding", "norm", "modulation"]  # noqa: RUF012
+    _no_split_modules = ["LatentDiTTransformerBlock"]
+    _repeated_blocks = ["LatentDiTTransformerBlock"]
+    _keep_in_fp32_modules = ["time_embedding"]
+    _skip_layerwise_casting_patterns = ["proj_in", "time_embedding", "condition_embedding", "norm", "modulation"]
 
     @register_to_config
     def __init__(
@@ -143,7 +144,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         self.time_embedding = TimestepEmbedding(256, dim)
         # One table for all conditions; condition i owns the rows from condition_offsets[i], the last is its null.
         counts = [values + 1 for values in (conditions or {}).values()]
-        self.condition_embedding = nn.Embedding(sum(counts), dim) if counts else None
+        self.condition_embedding: Any = nn.Embedding(sum(counts), dim) if counts else None
         offsets = [sum(counts[:i]) for i in range(len(counts))]
         self.register_buffer("condition_offsets", torch.tensor(offsets, dtype=torch.int64), persistent=False)
         nulls = [count - 1 for count in counts]
@@ -172,9 +173,9 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
         if self.condition_embedding is not None:
             nn.init.normal_(self.condition_embedding.weight, std=0.02)
-        for layer in [*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or "proj_out" in name:
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -242,9 +243,8 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         if condition_ids is None:
             condition_ids = self.null_condition_ids.expand(batch, -1)
         elif condition_ids.shape != (batch, len(self.null_condition_ids)):
-            raise ValueError(
-                f"condition_ids has shape {tuple(condition_ids.shape)}; expected {(batch, len(self.null_condition_ids))}"
-            )
+            expected = (batch, len(self.null_condition_ids))
+            raise ValueError(f"condition_ids has shape {tuple(condition_ids.shape)}; expected {expected}")
         return self.condition_embedding(condition_ids + self.condition_offsets).sum(dim=1)
 
     def _positions(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 
 AttributeValue = bool | int | str
-Attributes = dict[str, AttributeValue] | list[dict[str, AttributeValue]]
+Attributes = Mapping[str, AttributeValue]
 
 
 class LatentDiTPipeline(DiffusionPipeline):
@@ -40,8 +40,8 @@ class LatentDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' spelling)
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class LatentDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        attributes: Attributes | None = None,
+        attributes: Attributes | Sequence[Attributes] | None = None,
         batch_size: int = 1,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
@@ -138,7 +138,7 @@ class LatentDiTPipeline(DiffusionPipeline):
                 model_output = self._predict(model_input, t, condition_ids, null_ids, guidance_scale, guided)
                 latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
@@ -152,13 +152,15 @@ class LatentDiTPipeline(DiffusionPipeline):
         """Steps of the last call."""
         return self._num_timesteps
 
-    def encode_attributes(self, attributes: Attributes | None, batch_size: int = 1) -> torch.Tensor:
+    def encode_attributes(
+        self, attributes: Attributes | Sequence[Attributes] | None, batch_size: int = 1
+    ) -> torch.Tensor:
         """Condition ids, int64 [rows, conditions] in the order of the transformer's config; see `__call__`.
 
         Raises:
             ValueError: for a name or value that the model does not know, listing those it knows.
         """
-        rows = attributes if isinstance(attributes, list) else [attributes or {}] * batch_size
+        rows = [attributes or {}] * batch_size if attributes is None or isinstance(attributes, Mapping) else attributes
         conditions = self.transformer.config.conditions or {}
         ids = self.transformer.null_condition_ids.cpu().repeat(len(rows), 1)
         names = list(conditions)
@@ -180,7 +182,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the index so that a plain `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`."""
+        """Save the index so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`."""
         super().save_config(save_directory, **kwargs)
         index_path = Path(save_directory) / self.config_name
         index = json.loads(index_path.read_text())
@@ -192,9 +194,13 @@ class LatentDiTPipeline(DiffusionPipeline):
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _check_inputs(
-        self, attributes: Attributes | None, batch_size: int, output_type: str, tensor_inputs: list[str]
+        self,
+        attributes: Attributes | Sequence[Attributes] | None,
+        batch_size: int,
+        output_type: str,
+        tensor_inputs: list[str],
     ) -> None:
-        if isinstance(attributes, list) and batch_size not in (1, len(attributes)):
+        if isinstance(attributes, Sequence) and batch_size not in (1, len(attributes)):
             raise ValueError(f"batch_size={batch_size}, but attributes has {len(attributes)} rows; leave one out")
         if batch_size < 1 or attributes == []:
             raise ValueError("at least one image must be asked for")
@@ -204,7 +210,9 @@ class LatentDiTPipeline(DiffusionPipeline):
             raise ValueError("this pipeline has no vae; ask for output_type='latent'")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)} not in {self._callback_tensor_inputs}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {sorted(unknown)} not in {self._callback_tensor_inputs}"
+            )
 
     def _value_id(self, name: str, value: AttributeValue, count: int) -> int:
         labels = self.config.condition_labels.get(name)

@@ -51,7 +51,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         ValueError: for an unknown `prediction_type`, betas that are not T numbers in (0, 1), or other fixed values.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012 (diffusers' spelling)
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config
@@ -75,7 +75,8 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
             )
         if trained_betas is None:
             trained_betas = cosine_betas(num_train_timesteps, cosine_s)
-            self.register_to_config(trained_betas=trained_betas)
+        # Keys noted as left at their default would be dropped when another class is made from this config.
+        self.register_to_config(trained_betas=list(trained_betas), _use_default_values=[])
         self.betas = torch.tensor(trained_betas, dtype=torch.float32)
         if self.betas.shape != (num_train_timesteps,) or not ((self.betas > 0) & (self.betas < 1)).all():
             raise ValueError(f"trained_betas must be {num_train_timesteps} numbers between 0 and 1")
@@ -141,12 +142,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         self, model_output: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
         """The clean latent that `model_output` at noisy `sample` stands for, by the config's `prediction_type`."""
-        if self.config.prediction_type == "sample":
-            return model_output
-        alpha, sigma = self._broadcast_levels(timesteps, sample)
-        if self.config.prediction_type == "epsilon":
-            return (sample - sigma * model_output) / alpha
-        return alpha * sample - sigma * model_output
+        return self._predictions(model_output, sample, *self._broadcast_levels(timesteps, sample))[0]
 
     def step(
         self,
@@ -183,8 +179,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
 
         # 1. The clean latent and the noise that the prediction stands for.
         alpha, sigma = self._broadcast_levels(timestep, sample)
-        original = self.predict_original_sample(model_output, timestep, sample)
-        noise = (sample - alpha * original) / sigma
+        original, noise = self._predictions(model_output, sample, alpha, sigma)
         # 2. Back to the previous level, part of the noise fresh where eta asks for it.
         alpha_prev, sigma_prev = self._broadcast_levels(previous, sample)
         if eta > 0:
@@ -199,6 +194,16 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, original
         return CosineLatentSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
+
+    def _predictions(
+        self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean latent and the noise, each by the formula that divides by nothing small where there is one."""
+        if self.config.prediction_type == "sample":
+            return model_output, (sample - alpha * model_output) / sigma
+        if self.config.prediction_type == "epsilon":
+            return (sample - sigma * model_output) / alpha, model_output
+        return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
 
     def _broadcast_levels(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha, sigma = self.levels(timesteps.to(like.device))

@@ -198,9 +198,19 @@ def recipe_path(name: str) -> Path:
     Raises:
         FileNotFoundError: if there is neither.
     """
+    if Path(name).is_file():
+        return Path(name)
+    return shipped_file(f"recipes/{Path(name).with_suffix('.yaml').name}")
+
+
+def shipped_file(name: str) -> Path:
+    """A file that comes with dit_hf: inside the package in a wheel, beside it in a clone.
+
+    Raises:
+        FileNotFoundError: if there is none of that name.
+    """
     package = Path(__file__).parents[1]
-    shipped = [root / "recipes" / Path(name).with_suffix(".yaml").name for root in (package, package.parent)]
-    for path in (Path(name), *shipped):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"recipe {name}: no such file")
+    for root in (package, package.parent):
+        if (root / name).is_file():
+            return root / name
+    raise FileNotFoundError(f"{name}: no such file")

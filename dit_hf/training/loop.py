@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
@@ -72,7 +73,7 @@ class Trainer:
         if config.train.global_batch_size % parts:
             raise ValueError(
                 f"train.global_batch_size={config.train.global_batch_size} is not divisible by "
-                f"{self.accelerator.num_processes} ranks x {config.train.gradient_accumulation_steps} accumulation steps"
+                f"{self.accelerator.num_processes} ranks x {config.train.gradient_accumulation_steps} accumulations"
             )
         self.micro_batch_size = config.train.global_batch_size // parts
 
@@ -91,9 +92,7 @@ class Trainer:
         if config.train.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.ema = EMA(self.transformer, config.optim.ema_decay)
-        self.optimizer, self.optimizer_name = build_optimizer(
-            self.transformer.parameters(), config.optim, self.device
-        )
+        self.optimizer, self.optimizer_name = build_optimizer(self.transformer.parameters(), config.optim, self.device)
         self.model, self.prepared_optimizer = self.accelerator.prepare(self.transformer, self.optimizer)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in self._normalization())
 
@@ -101,9 +100,7 @@ class Trainer:
         """Optimizer step `step` (from 0); returns this rank's mean loss and the gradient's norm, on the device."""
         config, batch_size = self.config, self.config.train.global_batch_size
         shape = (batch_size, *self.reader.latent_shape)
-        draws = draw(
-            config.objective, config.train.seed, step, shape, len(self.reader.conditions), self.device
-        )
+        draws = draw(config.objective, config.train.seed, step, shape, len(self.reader.conditions), self.device)
         flips = draw_flips(config.train.seed, step, batch_size) if config.data.flip else None
         accumulation = config.train.gradient_accumulation_steps
         total = torch.zeros((), device=self.device)
@@ -111,7 +108,10 @@ class Trainer:
             first = (self.accelerator.process_index * accumulation + part) * self.micro_batch_size
             rows = slice(first, first + self.micro_batch_size)
             batch = self.reader.batch(
-                config.train.seed, step * batch_size + first, self.micro_batch_size, None if flips is None else flips[rows]
+                config.train.seed,
+                step * batch_size + first,
+                self.micro_batch_size,
+                None if flips is None else flips[rows],
             )
             if part < accumulation - 1:
                 with self.accelerator.no_sync(self.model):
@@ -155,12 +155,12 @@ class Trainer:
                 clock, stepped = time.monotonic(), done
             paused = time.monotonic()
             if config.train.sampling_steps and done % config.train.sampling_steps == 0:
-                self._on_main(lambda done=done: self.draw_samples(run / "samples" / f"step-{done}.png"))
+                self._on_main(self.draw_samples, run / "samples" / f"step-{done}.png")
             if done % config.train.checkpointing_steps == 0 or done == total:
                 self._save(run, done)
             clock += time.monotonic() - paused
         progress.close()
-        self._on_main(lambda: self._export(run))
+        self._on_main(self._export, run, start == total)
         accelerator.end_training()
 
     def pipeline(self) -> LatentDiTPipeline:
@@ -183,7 +183,9 @@ class Trainer:
         count, steps = SHEET_SIZE, self.config.train.num_inference_steps
         noise = torch.randn((count, *self.reader.latent_shape), generator=torch.Generator().manual_seed(0))
         rows = self.reader.attributes(count)
-        images = self.pipeline()(rows, batch_size=count, latents=noise, num_inference_steps=steps).images
+        images = self.pipeline()(rows, batch_size=count, latents=noise, num_inference_steps=steps, return_dict=False)[
+            0
+        ]
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(f".{path.name}")
         draw_sheet(images, columns=8, title=path.stem, min_side=96).save(partial, "png")
@@ -213,7 +215,7 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _found_inf(self) -> torch.Tensor | None:
-        """1 on the device where fp16's gradients overflowed and the step will be skipped, else 0; None without fp16."""
+        """1, on the device, where fp16's gradients overflowed and the step will be skipped; None without fp16."""
         if self.accelerator.scaler is None:
             return None
         return sum(self.accelerator.scaler._found_inf_per_device(self.optimizer).values())
@@ -230,7 +232,7 @@ class Trainer:
         return recipe
 
     def _resume(self, run: Path) -> tuple[int, torch.Tensor, int]:
-        """Load the checkpoint that was asked for; returns steps done, and sum and count of the losses not yet logged."""
+        """Load the checkpoint asked for; returns steps done, and sum and count of the losses not yet logged."""
         name = self.config.train.resume_from_checkpoint
         folder = checkpoint.find_checkpoint(run, name) if name else None
         if folder is None:
@@ -252,9 +254,8 @@ class Trainer:
             "loss_count": self.loss_count,
         }
         limit = self.config.train.checkpoints_total_limit
-        self._on_main(
-            lambda: checkpoint.save_checkpoint(run, state, self.transformer, self.ema.model, self.optimizer, limit)
-        )
+        parts = (self.transformer, self.ema.model, self.optimizer)
+        self._on_main(checkpoint.save_checkpoint, run, state, *parts, limit)
 
     def _log(
         self, run: Path, done: int, grad_norm: torch.Tensor, steps: int, clock: float, progress: tqdm
@@ -289,34 +290,43 @@ class Trainer:
         simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
         self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
 
-    def _export(self, run: Path) -> None:
-        """Write what a finished run leaves: the pipeline, the last sheet, the curve and the card."""
-        done = self.config.train.max_train_steps
-        if not (run / "samples" / f"step-{done}.png").is_file():
-            self.draw_samples(run / "samples" / f"step-{done}.png")
-        report.draw_loss_curve(run)
-        pipeline = self.pipeline()
-        with new_folder(run / "pipeline") as partial:
-            pipeline.save_pretrained(partial)
-        package = Path(__file__).parents[1]
-        template = next(p for p in (package / "model_card.md", package.parent / "model_card.md") if p.is_file())
-        facts = {
-            "name": run.name,
-            "recipe": self.config.to_yaml(),
-            "pictures": self.reader.info["counts"]["train"],
-            "source": self.reader.info["settings"]["source"],
-            "steps": done,
-            "images_seen": done * self.config.train.global_batch_size,
-            "parameters": sum(p.numel() for p in self.transformer.parameters()),
-            "last_loss": report.read_log(run)[-1]["loss"],
-            "conditions": list(self.reader.conditions),
-            "sheet": f"samples/step-{done}.png",
+    def _export(self, run: Path, only_missing: bool) -> None:
+        """Write what a finished run leaves: the last sheet, the curve, the pipeline and the card."""
+        sheet = f"samples/step-{self.config.train.max_train_steps}.png"
+        exports: dict[str, Callable[[], None]] = {
+            sheet: lambda: self.draw_samples(run / sheet),
+            "loss_curve.png": lambda: report.draw_loss_curve(run),
+            "pipeline": lambda: self._save_pipeline(run / "pipeline"),
+            "README.md": lambda: report.write_card(run, self._facts(run, sheet)),
         }
-        report.write_card(run, template, facts)
+        for name, write in exports.items():
+            if not (only_missing and (run / name).exists()):
+                write()
 
-    def _on_main(self, work: Callable[[], Any]) -> None:
+    def _save_pipeline(self, folder: Path) -> None:
+        pipeline = self.pipeline()
+        with new_folder(folder) as partial:
+            pipeline.save_pretrained(partial)
+
+    def _facts(self, run: Path, sheet: str) -> dict[str, Any]:
+        """What the model card says of this run; no path of this machine is among it."""
+        info, steps = self.reader.info, self.config.train.max_train_steps
+        return {
+            "name": run.name,
+            "recipe": yaml.safe_dump(self._recipe(), sort_keys=False),
+            "pictures": info["counts"]["train"],
+            "source": Path(info["settings"]["source"]).name,
+            "steps": steps,
+            "images_seen": steps * self.config.train.global_batch_size,
+            "parameters": sum(p.numel() for p in self.transformer.parameters()),
+            "last_loss": float(report.read_log(run)[-1]["loss"]),
+            "conditions": list(self.reader.conditions),
+            "sheet": sheet,
+        }
+
+    def _on_main(self, work: Callable[..., Any], *args: Any) -> None:
         if self.accelerator.is_main_process:
-            work()
+            work(*args)
         self.accelerator.wait_for_everyone()
 
 

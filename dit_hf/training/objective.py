@@ -76,9 +76,7 @@ def training_target(
     return scheduler.get_velocity(clean, noise, timesteps)
 
 
-def loss_weights(
-    scheduler: CosineLatentScheduler, timesteps: torch.Tensor, snr_gamma: float | None
-) -> torch.Tensor:
+def loss_weights(scheduler: CosineLatentScheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
     """Min-SNR weights [batch] (Hang et al., https://arxiv.org/abs/2303.09556, section 3.4); ones without a gamma.
 
     `min(SNR, gamma)` on the error of the clean latent, divided by what turns that error into the prediction's own.
@@ -87,7 +85,8 @@ def loss_weights(
         return torch.ones_like(timesteps)
     alpha, sigma = scheduler.levels(timesteps)
     snr = (alpha / sigma).square()
-    divisor = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]
+    divisors = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}
+    divisor = divisors[scheduler.config.prediction_type]
     return snr.clamp(max=snr_gamma) / divisor
 
 

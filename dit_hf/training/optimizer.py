@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,8 @@ from .config import OptimConfig
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device
 ) -> tuple[torch.optim.Optimizer, str]:
-    """Fused Adam with decoupled weight decay, and its name: apex's FusedAdam on CUDA where there is one, else torch's."""
-    options = {
+    """Fused Adam with decoupled weight decay, and its name: apex's on CUDA where there is one, else torch's."""
+    options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
@@ -52,14 +53,15 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._averages = list(self.model.parameters())
+        self._averages: list[torch.Tensor] = list(self.model.parameters())
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, found_inf: torch.Tensor | None = None) -> None:
         """Take in the weights after step `step` (from 0); where `found_inf` is 1 the average stands still."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        difference = torch._foreach_sub([p.detach().float() for p in model.parameters()], self._averages)
+        weights = [parameter.detach().float() for parameter in model.parameters()]
+        difference = list(torch._foreach_sub(weights, self._averages))
         torch._foreach_mul_(difference, weight if found_inf is None else weight * (1 - found_inf))
         torch._foreach_add_(self._averages, difference)

@@ -13,10 +13,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
 from ..storage import write_text
+from .config import shipped_file
 
 LOG = "training_log.csv"
-COLUMNS = ("step", "epoch", "images_seen", "loss", "learning_rate", "grad_norm", "images_per_second", "loss_scale")
-COLUMNS += ("peak_memory_gib",)
+COLUMNS = (
+    *("step", "epoch", "images_seen", "loss", "learning_rate", "grad_norm"),
+    *("images_per_second", "loss_scale", "peak_memory_gib"),
+)
 
 
 def start_log(run: Path, step: int) -> None:
@@ -75,12 +78,12 @@ def choose_tracker(report_to: str, say: Any) -> tuple[str | None, dict[str, Any]
     return report_to, {"mode": "offline"}
 
 
-def write_card(run: Path, template: Path, facts: dict[str, Any]) -> None:
-    """Fill the model card's template with the facts of a run, as `README.md`."""
+def write_card(run: Path, facts: dict[str, Any]) -> None:
+    """Fill the model card's template, `model_card.md`, with the facts of a run, as its `README.md`."""
+    template = shipped_file("model_card.md")
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        license="apache-2.0",
         tags=["diffusers", "latent-diffusion", "diffusion-transformer", "dit_hf"],
     )
     write_text(run / "README.md", str(ModelCard.from_template(data, template_path=str(template), **facts)))

@@ -1,0 +1,25 @@
+# Each target makes .venv and installs what it needs, once; it is made anew when the list of packages changes.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test test-slow lint
+demo: .venv/installed
+	.venv/bin/dit-hf demo --output_dir runs/demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	.venv/bin/python -m pytest -m slow
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# torch first and alone: its version then stands before anything else asks for one.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -1,0 +1,90 @@
+"""Small real parts that the tests share; nothing here reaches a network or the user's caches."""
+
+import os
+import tempfile
+
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dit_hf-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
+from dit_hf.data.latents import prepare_latents
+from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+
+
+def tiny_transformer(seed: int = 0, **options) -> LatentDiTTransformer2DModel:
+    """A transformer of 30 thousand parameters whose weights are all random, zero-initialised ones too."""
+    torch.manual_seed(seed)
+    sizes = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
+    model = LatentDiTTransformer2DModel(**{**sizes, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_vae() -> AutoencoderKL:
+    """A random VAE that halves each side."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def tiny_pipeline(**options) -> LatentDiTPipeline:
+    """A pipeline of random parts with two conditions."""
+    transformer = tiny_transformer(conditions={"Smiling": 2, "class": 3})
+    scheduler = CosineLatentScheduler(prediction_type="v_prediction")
+    options = {"condition_labels": {"class": ["cat", "dog", "owl"]}, "guidance_scale": 2.0, **options}
+    pipeline = LatentDiTPipeline(transformer, scheduler, tiny_vae(), **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory, vae_folder) -> Path:
+    """A cache of 60 avatars at 16 px as latents [4, 8, 8], mirrored too. Not to be written to."""
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    prepare_latents(str(folder), "avatars", str(vae_folder), "16", flip=True, num_images=60)
+    return folder
+
+
+@pytest.fixture
+def config(latents, tmp_path) -> Config:
+    """A run of 8 steps that takes a second."""
+    return Config(
+        data=DataConfig(latents=str(latents)),
+        model=ModelConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=12),
+        objective=ObjectiveConfig(),
+        optim=OptimConfig(learning_rate=1e-3, lr_warmup_steps=2, ema_decay=0.9),
+        train=TrainConfig(
+            output_dir=str(tmp_path / "run"),
+            max_train_steps=8,
+            global_batch_size=8,
+            checkpointing_steps=4,
+            checkpoints_total_limit=3,
+            logging_steps=3,
+            sampling_steps=0,
+            num_inference_steps=2,
+            report_to="none",
+        ),
+    )

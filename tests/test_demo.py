@@ -1,0 +1,47 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_in_an_empty_environment_runs_the_demo_in_an_empty_folder(tmp_path):
+    """What a user does: install the wheel, run the demo, load its pipeline; and a second call says it is done."""
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "torch"], check=True)
+    subprocess.run([*pip, next(tmp_path.glob("*.whl"))], check=True)
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+
+    def run(*command):
+        return subprocess.run(command, check=True, cwd=work, env=environment, capture_output=True, text=True).stdout
+
+    out = run(python.parent / "dit-hf", "demo", "--minutes", "0.5")
+    assert "dit-hf prepare-latents" in out
+    demo = work / "runs" / "demo"
+    for name in ("sheet.png", "denoising.png", "loss_curve.png"):
+        Image.open(demo / name).verify()
+    assert {path.name for path in demo.iterdir()} >= {
+        "latents",
+        "pipeline",
+        "config.yaml",
+        "training_log.csv",
+        "README.md",
+    }
+    code = (
+        "import dit_hf; from diffusers import DiffusionPipeline;"
+        "DiffusionPipeline.from_pretrained('runs/demo/pipeline')(num_inference_steps=25).images[0].save('face.png')"
+    )
+    run(python, "-c", code)
+    assert Image.open(work / "face.png").size == (64, 64)
+    assert "is finished" in run(python.parent / "dit-hf", "demo")

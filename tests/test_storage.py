@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from dit_hf.storage import new_folder, read_manifest, write_manifest, write_text
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "made"
+
+    def break_off():
+        with new_folder(final) as partial:
+            (partial / "half.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    assert not final.exists()
+    with new_folder(final) as partial:
+        assert not list(partial.iterdir())
+        (partial / "sub").mkdir()
+        (partial / "sub" / "whole.txt").write_text("whole")
+    assert (final / "sub" / "whole.txt").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_new_folder_takes_the_old_ones_place(tmp_path):
+    for text in ("old", "new"):
+        with new_folder(tmp_path / "made") as partial:
+            (partial / f"{text}.txt").write_text(text)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["new.txt"]
+
+
+def test_manifest_tells_what_is_damaged(tmp_path):
+    write_text(tmp_path / "a.txt", "abc")
+    write_text(tmp_path / "b.txt", "abc")
+    write_manifest(tmp_path, color="red")
+    assert read_manifest(tmp_path, hashes=True)["color"] == "red"
+    (tmp_path / "b.txt").write_text("abd")
+    read_manifest(tmp_path)
+    with pytest.raises(ValueError, match=r"b\.txt has other content"):
+        read_manifest(tmp_path, hashes=True)
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"a\.txt is missing"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({})[:-1])
+    with pytest.raises(ValueError, match="not whole"):
+        read_manifest(tmp_path)

@@ -1,0 +1,216 @@
+import csv
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from dit_hf.training.config import recipe_path
+from dit_hf.training.loop import Trainer, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(run):
+    with open(Path(run) / "training_log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def comparable(run):
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "peak_memory_gib")} for row in rows(run)]
+
+
+def assert_same_bits(first, second):
+    for name in ("transformer.safetensors", "ema.safetensors"):
+        one, other = load_file(first / name), load_file(second / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    one, other = (torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in (first, second))
+    assert all(torch.equal(one[i][name], other[i][name]) for i in one for name in one[i])
+
+
+def changed(config, **sections):
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
+def test_a_run_leaves_all_that_its_folder_is_to_hold(config):
+    run = train(config)
+    assert [row["step"] for row in rows(run)] == ["3", "6", "8"]
+    assert float(rows(run)[-1]["epoch"]) == pytest.approx(64 / len(Trainer(config).reader), abs=1e-4)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    for name in ("samples/step-8.png", "loss_curve.png"):
+        Image.open(run / name).verify()
+    card = (run / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "{{" not in card
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    ema = load_file(run / "checkpoint-8" / "ema.safetensors")
+    assert all(torch.equal(value, ema[name]) for name, value in pipeline.transformer.state_dict().items())
+    assert pipeline.config.guidance_scale == 2.0
+    assert pipeline({"Smiling": True}, num_inference_steps=2).images[0].size == (16, 16)
+    assert not list(run.glob(".*"))
+
+
+def test_training_lowers_the_loss(config):
+    config = changed(config, train={"max_train_steps": 150, "logging_steps": 25, "checkpointing_steps": 150})
+    log = rows(train(config))
+    assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
+
+
+def test_resumed_run_ends_with_the_same_bits_and_log(config, tmp_path):
+    whole = train(config)
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-8")
+    shutil.rmtree(cut / "pipeline")
+    with open(cut / "training_log.csv", "a") as file:
+        file.write("9,1.0,72,0.1")  # a row cut short
+    train(changed(config, train={"output_dir": str(cut), "resume_from_checkpoint": "latest"}))
+    assert_same_bits(whole / "checkpoint-8", cut / "checkpoint-8")
+    assert comparable(whole) == comparable(cut)
+    assert (cut / "pipeline" / "model_index.json").is_file()
+
+
+def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_export(config):
+    config = changed(config, train={"resume_from_checkpoint": "latest"})
+    run = train(config)
+    log = (run / "training_log.csv").read_text()
+    shutil.rmtree(run / "pipeline")
+    (run / "loss_curve.png").unlink()
+    train(config)
+    assert (run / "pipeline" / "model_index.json").is_file()
+    assert (run / "loss_curve.png").is_file()
+    assert (run / "training_log.csv").read_text() == log
+
+
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
+    runs = []
+    for accumulation in (1, 4):
+        folder = str(tmp_path / f"accumulation-{accumulation}")
+        runs.append(train(changed(config, train={"output_dir": folder, "gradient_accumulation_steps": accumulation})))
+    for one, other in zip(*(rows(run) for run in runs), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+
+
+def test_the_reference_objective_trains_too(config):
+    config = changed(
+        config,
+        data={"conditions": [], "normalization": "scaling_factor", "sample_posterior": False, "flip": False},
+        objective={"prediction_type": "sample", "loss": "l1", "snr_gamma": None, "condition_dropout": 0.0},
+        optim={"ema_decay": 0.0},
+    )
+    run = train(config)
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert pipeline.transformer.config.conditions is None
+    assert pipeline.config.latents_std == pytest.approx([1 / 0.18215] * 4)
+
+
+def test_loss_is_what_the_formulas_say(config):
+    """One step by hand: read, sample, normalise, noise, predict, weigh."""
+    trainer = Trainer(config)
+    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    loss, _ = trainer.step(5)
+    from dit_hf.training.objective import draw, draw_flips
+
+    draws = draw(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
+    batch = trainer.reader.batch(0, 40, 8, draw_flips(0, 5, 8))
+    mean, std = (torch.from_numpy(batch[name]).float() for name in ("latent_mean", "latent_std"))
+    statistics = trainer.reader.info["statistics"]
+    clean = mean + std * draws.posterior_noise
+    clean = (clean - torch.tensor(statistics["mean"]).view(4, 1, 1)) / torch.tensor(statistics["std"]).view(4, 1, 1)
+    alpha, sigma = (x.view(-1, 1, 1, 1) for x in trainer.scheduler.levels(draws.timesteps))
+    ids = torch.where(draws.keep, torch.from_numpy(batch["condition_ids"]), 2)
+    trainer.transformer.load_state_dict(before, strict=False)
+    with torch.no_grad():
+        output = trainer.transformer(alpha * clean + sigma * draws.noise, draws.timesteps, ids).sample
+    snr = (alpha / sigma).square()
+    weight = snr.clamp(max=5) / (snr + 1)
+    expected = (weight * (output - (alpha * draws.noise - sigma * clean)).square()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"train": {"gradient_accumulation_steps": 3}}, ValueError, "not divisible by 1 ranks x 3"),
+        ({"model": {"patch_size": 3}}, ValueError, "not divisible by patch_size 3"),
+        ({"model": {"preset": "huge"}}, ValueError, "known are tiny, reference"),
+        ({"data": {"conditions": ["Tall"]}}, ValueError, "no condition Tall"),
+        ({"data": {"latents": "nowhere"}}, ValueError, "no latent cache"),
+        ({"train": {"logging_steps": 0}}, ValueError, "train.logging_steps must be at least 1"),
+        ({"objective": {"condition_dropout": 0.7}}, ValueError, "at most 0.5"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(config, sections, error, message):
+    with pytest.raises(error, match=message):
+        train(changed(config, **sections))
+    assert not Path(config.train.output_dir).exists()
+
+
+def test_another_run_or_recipe_is_not_overwritten(config):
+    run = train(config)
+    log = (run / "training_log.csv").read_text()
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(config)
+    with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.001, now 0\.002"):
+        train(changed(config, optim={"learning_rate": 2e-3}, train={"resume_from_checkpoint": "latest"}))
+    assert (run / "training_log.csv").read_text() == log
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_ends_with_the_same_bits(config, tmp_path):
+    config = changed(config, train={"max_train_steps": 60, "checkpointing_steps": 5, "logging_steps": 4})
+    whole = train(config)
+    killed = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+    ]
+    command += [str(ROOT / "scripts" / "train.py"), "--config", str(whole / "config.yaml")]
+    command += ["--train.output_dir", str(killed), "--train.resume_from_checkpoint", "latest"]
+    for wanted in (2, 5, 9):  # checkpoints seen before the kill, which so falls anywhere in the work after it
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if any(int(p.name.split("-")[1]) >= wanted * 5 for p in killed.glob("checkpoint-*")):
+                break
+            time.sleep(0.01)
+        subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], check=False)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    assert_same_bits(whole / "checkpoint-60", killed / "checkpoint-60")
+    assert comparable(whole) == comparable(killed)
+
+
+def test_shipped_recipes_are_found_by_name():
+    assert recipe_path("recipes/avatars.yaml").name == "avatars.yaml"
+    assert recipe_path("celeba-l1").is_file()
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        recipe_path("nothing")
+
+
+@pytest.mark.slow
+def test_two_ranks_see_what_one_sees(config, tmp_path):
+    config = changed(config, train={"max_train_steps": 20, "logging_steps": 5, "checkpointing_steps": 20})
+    one = train(config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts" / "train.py"), "--config", str(one / "config.yaml")]
+    subprocess.run([*command, "--train.output_dir", str(tmp_path / "two")], check=True)
+    for alone, together in zip(rows(one), rows(tmp_path / "two"), strict=True):
+        assert float(alone["loss"]) == pytest.approx(float(together["loss"]), abs=1e-5)
+        assert float(alone["grad_norm"]) == pytest.approx(float(together["grad_norm"]), rel=1e-3)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from dit_hf.training.config import OptimConfig
+from dit_hf.training.optimizer import EMA, build_optimizer, learning_rate
+
+
+def test_average_is_the_formula():
+    model = nn.Linear(3, 2)
+    ema = EMA(model, 0.95)
+    expected = model.weight.detach().clone()
+    for step in range(300):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 3))
+        ema.update(model, step)
+        decay = min(0.95, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        torch.testing.assert_close(ema.model.weight, expected)
+
+
+def test_average_stands_still_where_the_step_was_skipped():
+    model = nn.Linear(3, 2)
+    ema = EMA(model, 0.9)
+    before = ema.model.weight.clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update(model, 50, found_inf=torch.tensor([1.0]))
+    assert torch.equal(ema.model.weight, before)
+    ema.update(model, 50, found_inf=torch.tensor([0.0]))
+    assert not torch.equal(ema.model.weight, before)
+
+
+def test_without_decay_the_average_is_the_model():
+    model = nn.Linear(3, 2)
+    ema = EMA(model, 0.0)
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update(model, 0)
+    torch.testing.assert_close(ema.model.weight, model.weight)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimConfig(learning_rate=1.0, lr_warmup_steps=10, lr_scheduler="linear", lr_decay_ratio=0.4)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1
+    assert rates[60] == 1
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.025)
+    cosine = OptimConfig(learning_rate=1.0, lr_scheduler="cosine")
+    assert learning_rate(cosine, 50, 100) == pytest.approx(0.5)
+    assert learning_rate(OptimConfig(learning_rate=2e-5), 99, 100) == 2e-5
+
+
+def test_optimizer_is_adam_with_decoupled_weight_decay():
+    """Against Adam written from the paper (Kingma & Ba, algorithm 1) and Loshchilov & Hutter's decay."""
+    config = OptimConfig(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, adam_weight_decay=0.01)
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer, name = build_optimizer([parameter], config, torch.device("cpu"))
+    assert name == "torch AdamW (fused)"
+    expected, m, v = parameter.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for step in range(1, 6):
+        gradient = torch.tensor([0.3, -0.1]) * step
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        expected = expected * (1 - 0.1 * 0.01)
+        m, v = 0.8 * m + 0.2 * gradient, 0.9 * v + 0.1 * gradient**2
+        expected = expected - 0.1 * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-6)
+        torch.testing.assert_close(parameter.detach(), expected)
