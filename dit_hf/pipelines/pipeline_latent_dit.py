@@ -172,6 +172,7 @@ class LatentDiTPipeline(DiffusionPipeline):
                 ids[row, names.index(name)] = self._value_id(name, value, conditions[name])
         return ids
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Images of the model's normalised latents [batch, channels, height, width], as `output_type` says."""
         mean, std = (
