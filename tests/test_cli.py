@@ -54,7 +54,7 @@ def test_print_config_shows_the_whole_recipe(capsys):
     assert code == 0
     recipe = yaml.safe_load(out)
     assert recipe["objective"]["snr_gamma"] == 5.0
-    assert recipe["optim"]["adam_beta2"] == 0.999
+    assert recipe["optim"]["adam_epsilon"] == 1e-8
 
 
 def test_help_and_version(capsys):

@@ -69,7 +69,7 @@ class LatentReader:
         starts = np.cumsum([0, *(len(view) for view in views[:-1])])
         chunks = np.searchsorted(starts, rows, side="right") - 1
         out = np.empty((len(rows), *self.latent_shape), np.float16)
-        flat = out.reshape(len(rows), -1)
+        flat = out.reshape(len(rows), int(np.prod(self.latent_shape)))
         for position, (chunk, row) in enumerate(zip(chunks, rows - starts[chunks], strict=True)):
             flat[position] = views[chunk][row]
         return out

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
@@ -59,8 +59,11 @@ class Trainer:
 
     def __init__(self, config: Config):
         self.config = config
+        cpu = not torch.accelerator.is_available()
+        PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
         tracker, self.tracker_options = report.choose_tracker(config.train.report_to, _say_once)
         self.accelerator = Accelerator(
+            cpu=cpu,
             mixed_precision=config.train.mixed_precision,
             log_with=tracker,
             project_config=ProjectConfiguration(logging_dir=config.train.output_dir),
@@ -335,8 +338,6 @@ _said: set[str] = set()
 
 def _say_once(line: str) -> None:
     """Print a line, on the first rank only and never twice."""
-    from accelerate import PartialState
-
     if line not in _said and PartialState().is_main_process:
         print(line, flush=True)
     _said.add(line)

@@ -19,16 +19,24 @@ def test_average_is_the_formula():
         torch.testing.assert_close(ema.model.weight, expected)
 
 
-def test_average_stands_still_where_the_step_was_skipped():
+def test_average_stands_still_where_the_loss_scaler_skips_a_step():
+    """With the real scaler of fp16: a step whose gradients overflow changes neither the weights nor the average."""
     model = nn.Linear(3, 2)
     ema = EMA(model, 0.9)
-    before = ema.model.weight.clone()
-    with torch.no_grad():
-        model.weight.add_(1)
-    ema.update(model, 50, found_inf=torch.tensor([1.0]))
-    assert torch.equal(ema.model.weight, before)
-    ema.update(model, 50, found_inf=torch.tensor([0.0]))
-    assert not torch.equal(ema.model.weight, before)
+    optimizer, _ = build_optimizer(model.parameters(), OptimConfig(learning_rate=0.1), torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for overflow in (True, False):
+        weights, average = model.weight.clone(), ema.model.weight.clone()
+        loss = model(torch.ones(1, 3)).sum() * (1e38 if overflow else 1.0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        (found_inf,) = scaler._found_inf_per_device(optimizer).values()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        ema.update(model, 50, found_inf)
+        assert torch.equal(model.weight, weights) is overflow
+        assert torch.equal(ema.model.weight, average) is overflow
 
 
 def test_without_decay_the_average_is_the_model():
