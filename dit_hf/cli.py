@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import subprocess
 import sys
 from typing import Any, NoReturn
 
@@ -64,6 +65,8 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(_inline_recipe(args[1:]) if verb == "train" else args[1:])
     try:
         _call(verb, function, parser, options)
+    except subprocess.CalledProcessError as error:  # a process that the verb started; it has said why
+        return max(1, error.returncode)
     except KeyboardInterrupt:
         print(f"dit-hf {verb}: interrupted", file=sys.stderr)
         return 130

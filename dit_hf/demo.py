@@ -40,7 +40,7 @@ CAPTIONS = (
 
 NEXT = """The same for CelebA, with the pictures in img_align_celeba (a GPU helps):
   dit-hf prepare-latents --source img_align_celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
-  accelerate launch --config_file accelerate_config.yaml scripts/train.py --config recipes/celeba-l1.yaml
+  dit-hf train --config recipes/celeba-l1.yaml
   python -c "import dit_hf; from diffusers import DiffusionPipeline as P; \
 P.from_pretrained('runs/celeba-l1/pipeline')().images[0].save('face.png')\""""
 
@@ -101,8 +101,8 @@ def draw_sheets(run: Path) -> None:
     captions = ["\n".join(_words(row)) for row in asked]
     left = draw_sheet(faces, 8, captions, "asked for these attributes, among others", min_side=96)
     right = draw_sheet(free, 2, ["\n\n"] * len(free), "asked for nothing", min_side=96)
-    _save(beside(left, right), run / "sheet.png")
     _save(_denoising(pipeline, asked[:8]), run / "denoising.png")
+    _save(beside(left, right), run / "sheet.png")  # last: where it is, the demo is finished
 
 
 def _recipe(run: Path, latents: Path, seed: int) -> Config:

@@ -20,7 +20,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
     A folder that already stands at `final` stays until then; what an interrupted call left beside it is removed.
     """
-    final = Path(final)
+    final = Path(final).absolute()
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -128,7 +128,7 @@ def open_rows(
         raise ValueError(f"split={split!r}: {source} does not come divided into splits")
     if source == AVATARS:
         size = max(geometry.resolution) if geometry.resolution else 64
-        processes = min(len(os.sched_getaffinity(0)), 1 + (num_images or DEFAULT_NUM_AVATARS) // 200)
+        processes = min(available_cpus(), 1 + (num_images or DEFAULT_NUM_AVATARS) // 200)
         rows = open_avatars(num_images or DEFAULT_NUM_AVATARS, size, seed, num_proc=processes)
         return rows.cast_column("image", Image(decode=False)), geometry
     return _open_folder(Path(source), num_images), geometry
@@ -144,7 +144,7 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
     try:
         with PILImage.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
             return geometry.fit(image)
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+    except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
         raise ValueError(f"{row['id']}: {error}") from error
 
 
@@ -173,6 +173,11 @@ def _open_folder(folder: Path, num_images: int | None) -> Dataset:
         },
         features=Features({"id": Value("string"), "image": Image(decode=False)}),
     )
+
+
+def available_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_held_out(image_id: str, share: float = 0.02) -> bool:

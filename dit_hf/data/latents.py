@@ -99,6 +99,8 @@ def load_vae(name: str, device: str | torch.device | None = None) -> Autoencoder
         raise ValueError(
             f"vae {name}: no AutoencoderKL there; give a Hub id (needs the network once), a folder, or 'avatar'"
         ) from error
+    # The config is saved with every cache and pipeline, where it must not tell how this machine names its folders.
+    vae.register_to_config(_name_or_path=Path(name).name if Path(name).exists() else name)
     return vae.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

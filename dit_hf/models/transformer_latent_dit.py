@@ -180,7 +180,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | float,
         condition_ids: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
@@ -211,6 +211,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         hidden_states = hidden_states + self._positions(rows, columns, hidden_states)
 
         # 2. What the blocks are modulated by.
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
         timestep = timestep.expand(batch) if timestep.ndim == 0 or timestep.shape[0] == 1 else timestep
         temb = self.time_embedding(self.time_proj(timestep).to(self.time_embedding.linear_1.weight.dtype))
         if self.condition_embedding is not None:

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 
-AttributeValue = bool | int | str
+AttributeValue = bool | int | str | None
 Attributes = Mapping[str, AttributeValue]
 
 
@@ -165,7 +165,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         ids = self.transformer.null_condition_ids.cpu().repeat(len(rows), 1)
         names = list(conditions)
         for row, wanted in enumerate(rows):
-            for name, value in wanted.items():
+            for name, value in (wanted or {}).items():
                 if name not in conditions:
                     known = ", ".join(names) or "none, this model is unconditional"
                     raise ValueError(f"attribute {name!r} is unknown; known are {known}")
@@ -193,6 +193,10 @@ class LatentDiTPipeline(DiffusionPipeline):
             if isinstance(value, list) and len(value) == 2 and str(value[0]).startswith("dit_hf."):
                 index[name] = ["diffusers", value[1]]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for path in Path(save_directory).glob("*/config.json"):  # nor may a component tell where it was loaded from
+            config = json.loads(path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _check_inputs(
         self,
@@ -201,9 +205,12 @@ class LatentDiTPipeline(DiffusionPipeline):
         output_type: str,
         tensor_inputs: list[str],
     ) -> None:
+        rows = [attributes] if attributes is None or isinstance(attributes, Mapping) else attributes
+        if not isinstance(rows, list | tuple) or not all(row is None or isinstance(row, Mapping) for row in rows):
+            raise ValueError(f"attributes={attributes!r} must be a dict like {{'Smiling': True}}, or a list of dicts")
         if isinstance(attributes, Sequence) and batch_size not in (1, len(attributes)):
             raise ValueError(f"batch_size={batch_size}, but attributes has {len(attributes)} rows; leave one out")
-        if batch_size < 1 or attributes == []:
+        if batch_size < 1 or (attributes is not None and len(rows) == 0):
             raise ValueError("at least one image must be asked for")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; known are pil, np, pt, latent")
@@ -216,6 +223,8 @@ class LatentDiTPipeline(DiffusionPipeline):
             )
 
     def _value_id(self, name: str, value: AttributeValue, count: int) -> int:
+        if value is None:
+            return count  # the null value
         labels = self.config.condition_labels.get(name)
         if isinstance(value, str):
             if labels is None or value not in labels:

@@ -123,8 +123,9 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         low = position.floor()
         weight = position - low
         low, high = low.long(), position.ceil().long()
-        alpha = torch.lerp(self._alphas[low], self._alphas[high], weight)
-        sigma = torch.lerp(self._sigmas[low], self._sigmas[high], weight)
+        # `take`, because indexing by a tensor of no dimension would wait for its value.
+        alpha = torch.lerp(self._alphas.take(low), self._alphas.take(high), weight)
+        sigma = torch.lerp(self._sigmas.take(low), self._sigmas.take(high), weight)
         norm = torch.where(weight > 0, torch.hypot(alpha, sigma), torch.ones_like(alpha))
         return alpha / norm, sigma / norm
 
@@ -175,7 +176,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32)
         # The step is found by its timestep, so that a loop may begin anywhere; all on the device, nothing waits.
         schedule = torch.cat([self.timesteps.to(sample.device), timestep.new_full((1,), -1.0)])
-        previous = schedule[(schedule - timestep).abs().argmin() + 1]
+        previous = schedule.take((schedule - timestep).abs().argmin() + 1)
 
         # 1. The clean latent and the noise that the prediction stands for.
         alpha, sigma = self._broadcast_levels(timestep, sample)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.images import is_held_out, open_images
+from ..data.images import available_cpus, is_held_out, open_images
+from ..data.latents import MAX_LEFT_OUT
+from ..storage import new_folder
 
 KL_WEIGHT = 1e-4
 MSE_WEIGHT = 0.5
@@ -61,13 +62,15 @@ def train_autoencoder(
     folder = Path(output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
+    if max_train_steps < 1 or train_batch_size < 1:
+        raise ValueError("max_train_steps and train_batch_size must be at least 1")
     if resolution % 4:
         raise ValueError(f"resolution={resolution} must be divisible by 4")
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r} is unknown; known are no, bf16")
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = open_images(source, resolution, crop, num_images, seed=seed)
+    images = _readable(open_images(source, resolution, crop, num_images, seed=seed))
     held_out = [is_held_out(image_id) for image_id in images["id"]]
     train, held = (images.select([i for i, h in enumerate(held_out) if h is wanted]) for wanted in (False, True))
     if not len(held) or len(train) < train_batch_size:
@@ -77,9 +80,11 @@ def train_autoencoder(
     started = time.monotonic()
     ema = _fit(vae, train, device, settings)
     ema.copy_to(vae.parameters())
-    vae.half().save_pretrained(folder)
-    figures = {"psnr_db": psnr(vae.float(), held), "held_out": len(held), "seconds": round(time.monotonic() - started)}
-    (folder / "training.json").write_text(json.dumps({"settings": settings, **figures}, indent=2) + "\n")
+    seconds = round(time.monotonic() - started)
+    figures = {"psnr_db": psnr(vae.half().float(), held), "held_out": len(held), "seconds": seconds}
+    with new_folder(folder) as partial:
+        vae.half().save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps({"settings": settings, **figures}, indent=2) + "\n")
     print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(held)} held-out pictures")
     return vae
 
@@ -114,6 +119,21 @@ def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
     return torch.cat(values).mean().item()
 
 
+def _readable(images: Dataset) -> Dataset:
+    kept, broken = [], []
+    for row in range(len(images)):
+        try:
+            images[row]
+            kept.append(row)
+        except ValueError as error:
+            broken.append(str(error))
+    if len(broken) > MAX_LEFT_OUT * len(images):
+        raise ValueError(f"{len(broken)} of {len(images)} pictures cannot be read, more than 1 %: {broken[0]}")
+    for reason in broken:
+        print(f"left out: {reason}")
+    return images.select(kept) if broken else images
+
+
 def _fit(vae: AutoencoderKL, train: Dataset, device: torch.device, settings: dict) -> EMAModel:
     steps, batch_size = settings["max_train_steps"], settings["train_batch_size"]
     order = torch.Generator().manual_seed(settings["seed"])
@@ -123,7 +143,7 @@ def _fit(vae: AutoencoderKL, train: Dataset, device: torch.device, settings: dic
         shuffle=True,
         drop_last=True,
         generator=order,
-        num_workers=min(2, len(os.sched_getaffinity(0))),
+        num_workers=min(2, available_cpus()),
         persistent_workers=True,
         collate_fn=_collate,
     )

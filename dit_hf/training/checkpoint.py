@@ -25,7 +25,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     total_limit: int,
 ) -> Path:
-    """Write `checkpoint-<state["step"]>` into `run`, then remove all but the newest `total_limit`."""
+    """Write `checkpoint-<state["step"]>` into `run`, then keep no more than `total_limit`, the newest.
+
+    Checkpoints of later steps, left by a run that was gone back from, are removed first: `latest` must be this one.
+    """
     folder = run / f"checkpoint-{state['step']}"
     with new_folder(folder) as partial:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "transformer.safetensors")
@@ -33,8 +36,10 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial)
-    for old in list_checkpoints(run)[:-total_limit]:
-        shutil.rmtree(old)
+    standing = list_checkpoints(run)
+    newest = standing.index(folder) + 1
+    for superseded in standing[newest:] + standing[: max(0, newest - total_limit)]:
+        shutil.rmtree(superseded)
     return folder
 
 

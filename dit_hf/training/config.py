@@ -92,7 +92,7 @@ class OptimConfig:
         adam_beta2: Second moment.
         adam_epsilon: Added to the denominator.
         adam_weight_decay: Decoupled weight decay.
-        max_grad_norm: Gradients are clipped to this norm.
+        max_grad_norm: Gradients are clipped to this norm; 0 is no clipping.
         ema_decay: Of the moving average, reached by (1 + step) / (10 + step); 0 is no averaging.
     """
 
@@ -118,7 +118,8 @@ class TrainConfig:
         global_batch_size: Pictures a step, over all ranks and accumulation steps.
         gradient_accumulation_steps: Parts a rank's share of the batch is computed in.
         gradient_checkpointing: Less memory for about a third more time.
-        mixed_precision: `no`, `fp16` or `bf16`; null is what accelerate was configured with.
+        mixed_precision: `no`, `fp16` or `bf16`; null is what `accelerate launch` was configured with, and without it
+            fp16 on a CUDA GPU.
         seed: All randomness is a function of it, the step, and the position in the batch.
         resume_from_checkpoint: `latest`, or the name of a checkpoint in `output_dir`.
         checkpointing_steps: Steps between checkpoints.
@@ -181,6 +182,12 @@ class Config:
         for section, name in (("objective", "condition_dropout"), ("optim", "ema_decay"), ("optim", "lr_decay_ratio")):
             if not 0 <= getattr(getattr(self, section), name) <= 1:
                 raise ValueError(f"{section}.{name} must be between 0 and 1")
+        if self.train.num_inference_steps > self.objective.num_train_timesteps:
+            raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
+        if self.objective.snr_gamma is not None and self.objective.snr_gamma <= 0:
+            raise ValueError("objective.snr_gamma must be above 0, or null for no weighting")
+        if self.optim.max_grad_norm < 0:
+            raise ValueError("optim.max_grad_norm must be above 0, or 0 for no clipping")
         if self.objective.condition_dropout > 0.5:
             raise ValueError("objective.condition_dropout must be at most 0.5: it applies twice")
 
@@ -200,6 +207,8 @@ def recipe_path(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    if not name or str(Path(name).parent) not in (".", "recipes"):
+        raise FileNotFoundError(f"{name!r}: no such file")
     return shipped_file(f"recipes/{Path(name).with_suffix('.yaml').name}")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,10 +64,14 @@ class Trainer:
         self.config = config
         cpu = not torch.accelerator.is_available()
         PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
+        self.reader = LatentReader(config.data.latents, conditions=config.data.conditions)
         tracker, self.tracker_options = report.choose_tracker(config.train.report_to, _say_once)
+        precision = config.train.mixed_precision
+        if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
+            precision = "fp16"
         self.accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=config.train.mixed_precision,
+            mixed_precision=precision,
             log_with=tracker,
             project_config=ProjectConfiguration(logging_dir=config.train.output_dir),
             step_scheduler_with_optimizer=False,
@@ -80,7 +87,6 @@ class Trainer:
             )
         self.micro_batch_size = config.train.global_batch_size // parts
 
-        self.reader = LatentReader(config.data.latents, conditions=config.data.conditions)
         self.scheduler = CosineLatentScheduler(
             num_train_timesteps=config.objective.num_train_timesteps, prediction_type=config.objective.prediction_type
         )
@@ -122,7 +128,7 @@ class Trainer:
             else:
                 loss = self._backward(batch, draws[rows])
             total += loss / accumulation
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm or math.inf)
         # Read before the step: afterwards the scaler has forgotten whether this step overflowed.
         found_inf = self._found_inf()
         for group in self.optimizer.param_groups:
@@ -163,7 +169,7 @@ class Trainer:
                 self._save(run, done)
             clock += time.monotonic() - paused
         progress.close()
-        self._on_main(self._export, run, start == total)
+        self._on_main(self._export, run)
         accelerator.end_training()
 
     def pipeline(self) -> LatentDiTPipeline:
@@ -232,6 +238,8 @@ class Trainer:
     def _recipe(self) -> dict[str, Any]:
         recipe = self.config.decisive()
         recipe["data"] |= {"pictures": len(self.reader), "vae_sha256": self.reader.info["vae_sha256"]}
+        recipe["optim"] |= {"optimizer": self.optimizer_name}
+        recipe["train"] |= {"mixed_precision": self.accelerator.mixed_precision}
         return recipe
 
     def _resume(self, run: Path) -> tuple[int, torch.Tensor, int]:
@@ -242,6 +250,9 @@ class Trainer:
             return 0, torch.zeros((), device=self.device), 0
         state = checkpoint.read_state(folder)
         checkpoint.check_same_recipe(state["recipe"], self._recipe(), folder)
+        if state["step"] > self.config.train.max_train_steps:
+            steps = self.config.train.max_train_steps
+            raise ValueError(f"{folder} is already beyond train.max_train_steps={steps}; give a larger number")
         checkpoint.load_checkpoint(folder, self.transformer, self.ema.model, self.optimizer)
         if self.accelerator.scaler is not None and state["loss_scale"]:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
@@ -267,6 +278,11 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         loss = accelerator.reduce(self.loss_sum / self.loss_count, "mean").item()
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        if not math.isfinite(loss):
+            last = checkpoint.list_checkpoints(run)
+            raise ValueError(
+                f"the loss is {loss} at step {done}; the last checkpoint is {last[-1] if last else 'none'}"
+            )
         seconds = time.monotonic() - clock
         images_seen = done * config.train.global_batch_size
         row = {
@@ -293,9 +309,11 @@ class Trainer:
         simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
         self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
 
-    def _export(self, run: Path, only_missing: bool) -> None:
-        """Write what a finished run leaves: the last sheet, the curve, the pipeline and the card."""
-        sheet = f"samples/step-{self.config.train.max_train_steps}.png"
+    def _export(self, run: Path) -> None:
+        """Write what a finished run leaves; what was written of this very step before is left as it is."""
+        steps = self.config.train.max_train_steps
+        sheet, mark = f"samples/step-{steps}.png", run / "export.json"
+        only_missing = mark.is_file() and json.loads(mark.read_text())["step"] == steps
         exports: dict[str, Callable[[], None]] = {
             sheet: lambda: self.draw_samples(run / sheet),
             "loss_curve.png": lambda: report.draw_loss_curve(run),
@@ -305,6 +323,7 @@ class Trainer:
         for name, write in exports.items():
             if not (only_missing and (run / name).exists()):
                 write()
+        write_text(mark, json.dumps({"step": steps}) + "\n")
 
     def _save_pipeline(self, folder: Path) -> None:
         pipeline = self.pipeline()

@@ -72,9 +72,13 @@ def choose_tracker(report_to: str, say: Any) -> tuple[str | None, dict[str, Any]
         return report_to, {}
     import wandb
 
-    if wandb.login(prompt=False):
+    try:
+        reason = None if wandb.login(prompt=False) else "no wandb login"
+    except wandb.Error as error:
+        reason = f"wandb: {str(error).splitlines()[0]}"
+    if reason is None:
         return report_to, {}
-    say("no wandb login: the run is logged offline (upload it later with `wandb sync`)")
+    say(f"{reason}: the run is logged offline (upload it later with `wandb sync`)")
     return report_to, {"mode": "offline"}
 
 

@@ -129,6 +129,7 @@ def test_one_timestep_for_all_and_fractions():
     model = tiny_transformer()
     hidden_states, _ = inputs()
     each = model(hidden_states, torch.full((3,), 7.5)).sample
+    assert torch.equal(model(hidden_states, 7.5).sample, each)
     assert torch.equal(model(hidden_states, torch.tensor(7.5)).sample, each)
     assert not torch.equal(model(hidden_states, torch.tensor(7.0)).sample, each)
 

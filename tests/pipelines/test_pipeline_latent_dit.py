@@ -44,7 +44,7 @@ def test_a_generator_an_image_makes_batches_irrelevant():
 def test_attributes_in_all_their_spellings():
     pipeline = tiny_pipeline()
     assert pipeline.encode_attributes(None, 2).tolist() == [[2, 3], [2, 3]]
-    rows = [{"Smiling": True, "class": "dog"}, {"class": 2}, {"Smiling": False}, {}]
+    rows = [{"Smiling": True, "class": "dog"}, {"class": 2, "Smiling": None}, {"Smiling": False}, {}]
     assert pipeline.encode_attributes(rows).tolist() == [[1, 1], [2, 2], [0, 3], [2, 3]]
     assert len(run(pipeline, rows)) == 4
     assert len(run(pipeline, {"Smiling": True}, batch_size=2, num_images_per_prompt=2)) == 4
@@ -168,6 +168,8 @@ def test_stock_scheduler_and_half_precision():
         ({"attributes": {"class": 3}}, "between 0 and 2"),
         ({"attributes": [{}, {}], "batch_size": 3}, "2 rows"),
         ({"attributes": []}, "at least one"),
+        ({"attributes": "Smiling"}, "must be a dict like"),
+        ({"attributes": ["Smiling"]}, "must be a dict like"),
         ({"batch_size": 0}, "at least one"),
         ({"latents": torch.zeros(2, 4, 8, 8)}, r"expected \[1, 4"),
         ({"output_type": "jpg"}, "known are pil"),

@@ -38,6 +38,14 @@ def test_the_oldest_go_and_the_order_is_of_numbers(tmp_path):
     assert find_checkpoint(tmp_path / "nothing", "latest") is None
 
 
+def test_going_back_to_an_earlier_one_drops_what_came_after(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, limit=3)
+    save(tmp_path, 15, limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-15"
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
     save(tmp_path, 1)
     weights = save(tmp_path, 2) / "ema.safetensors"

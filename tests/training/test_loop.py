@@ -97,6 +97,35 @@ def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_expo
     assert (run / "training_log.csv").read_text() == log
 
 
+def test_a_run_made_longer_exports_anew_and_one_made_shorter_is_refused(config):
+    train(config)
+    longer = changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"})
+    run = train(longer)
+    assert "| steps | 10 |" in (run / "README.md").read_text()
+    ema = load_file(run / "checkpoint-10" / "ema.safetensors")
+    transformer = DiffusionPipeline.from_pretrained(run / "pipeline").transformer
+    assert all(torch.equal(value, ema[name]) for name, value in transformer.state_dict().items())
+    with pytest.raises(ValueError, match="already beyond"):
+        train(changed(config, train={"resume_from_checkpoint": "latest"}))
+    assert "max_train_steps: 10" in (run / "config.yaml").read_text()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(config):
+    run = train(changed(config, train={"max_train_steps": 4}))
+    trainer = Trainer(changed(config, train={"resume_from_checkpoint": "latest"}))
+    trainer.std = trainer.std * float("nan")
+    with pytest.raises(ValueError, match=r"loss is nan at step 6; the last checkpoint is .*checkpoint-4"):
+        trainer.fit(run)
+    assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4"]
+
+
+def test_no_file_that_is_shared_names_a_folder_of_this_machine(config):
+    run = train(config)
+    for path in [run / "README.md", *(run / "pipeline").rglob("*.json"), *Path(config.data.latents).rglob("*.json")]:
+        if path.name != "latents.json":  # which says where the cache came from
+            assert str(run.parents[1]) not in path.read_text(), path
+
+
 def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
     runs = []
     for accumulation in (1, 4):
@@ -155,6 +184,9 @@ def test_loss_is_what_the_formulas_say(config):
         ({"data": {"latents": "nowhere"}}, ValueError, "no latent cache"),
         ({"train": {"logging_steps": 0}}, ValueError, "train.logging_steps must be at least 1"),
         ({"objective": {"condition_dropout": 0.7}}, ValueError, "at most 0.5"),
+        ({"objective": {"snr_gamma": 0.0}}, ValueError, "snr_gamma must be above 0"),
+        ({"train": {"num_inference_steps": 501}}, ValueError, "num_inference_steps"),
+        ({"optim": {"max_grad_norm": -1.0}}, ValueError, "max_grad_norm"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(config, sections, error, message):
@@ -204,8 +236,9 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_bits(config, tmp_pa
 def test_shipped_recipes_are_found_by_name():
     assert recipe_path("recipes/avatars.yaml").name == "avatars.yaml"
     assert recipe_path("celeba-l1").is_file()
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        recipe_path("nothing")
+    for name in ("nothing", "elsewhere/avatars.yaml", ""):
+        with pytest.raises(FileNotFoundError, match=name):
+            recipe_path(name)
 
 
 @pytest.mark.slow
