@@ -17,7 +17,7 @@ from PIL import Image
 from .data.images import AVATARS, open_rows
 from .data.latents import open_latents, prepare_latents
 from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
-from .sheets import beside, draw_sheet
+from .sheets import beside, draw_sheet, save_sheet
 from .storage import write_text
 from .training.config import Config, recipe_path
 from .training.loop import Trainer
@@ -101,8 +101,8 @@ def draw_sheets(run: Path) -> None:
     captions = ["\n".join(_words(row)) for row in asked]
     left = draw_sheet(faces, 8, captions, "asked for these attributes, among others", min_side=96)
     right = draw_sheet(free, 2, ["\n\n"] * len(free), "asked for nothing", min_side=96)
-    _save(_denoising(pipeline, asked[:8]), run / "denoising.png")
-    _save(beside(left, right), run / "sheet.png")  # last: where it is, the demo is finished
+    save_sheet(_denoising(pipeline, asked[:8]), run / "denoising.png")
+    save_sheet(beside(left, right), run / "sheet.png")  # last: where it is, the demo is finished
 
 
 def _recipe(run: Path, latents: Path, seed: int) -> Config:
@@ -161,12 +161,6 @@ def _denoising(pipeline: LatentDiTPipeline, asked: list[Attributes]) -> Image.Im
     shown = [pipeline.decode_latents(stages[step]) for step in steps]
     images = [column[row] for row in range(len(asked)) for column in shown]
     return draw_sheet(images, len(steps), title="out of the noise, step by step", min_side=96)
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    partial = path.with_name(f".{path.name}")
-    sheet.save(partial, "png")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

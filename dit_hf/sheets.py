@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _PAPER, _GAP = "#22272e", "#ffffff", 6
@@ -40,6 +42,14 @@ def draw_sheet(
         if captions:
             pen.multiline_text((x + width / 2, y + height + 1), captions[index], _INK, font, "ma", 2, "center")
     return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Save as PNG in one step, so that nobody opens half a picture; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    sheet.save(partial, "png")
+    partial.replace(path)
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:

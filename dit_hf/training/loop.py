@@ -21,7 +21,7 @@ from ..data.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from ..sheets import draw_sheet
+from ..sheets import draw_sheet, save_sheet
 from ..storage import new_folder, write_text
 from . import checkpoint, report
 from .config import Config
@@ -195,10 +195,7 @@ class Trainer:
         images = self.pipeline()(rows, batch_size=count, latents=noise, num_inference_steps=steps, return_dict=False)[
             0
         ]
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        draw_sheet(images, columns=8, title=path.stem, min_side=96).save(partial, "png")
-        partial.replace(path)
+        save_sheet(draw_sheet(images, columns=8, title=path.stem, min_side=96), path)
 
     def _backward(self, batch: dict[str, Any], draws: Draws) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its mean loss, detached."""
