@@ -36,8 +36,6 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f"crop={self.crop!r} is unknown; known are {', '.join(CROPS)}")
-        if self.resolution is not None and min(self.resolution) < 1:
-            raise ValueError(f"resolution={self.resolution} must be positive")
 
     def fit(self, image: PILImage.Image) -> PILImage.Image:
         """Bring `image` into shape: EXIF orientation, RGB, crop, resize."""

@@ -182,21 +182,23 @@ class LatentDiTPipeline(DiffusionPipeline):
         latents = (latents.float() * std + mean).to(self.vae.dtype)
         return self.image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the index so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`."""
-        super().save_config(save_directory, **kwargs)
-        index_path = Path(save_directory) / self.config_name
-        index = json.loads(index_path.read_text())
+    def to_json_string(self) -> str:
+        """The index as JSON, so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`."""
+        index = json.loads(super().to_json_string())
         index["_class_name"] = type(self).__name__
         index.pop("_name_or_path", None)
         for name, value in index.items():
             if isinstance(value, list) and len(value) == 2 and str(value[0]).startswith("dit_hf."):
                 index[name] = ["diffusers", value[1]]
-        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for path in Path(save_directory).glob("*/config.json"):  # nor may a component tell where it was loaded from
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the index; the components, saved before it, are not to tell either where they were loaded from."""
+        for path in Path(save_directory).glob("*/config.json"):
             config = json.loads(path.read_text())
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n")
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     def _check_inputs(
         self,

@@ -159,8 +159,8 @@ class Trainer:
             self.loss_sum, self.loss_count, done = self.loss_sum + loss, self.loss_count + 1, step + 1
             progress.update()
             if done % config.train.logging_steps == 0 or done == total:
-                speed = self._log(run, done, grad_norm, (done - stepped), clock, progress)
-                progress.set_postfix(loss=speed[0], images_per_s=speed[1])
+                loss_text, speed_text = self._log(run, done, grad_norm, done - stepped, clock)
+                progress.set_postfix(loss=loss_text, images_per_s=speed_text)
                 clock, stepped = time.monotonic(), done
             paused = time.monotonic()
             if config.train.sampling_steps and done % config.train.sampling_steps == 0:
@@ -192,9 +192,8 @@ class Trainer:
         count, steps = SHEET_SIZE, self.config.train.num_inference_steps
         noise = torch.randn((count, *self.reader.latent_shape), generator=torch.Generator().manual_seed(0))
         rows = self.reader.attributes(count)
-        images = self.pipeline()(rows, batch_size=count, latents=noise, num_inference_steps=steps, return_dict=False)[
-            0
-        ]
+        pipeline = self.pipeline()
+        (images,) = pipeline(rows, count, latents=noise, num_inference_steps=steps, return_dict=False)
         save_sheet(draw_sheet(images, columns=8, title=path.stem, min_side=96), path)
 
     def _backward(self, batch: dict[str, Any], draws: Draws) -> torch.Tensor:
@@ -268,9 +267,7 @@ class Trainer:
         parts = (self.transformer, self.ema.model, self.optimizer)
         self._on_main(checkpoint.save_checkpoint, run, state, *parts, limit)
 
-    def _log(
-        self, run: Path, done: int, grad_norm: torch.Tensor, steps: int, clock: float, progress: tqdm
-    ) -> tuple[str, str]:
+    def _log(self, run: Path, done: int, grad_norm: torch.Tensor, steps: int, clock: float) -> tuple[str, str]:
         """Write one row of the log; returns loss and speed as text."""
         config, accelerator = self.config, self.accelerator
         loss = accelerator.reduce(self.loss_sum / self.loss_count, "mean").item()
