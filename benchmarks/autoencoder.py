@@ -3,7 +3,7 @@
 import sys
 
 from dit_hf import open_images
-from dit_hf.data.latents import load_vae
+from dit_hf.data.vae import load_vae
 from dit_hf.training.autoencoder import psnr
 
 SEED, NUM_IMAGES = 4711, 500

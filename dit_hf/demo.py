@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from .data.images import AVATARS, open_rows
 from .data.latents import open_latents, prepare_latents
+from .data.sources import AVATARS, open_source
 from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
 from .sheets import beside, draw_sheet, save_sheet
 from .storage import write_text
@@ -38,8 +38,8 @@ CAPTIONS = (
     (2, "Gray_Hair", "gray hair"),
 )
 
-NEXT = """The same for CelebA, with the pictures in img_align_celeba (a GPU helps):
-  dit-hf prepare-latents --source img_align_celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
+NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU helps):
+  dit-hf prepare-latents --source celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
   dit-hf train --config recipes/celeba-l1.yaml
   python -c "import dit_hf; from diffusers import DiffusionPipeline as P; \
 P.from_pretrained('runs/celeba-l1/pipeline')().images[0].save('face.png')\""""
@@ -91,7 +91,7 @@ def draw_sheets(run: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     _, info = open_latents(run / "latents")
     # What is asked for are the attributes of avatars that were never trained on.
-    unseen, _ = open_rows(AVATARS, 64, "center", SHEET_SIZE, None, info["settings"]["seed"] + 1)
+    unseen = open_source(AVATARS, num_images=SHEET_SIZE, seed=info["settings"]["seed"] + 1).rows
     asked: list[Attributes] = [
         {name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")
     ]

@@ -20,19 +20,30 @@ def new_folder(final: Path) -> Iterator[Path]:
 
     A folder that already stands at `final` stays until then; what an interrupted call left beside it is removed.
     """
-    final = Path(final).absolute()
-    partial = final.with_name(f".{final.name}.partial")
+    partial = partial_folder(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    put_in_place(partial, final)
+
+
+def partial_folder(final: Path) -> Path:
+    """The folder beside `final` in which it is written."""
+    final = Path(final).absolute()
+    return final.with_name(f".{final.name}.partial")
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Sync everything in `partial` and rename it to `final`, whose old content goes after the new one stands."""
+    final = Path(final).absolute()
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync(path)
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -40,16 +51,16 @@ def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` in one step."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
 
 
-def write_manifest(folder: Path, name: str = MANIFEST, **facts: Any) -> None:
-    """Write `facts` and the size and SHA-256 of every file of `folder` to its file `name`."""
+def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, **facts: Any) -> None:
+    """Write `facts`, and size and SHA-256 of every file of `folder` but those in its subfolder `skip`, as `name`."""
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.relative_to(folder).parts[0] not in (name, skip)
     }
     write_text(folder / name, json.dumps({**facts, "files": files}, indent=2) + "\n")
 
@@ -79,7 +90,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

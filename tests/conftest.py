@@ -88,3 +88,7 @@ def config(latents, tmp_path) -> Config:
             report_to="none",
         ),
     )
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="How often the slow tests kill a build or a run.")

@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+import numpy as np
+from datasets import Dataset
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
-from .avatars import open_avatars
+from .sources import DEFAULT_AVATAR_SIZE, open_source
 
-AVATARS = "avatars"
 CROPS = ("celeba-178", "celeba-140", "center", "none")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-DEFAULT_NUM_AVATARS = 8000
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Geometry:
 
     def fit(self, image: PILImage.Image) -> PILImage.Image:
         """Bring `image` into shape: EXIF orientation, RGB, crop, resize."""
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = _as_rgb(ImageOps.exif_transpose(image))
         box = self._box(image.width, image.height)
         if self.resolution is None:
             return image.crop(box)
@@ -88,48 +85,34 @@ def open_images(
     num_images: int | None = None,
     split: str | None = None,
     seed: int = 0,
+    dataset_config_name: str | None = None,
 ) -> Dataset:
     """Open the pictures of any source as a data set with `id`, `image` and one column a condition.
 
     Args:
-        source: a folder of pictures (with its subfolders), or `"avatars"`, the embedded data set.
+        source: `"avatars"`, the embedded data set; a folder of pictures (CelebA with its lists, CelebA-HQ, subfolders
+            that are classes or splits, `metadata.csv` or `metadata.jsonl`, or just pictures); a parquet or webdataset
+            file or a folder of them, or one of `save_to_disk`; or the id of a data set on the Hub.
         resolution: `N`, `"HxW"` or `(H, W)` in pixels; None keeps each picture's own size (avatars: 64).
         crop: `"celeba-178"`, `"celeba-140"`, `"center"` or `"none"`, see [`Geometry`].
         num_images: how many pictures; None is all (avatars: 8,000).
         split: `"train"`, `"validation"` or `"test"`, for sources that come divided.
-        seed: which avatars; pictures of a folder are always in the order of their names.
+        seed: which avatars; other pictures are always in the order of their names, or of their rows.
+        dataset_config_name: which configuration of a data set on the Hub.
 
     Returns:
-        A data set whose `image` is decoded, cropped and resized to an RGB `PIL.Image` when a row is read.
+        A data set whose `image` is decoded, cropped and resized to an RGB `PIL.Image` when a row is read, with `id`,
+        `split` where the source comes divided, and one column a condition: attributes as int8 (1 is yes), classes as
+        `ClassLabel`.
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no picture.
         ValueError: for an unknown crop, size or split, or (on reading a row) a picture that cannot be decoded.
     """
-    rows, geometry = open_rows(source, resolution, crop, num_images, split, seed)
-    return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
-
-
-def open_rows(
-    source: str,
-    resolution: int | str | tuple[int, int] | None,
-    crop: str,
-    num_images: int | None,
-    split: str | None,
-    seed: int,
-) -> tuple[Dataset, Geometry]:
-    """What [`open_images`] stands on: the rows with undecoded pictures, and the geometry to decode them into."""
     geometry = Geometry(parse_resolution(resolution), crop)
-    if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images={num_images} must be at least 1")
-    if split is not None:
-        raise ValueError(f"split={split!r}: {source} does not come divided into splits")
-    if source == AVATARS:
-        size = max(geometry.resolution) if geometry.resolution else 64
-        processes = min(available_cpus(), 1 + (num_images or DEFAULT_NUM_AVATARS) // 200)
-        rows = open_avatars(num_images or DEFAULT_NUM_AVATARS, size, seed, num_proc=processes)
-        return rows.cast_column("image", Image(decode=False)), geometry
-    return _open_folder(Path(source), num_images), geometry
+    avatar_size = max(geometry.resolution or (DEFAULT_AVATAR_SIZE,))
+    rows = open_source(source, dataset_config_name, split, num_images, seed, avatar_size).rows
+    return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
 
 
 def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
@@ -138,12 +121,41 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
     Raises:
         ValueError: if the picture is broken or too small for the crop, with its name and the reason.
     """
-    stored = row["image"]
+    stored = row["image"] or {}
     try:
-        with PILImage.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
+        data = stored.get("bytes")
+        if data is None and stored.get("path"):
+            data = Path(stored["path"]).read_bytes()
+        if not data:
+            raise ValueError("no picture" if data is None else "an empty file")
+        with PILImage.open(io.BytesIO(data)) as image:
             return geometry.fit(image)
     except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
-        raise ValueError(f"{row['id']}: {error}") from error
+        raise ValueError(f"{row['id']}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong with a picture, without the path of a file, which differs from machine to machine."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _as_rgb(image: PILImage.Image) -> PILImage.Image:
+    """RGB of 8 bits: of 16 bits the upper 8, what is transparent on white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("32-bit pixels")
+        return PILImage.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]:
@@ -155,27 +167,6 @@ def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]
         for name, stored in zip(names, batch["image"], strict=True)
     ]
     return {**batch, "image": images}
-
-
-def _open_folder(folder: Path, num_images: int | None) -> Dataset:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"source {folder}: no such folder (and not {AVATARS!r}, the embedded data set)")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    if not paths:
-        raise FileNotFoundError(f"source {folder}: no pictures in it ({', '.join(EXTENSIONS)})")
-    paths = paths[:num_images]
-    return Dataset.from_dict(
-        {
-            "id": [path.relative_to(folder).as_posix() for path in paths],
-            "image": [{"bytes": None, "path": str(path.resolve())} for path in paths],
-        },
-        features=Features({"id": Value("string"), "image": Image(decode=False)}),
-    )
-
-
-def available_cpus() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_held_out(image_id: str, share: float = 0.02) -> bool:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
 import json
-from importlib.resources import files
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, List, Value, load_from_disk
-from diffusers import AutoencoderKL
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, load_from_disk
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from ..storage import new_folder, read_manifest, write_manifest
-from .images import AVATARS, Geometry, decode_image, is_held_out, open_rows
+from ..storage import partial_folder, put_in_place, read_manifest, write_manifest, write_text
+from .cache_card import draw_reconstructions, write_cache_card
+from .images import Geometry, parse_resolution
+from .shards import Job, ShardEncoder, cache_features, encode_in_processes, latent_columns, no_bars, plan_sizes
+from .sources import AVATARS, MAX_LEFT_OUT, Source, open_source
+from .vae import VAE, latent_shape, load_vae, weights_sha256
 
 INFO = "latents.json"
-FORMAT_VERSION = 1
-MAX_LEFT_OUT = 0.01
-BATCH_SIZE = 64
+FORMAT_VERSION = 2
 
 
 def prepare_latents(
@@ -33,45 +42,74 @@ def prepare_latents(
     flip: bool = False,
     num_images: int | None = None,
     seed: int = 0,
+    dataset_config_name: str | None = None,
+    num_proc: int = 1,
+    max_left_out: float = MAX_LEFT_OUT,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> Path:
-    """Encode the pictures of `source` into a latent cache at `output_dir`.
+    """Encode the pictures of any source into a latent cache; a build that was stopped goes on where it was.
+
+    Under `accelerate launch` or `torchrun` every rank encodes its part. The cache is the same however often the build
+    was stopped, and for any number of processes (as far as the VAE's kernels give the same bits with another number
+    of threads: Stable Diffusion's on a CPU differ by their rounding).
 
     Args:
-        output_dir: the cache's folder. If it holds the finished cache of the same settings, that is the result.
-        source: a folder of pictures, or `avatars`, the embedded data set.
-        vae: Hub id or folder of a diffusers `AutoencoderKL`, or `avatar`, the bundled one.
+        output_dir: the cache's folder. If it holds the finished cache of the same pictures, VAE and geometry, that is
+            the result.
+        source: a folder of pictures (CelebA with its lists, CelebA-HQ, subfolders that are classes or splits,
+            metadata.csv, ...), parquet or webdataset shards, a data set of the Hub (`OWNER/NAME`), or `avatars`.
+        vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder of a diffusers `AutoencoderKL`,
+            `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
         resolution: `N` or `HxW` pixels, divisible by what the VAE reduces a side by.
         crop: `celeba-178`, `celeba-140`, `center` or `none`.
-        split: only this part of a source that comes divided.
+        split: only this part (`train`, `validation` or `test`) of a source that comes divided.
         flip: also encode each picture mirrored (latents themselves are never mirrored).
         num_images: only so many pictures.
         seed: which avatars.
+        dataset_config_name: which configuration of a data set on the Hub.
+        num_proc: on a CPU, encode in so many processes.
+        max_left_out: the share of pictures that may be left out because they cannot be used; more stop the build.
+        push_to_hub: upload the finished cache as this data set (`OWNER/NAME`).
+        private: make that repository private if it is a new one.
 
     Returns:
         The folder, which `datasets.load_from_disk` opens: `id`, `split`, `latent_mean`, `latent_std` (fp16, channels
-        first, flattened), with `flip` also `latent_mean_flip` and `latent_std_flip`, and one column a condition.
+        first, flattened; std only where the VAE has a posterior), with `flip` also `latent_mean_flip` and
+        `latent_std_flip`, and one column a condition.
 
     Raises:
-        FileExistsError: if `output_dir` holds something else, or a cache of other settings (the difference is said).
-        ValueError: for options that do not fit, or if more than 1 % of the pictures cannot be read.
+        FileExistsError: if `output_dir` holds something else, or a cache of other pictures, VAE or geometry (the
+            difference is said).
+        ValueError: for options that do not fit, or if too many of the pictures cannot be used.
+        OSError: if the folder cannot be written or the disk is full.
     """
-    settings = {name: value for name, value in locals().items() if name != "output_dir"}
-    folder = Path(output_dir)
-    if _is_finished(folder, settings):
-        print(f"{folder} already holds these latents")
-        return folder
-    rows, geometry = open_rows(source, resolution, crop, num_images, split, seed)
-    encoder = _Encoder(load_vae(vae), geometry, flip)
-    with new_folder(folder) as partial:
-        cache = _encode(rows, encoder, settings, partial)
-        _write_left_out(encoder.left_out, partial)
-        encoder.vae.save_pretrained(partial / "vae")
-        info = _describe(cache, encoder, settings)
-        (partial / "README.md").write_text(_card(info), encoding="utf-8")
-        write_manifest(partial, INFO, **info)
-    counts = info["counts"]
-    print(f"{folder}: {counts['train']} training, {counts['validation']} validation, {counts['left_out']} left out")
-    return folder
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    if num_proc < 1 or (num_proc > 1 and (state.num_processes > 1 or state.device.type != "cpu")):
+        raise ValueError(f"num_proc={num_proc}: it is for CPUs and one rank; several GPUs want `accelerate launch`")
+    geometry = Geometry(parse_resolution(resolution), crop)
+    if geometry.resolution is None:
+        raise ValueError("resolution is needed: all latents of a cache have one shape")
+    final = Path(output_dir)
+    with state.main_process_first():  # who is first downloads or renders, the others find it
+        opened = open_source(source, dataset_config_name, split, num_images, seed, max(geometry.resolution))
+        model = load_vae(vae, state.device)
+    settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
+    settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
+    identity = _identity(opened, model, geometry, flip, settings)
+    finished = _is_finished(final, identity)
+    state.wait_for_everyone()
+    if not finished:
+        with _clear_errors(final):
+            _build(final, opened, model, identity, settings, num_proc, max_left_out, state)
+    if state.is_main_process:
+        counts = read_manifest(final, INFO)["counts"]
+        text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test pictures"
+        already = "already holds " if finished else ""
+        print(f"{final}: {already}{text}, {counts['left_out']} left out", flush=True)
+        if push_to_hub:
+            push_latents(final, push_to_hub, private)
+    return final
 
 
 def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
@@ -83,169 +121,260 @@ def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
     folder = Path(folder)
     if not (folder / INFO).is_file():
         raise ValueError(f"{folder} is no latent cache (no {INFO}); make one with dit-hf prepare-latents")
-    return load_from_disk(str(folder)), read_manifest(folder, INFO)
+    info = read_manifest(folder, INFO)
+    if info["identity"]["format"] != FORMAT_VERSION:
+        raise ValueError(f"{folder} is a latent cache of format {info['identity']['format']}, not {FORMAT_VERSION}")
+    return load_from_disk(str(folder)), info
 
 
-def load_vae(name: str, device: str | torch.device | None = None) -> AutoencoderKL:
-    """Load a VAE in float32 by Hub id or folder; `avatar` is the bundled one.
+def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload a cache as it is, with its card, to the data set `repo_id` on the Hub; returns its address.
 
     Raises:
-        ValueError: if it is not there, saying what to do.
+        ValueError: if the Hub does not take it, with its reason.
     """
-    path = str(files("dit_hf") / "assets" / "avatar_vae") if name == "avatar" else name
+    from huggingface_hub import HfApi
+
+    open_latents(folder)
+    api = HfApi()
     try:
-        vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"vae {name}: no AutoencoderKL there; give a Hub id (needs the network once), a folder, or 'avatar'"
-        ) from error
-    # The config is saved with every cache and pipeline, where it must not tell how this machine names its folders.
-    vae.register_to_config(_name_or_path=Path(name).name if Path(name).exists() else name)
-    return vae.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        url = api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload a latent cache"
+        )
+    except Exception as error:  # no login, no network, no right: the Hub's client raises its own for each
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"push_to_hub {repo_id}: {reason} (the cache in {folder} is whole)") from error
+    print(f"{folder} is now {url}", flush=True)
+    return str(url)
 
 
-class _Encoder:
-    """Encodes batches of rows for `datasets.map`, sums up the statistics and notes what it leaves out."""
-
-    def __init__(self, vae: AutoencoderKL, geometry: Geometry, flip: bool):
-        self.vae, self.geometry, self.flip = vae, geometry, flip
-        if geometry.resolution is None:
-            raise ValueError("resolution is needed: all latents of a cache have one shape")
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        height, width = geometry.resolution
-        if height % factor or width % factor:
-            raise ValueError(f"resolution {height}x{width} is not divisible by {factor}, the VAE's reduction")
-        self.latent_shape = (vae.config.latent_channels, height // factor, width // factor)
-        self.left_out: list[tuple[str, str]] = []
-        self.sums = torch.zeros(3, self.latent_shape[0], dtype=torch.float64)
-        self.count = 0
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
-        images, kept = [], []
-        for index, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
-            try:
-                images.append(np.asarray(decode_image({"id": image_id, "image": image}, self.geometry)))
-                kept.append(index)
-            except ValueError as error:
-                self.left_out.append((image_id, str(error).removeprefix(f"{image_id}: ")))
-        columns: dict[str, Any] = {
-            name: [values[i] for i in kept] for name, values in batch.items() if name != "image"
-        }
-        columns.setdefault("split", ["validation" if is_held_out(i) else "train" for i in columns["id"]])
-        pixels = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-        columns |= self._encode(pixels)
-        if self.flip:
-            columns |= {f"{name}_flip": values for name, values in self._encode(pixels[:, :, ::-1]).items()}
-        return columns
-
-    @torch.no_grad()
-    def _encode(self, images: np.ndarray) -> dict[str, Any]:
-        if not len(images):
-            return {"latent_mean": [], "latent_std": []}
-        pixels = torch.from_numpy(images.copy()).to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = self.vae.encode(pixels).latent_dist
-        mean, std = posterior.mean.half(), posterior.std.half()
-        exact_mean, exact_std = mean.double(), std.double()
-        self.sums += torch.stack(
-            [exact_mean.sum((0, 2, 3)), exact_mean.square().sum((0, 2, 3)), exact_std.square().sum((0, 2, 3))]
-        ).cpu()
-        self.count += mean[:, 0].numel()
-        return {"latent_mean": mean.flatten(1).cpu().numpy(), "latent_std": std.flatten(1).cpu().numpy()}
-
-    def statistics(self) -> dict[str, list[float]]:
-        """Mean and standard deviation by channel of samples of the posteriors (law of total variance)."""
-        mean, mean_square, variance = self.sums / self.count
-        return {"mean": mean.tolist(), "std": (mean_square - mean.square() + variance).sqrt().tolist()}
-
-
-def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    if not (folder / INFO).is_file():
-        raise FileExistsError(f"output_dir {folder} holds something else; name a new folder")
-    before = read_manifest(folder, INFO)["settings"]
-    different = [f"{k}={before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v]
-    if different:
-        raise FileExistsError(f"output_dir {folder} holds a cache with {'; '.join(different)}; name a new folder")
-    return True
-
-
-def _encode(rows: Dataset, encoder: _Encoder, settings: dict[str, Any], partial: Path) -> Dataset:
-    size = int(np.prod(encoder.latent_shape))
-    names = ["latent_mean", "latent_std"]
-    names += [f"{name}_flip" for name in names] if encoder.flip else []
-    features = Features({"id": Value("string"), "split": Value("string")})
-    features |= {name: List(Value("float16"), length=size) for name in names}
-    features |= {name: feature for name, feature in rows.features.items() if name not in ("id", "image", "split")}
-    built = partial / "building"
-    built.mkdir()
-    cache = rows.map(
-        encoder,
-        batched=True,
-        batch_size=BATCH_SIZE,
-        remove_columns=rows.column_names,
-        features=Features(features),
-        cache_file_name=str(built / "latents.arrow"),
-        # A map function that holds a VAE hashes differently in every process, so the fingerprint is ours.
-        new_fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
-        desc="encoding",
-    )
-    if len(encoder.left_out) > MAX_LEFT_OUT * len(rows):
-        first = "; ".join(f"{image_id}: {reason}" for image_id, reason in encoder.left_out[:3])
-        raise ValueError(f"{len(encoder.left_out)} of {len(rows)} pictures cannot be read, more than 1 %: {first}")
-    cache.save_to_disk(str(partial))
-    del cache
-    for path in built.iterdir():
-        path.unlink()
-    built.rmdir()
-    return load_from_disk(str(partial))
-
-
-def _describe(cache: Dataset, encoder: _Encoder, settings: dict[str, Any]) -> dict[str, Any]:
-    splits = cache["split"]
-    conditions, labels = {}, {}
-    for name, feature in cache.features.items():
-        if isinstance(feature, ClassLabel):
-            conditions[name], labels[name] = feature.num_classes, feature.names
-        elif isinstance(feature, Value) and feature.dtype == "int8":
-            conditions[name] = max(2, 1 + max(cache[name]))
-    config = encoder.vae.config
-    weights = json.dumps({k: hashlib.sha256(v.cpu().numpy()).hexdigest() for k, v in encoder.vae.state_dict().items()})
+def _identity(source: Source, vae: VAE, geometry: Geometry, flip: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """What two builds must have in common to be the same cache; each value can be shown to a person."""
+    height, width = geometry.resolution or (0, 0)
     return {
-        "version": FORMAT_VERSION,
-        "settings": settings,
-        "latent_shape": list(encoder.latent_shape),
-        "conditions": conditions,
-        "condition_labels": labels,
-        "statistics": encoder.statistics(),
-        "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor or 0.0,
-        "vae_sha256": hashlib.sha256(weights.encode()).hexdigest(),
-        "counts": {
-            **{name: sum(split == name for split in splits) for name in ("train", "validation", "test")},
-            "left_out": len(encoder.left_out),
-        },
+        "format": FORMAT_VERSION,
+        "source": f"{source.name}, {len(source.rows)} pictures ({source.sha256[:12]})",
+        "vae": f"{settings['vae']} ({weights_sha256(vae)[:12]})",
+        "crop": geometry.crop,
+        "resolution": f"{height}x{width}",
+        "flip": flip,
     }
 
 
-def _write_left_out(left_out: list[tuple[str, str]], folder: Path) -> None:
-    with open(folder / "left_out.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("id", "reason"), *left_out])
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether `folder` holds this cache.
+
+    Raises:
+        FileExistsError: if it holds another one, or something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / INFO).is_file():
+        raise FileExistsError(
+            f"output_dir {folder} holds something else than a whole cache (no {INFO}); name a new folder"
+        )
+    _check_same(read_manifest(folder, INFO).get("identity", {}), identity, f"output_dir {folder} holds a cache")
+    return True
 
 
-def _card(info: dict[str, Any]) -> str:
-    settings, counts = info["settings"], info["counts"]
-    channels, height, width = info["latent_shape"]
-    return f"""# Latents of {settings["source"]}
+def _check_same(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    different = [f"{k} {before.get(k)}, now {v}" for k, v in now.items() if _content(before.get(k)) != _content(v)]
+    if different:
+        raise FileExistsError(f"{what} of {'; '.join(different)}; name a new folder")
 
-| | |
-|---|---|
-| pictures | {counts["train"]} train, {counts["validation"]} validation, {counts["test"]} test |
-| left out | {counts["left_out"]} (`left_out.csv` names each and says why) |
-| geometry | crop `{settings["crop"]}`, {settings["resolution"]} px{", mirrored too" if settings["flip"] else ""} |
-| VAE | `{settings["vae"]}` (a copy is in `vae/`) |
-| latents | {channels} x {height} x {width}, fp16, mean and standard deviation of the posterior |
-| conditions | {", ".join(info["conditions"]) or "none"} |
 
-Made by `dit-hf prepare-latents`; `datasets.load_from_disk` opens it. `{INFO}` has settings, statistics and hashes.
-"""
+def _content(value: Any) -> Any:
+    """What counts of a value of the identity: of `name (hash)` the hash, for one thing may be called by two names."""
+    return value.rpartition("(")[2] if isinstance(value, str) else value
+
+
+def _build(
+    final: Path,
+    source: Source,
+    vae: VAE,
+    identity: dict[str, Any],
+    settings: dict[str, Any],
+    num_proc: int,
+    max_left_out: float,
+    state: PartialState,
+) -> None:
+    """Encode what is not encoded yet, on all ranks, and put the whole in place."""
+    partial = partial_folder(final)
+    with _lock(partial) if state.is_main_process else contextlib.nullcontext():
+        if state.is_main_process:
+            _open_partial(partial, vae, identity)
+        state.wait_for_everyone()
+        job = _plan(partial, source, vae, identity)
+        whole = (partial / INFO).is_file()
+        shards = [] if whole else job.unfinished()
+        state.wait_for_everyone()  # all ranks have seen the same shards unfinished
+        _check_space(job, vae, shards)
+        left_out = _LeftOut(max_left_out, len(source.rows), source.left_out)
+        left_out.check()
+        done = job.num_rows - sum(len(job.rows_of(shard)) for shard in shards)
+        if done and state.is_main_process:
+            print(f"{final}: going on after {done} of {job.num_rows} pictures", flush=True)
+        mine = shards[state.process_index :: state.num_processes]
+        total = sum(len(job.rows_of(shard)) for shard in mine)
+        with tqdm(total=total, desc="encoding", unit="pictures", disable=not state.is_main_process) as progress:
+            if num_proc > 1:
+                encoded = encode_in_processes(job, source.rows, mine, num_proc, progress)
+            else:
+                encoded = ShardEncoder(job, source.rows, vae, progress.update).encode_shards(mine)
+            for shard in encoded:
+                left_out.add(job.notes(shard).left_out)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            if not whole:
+                _finish(job, source, vae, identity, settings, max_left_out)
+            shutil.rmtree(partial / "building")
+            put_in_place(partial, final)
+    state.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _lock(partial: Path) -> Iterator[None]:
+    """Keep other builds of the same cache out; the system lets go of it when this process dies."""
+    (partial / "building").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(partial / "building" / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"{partial} is being written by another process; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open_partial(partial: Path, vae: VAE, identity: dict[str, Any]) -> None:
+    """Begin a build, or check that the one that stands there is the same; what was half-written goes."""
+    begun, what = partial / "building" / "identity.json", f"{partial} holds an unfinished cache"
+    if (partial / INFO).is_file():  # all that was left to do was to put it in place
+        _check_same(read_manifest(partial, INFO)["identity"], identity, what)
+        return
+    if begun.is_file():
+        _check_same(json.loads(begun.read_text(encoding="utf-8")), identity, what)
+    for path in (partial / "building").iterdir():
+        if path.suffix not in (".json", "") or path.name.startswith("."):
+            path.unlink()
+    if not begun.is_file():
+        vae.save_pretrained(partial / "vae")
+        write_text(begun, json.dumps(identity))
+
+
+def _plan(partial: Path, source: Source, vae: VAE, identity: dict[str, Any]) -> Job:
+    height, width = (int(side) for side in identity["resolution"].split("x"))
+    shape = latent_shape(vae, (height, width))
+    batch_size, shard_size = plan_sizes(len(source.rows), (height, width))
+    divided = "split" in source.rows.column_names
+    return Job(
+        folder=partial,
+        geometry=Geometry((height, width), identity["crop"]),
+        latent_shape=shape,
+        flip=identity["flip"],
+        hold_out=not divided or "validation" not in set(source.rows["split"]),
+        features=cache_features(source.rows, vae, shape, identity["flip"]),
+        num_rows=len(source.rows),
+        batch_size=batch_size,
+        shard_size=shard_size,
+        sha256=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _check_space(job: Job, vae: VAE, shards: list[int]) -> None:
+    """Whether the shards fit the disk, before any work."""
+    bytes_a_row = 2 * math.prod(job.latent_shape) * len(latent_columns(vae, job.flip)) + 64
+    needed = bytes_a_row * sum(len(job.rows_of(shard)) for shard in shards)
+    free = shutil.disk_usage(job.folder).free
+    if needed > free:
+        raise OSError(f"the cache needs {needed / 1e9:.1f} GB more and {job.folder} has {free / 1e9:.1f} GB free")
+
+
+class _LeftOut:
+    """Counts what is left out and stops the build when it is more than `share` of everything."""
+
+    def __init__(self, share: float, num_rows: int, left_out: list[tuple[str, str]]):
+        self.share, self.total, self.left_out = share, num_rows + len(left_out), list(left_out)
+
+    def add(self, left_out: list[tuple[str, str]]) -> None:
+        self.left_out += left_out
+        self.check()
+
+    def check(self) -> None:
+        if len(self.left_out) > self.share * self.total:
+            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in self.left_out[:3])
+            raise ValueError(
+                f"{len(self.left_out)} of {self.total} pictures cannot be used, more than max_left_out="
+                f"{self.share:g} of them: {first}"
+            )
+
+
+def _finish(
+    job: Job, source: Source, vae: VAE, identity: dict[str, Any], settings: dict[str, Any], max_left_out: float
+) -> None:
+    """Write what belongs to the shards: the data set's own files, the list of what was left out, facts, card."""
+    notes = [job.notes(shard) for shard in range(job.num_shards)]
+    left_out = _LeftOut(max_left_out, job.num_rows, source.left_out)
+    left_out.add([(image_id, reason) for note in notes for image_id, reason in note.left_out])
+    with open(job.folder / "left_out.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "reason"), *left_out.left_out])
+    _write_index(job)
+    cache = load_from_disk(str(job.folder))
+    labels = {k: feature.names for k, feature in cache.features.items() if isinstance(feature, ClassLabel)}
+    names = [name for name in job.features if name not in ("id", "split", *latent_columns(vae, job.flip))]
+    splits = cache["split"][:]
+    info = {
+        "identity": identity,
+        "settings": settings,
+        "latent_shape": list(job.latent_shape),
+        "conditions": {name: len(labels[name]) if name in labels else 2 for name in names},
+        "condition_labels": labels,
+        "statistics": _statistics(notes),
+        "scaling_factor": vae.config.get("scaling_factor") or 1.0,
+        "shift_factor": vae.config.get("shift_factor") or 0.0,
+        "vae_sha256": weights_sha256(vae),
+        "counts": {name: splits.count(name) for name in ("train", "validation", "test")}
+        | {"left_out": len(left_out.left_out)},
+    }
+    info["psnr"] = draw_reconstructions(cache, source.rows, vae, job, job.folder / "reconstructions.png")
+    write_cache_card(job.folder, info, left_out.left_out)
+    write_manifest(job.folder, INFO, "building", **info)
+
+
+def _write_index(job: Job) -> None:
+    """The two files by which `load_from_disk` knows the shards: those of an empty data set, with the shards named."""
+    empty = job.folder / "building" / "index"
+    with no_bars():
+        Dataset.from_dict({name: [] for name in job.features}, job.features).save_to_disk(str(empty))
+    state = json.loads((empty / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": job.path(shard).name} for shard in range(job.num_shards)]
+    state["_fingerprint"] = job.sha256[:16]
+    write_text(job.folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
+    write_text(job.folder / "dataset_info.json", (empty / "dataset_info.json").read_text(encoding="utf-8"))
+    shutil.rmtree(empty)
+
+
+def _statistics(notes: list[Any]) -> dict[str, list[float]]:
+    """Mean and standard deviation by channel of samples of the posteriors (law of total variance)."""
+    sums = torch.tensor([note.sums for note in notes], dtype=torch.float64).sum(0)
+    mean, mean_square, variance = sums / sum(note.count for note in notes)
+    return {"mean": mean.tolist(), "std": (mean_square - mean.square() + variance).sqrt().tolist()}
+
+
+@contextlib.contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    """Errors of the disk and of memory in words that say what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of GPU memory at this resolution: {str(error).partition('.')[0]}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "make room and call again: what is finished is kept"
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            what = "name a folder that can be written"
+        else:
+            raise
+        raise OSError(f"output_dir {folder}: {os.strerror(error.errno)}; {what}") from error

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import torch
 
 from .latents import open_latents
 
@@ -35,15 +39,17 @@ class LatentReader:
         self.folder = str(folder)
         self.conditions = {name: known[name] for name in names}
         self.latent_shape = tuple(self.info["latent_shape"])
+        self.columns = [name for name in ("latent_mean", "latent_std") if name in dataset.column_names]
         self.has_flip = "latent_mean_flip" in dataset.column_names
-        table = dataset.data.table
-        self.indices = np.flatnonzero(table.column("split").to_numpy() == split)
+        self._table = dataset.data.table
+        self.indices = np.flatnonzero(pc.equal(self._table.column("split"), split).to_numpy())
         if not len(self.indices):
             raise ValueError(f"{folder} has no {split} pictures")
-        columns = [table.column(name).to_numpy().astype(np.int64) for name in names]
-        self._condition_ids = np.stack(columns, axis=1) if columns else np.zeros((len(table), 0), np.int64)
-        self._table = table
-        self._views: dict[str, list[np.ndarray]] = {}
+        # Classes are few: 16 bits a condition keep 40 attributes of ten million pictures below a gigabyte.
+        self._condition_ids = np.zeros((len(self._table), len(names)), np.int16)
+        for position, name in enumerate(names):
+            self._condition_ids[:, position] = self._table.column(name).to_numpy()
+        self._views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
         self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -65,8 +71,7 @@ class LatentReader:
 
     def read(self, column: str, rows: np.ndarray) -> np.ndarray:
         """The latents of `rows`, fp16 [len(rows), channels, height, width], copied out of the mapped file."""
-        views = self._column_views(column)
-        starts = np.cumsum([0, *(len(view) for view in views[:-1])])
+        starts, views = self._column_views(column)
         chunks = np.searchsorted(starts, rows, side="right") - 1
         out = np.empty((len(rows), *self.latent_shape), np.float16)
         flat = out.reshape(len(rows), int(np.prod(self.latent_shape)))
@@ -75,16 +80,16 @@ class LatentReader:
         return out
 
     def batch(self, seed: int, first: int, count: int, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Pictures `first` … `first + count - 1`: `latent_mean`, `latent_std` and int64 `condition_ids`.
+        """Pictures `first` … `first + count - 1`: `latent_mean`, perhaps `latent_std`, and int64 `condition_ids`.
 
         `flip` [count] says which pictures are read mirrored; without such columns it has no effect.
         """
         rows = self.rows(seed, first, count)
-        batch = {name: self.read(name, rows) for name in ("latent_mean", "latent_std")}
+        batch = {name: self.read(name, rows) for name in self.columns}
         if flip is not None and self.has_flip:
             for name, latents in batch.items():
                 latents[flip] = self.read(f"{name}_flip", rows[flip])
-        return {**batch, "condition_ids": self._condition_ids[rows]}
+        return {**batch, "condition_ids": self._condition_ids[rows].astype(np.int64)}
 
     def attributes(self, count: int) -> list[dict[str, int]] | None:
         """The conditions of the first `count` pictures in the order of the cache, as a pipeline takes them."""
@@ -99,14 +104,42 @@ class LatentReader:
             self._permutation = ((seed, epoch), order)
         return self._permutation[1]
 
-    def _column_views(self, column: str) -> list[np.ndarray]:
+    def _column_views(self, column: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """First row and zero-copy view [rows, values] of each chunk of a column of latents."""
         if column not in self._views:
+            chunks = [chunk for chunk in self._table.column(column).chunks if len(chunk)]
             size = int(np.prod(self.latent_shape))
-            chunks = self._table.column(column).chunks
-            self._views[column] = [
-                chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in chunks if len(chunk)
-            ]
+            views = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in chunks]
+            self._views[column] = np.cumsum([0, *map(len, views[:-1])]), views
         return self._views[column]
+
+
+class BatchPrefetcher:
+    """Batches on the device, with the next one read and pinned by a thread while the last one is worked on.
+
+    Args:
+        read: Reads the batch of a key (step, part), as arrays by name; a pure function.
+        device: Where the tensors go; copies to a GPU are asynchronous.
+    """
+
+    def __init__(self, read: Callable[[tuple[int, int]], dict[str, np.ndarray]], device: torch.device):
+        self.read, self.device = read, device
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._ahead: tuple[tuple[int, int], Future] | None = None
+
+    def get(self, key: tuple[int, int], following: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The batch of `key`; reading that of `following` begins."""
+        if self._ahead is not None and self._ahead[0] == key:
+            future = self._ahead[1]
+        else:
+            future = self._thread.submit(self._read_pinned, key)
+        batch = future.result()
+        self._ahead = following, self._thread.submit(self._read_pinned, following)
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _read_pinned(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        batch = {name: torch.from_numpy(values) for name, values in self.read(key).items()}
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.device.type == "cuda" else batch
 
 
 def _reopen(folder: str, indices: np.ndarray, conditions: list[str]) -> LatentReader:

@@ -30,7 +30,8 @@ class LatentDiTPipeline(DiffusionPipeline):
     Args:
         transformer: The denoiser.
         scheduler: A [`CosineLatentScheduler`] or any diffusers scheduler made with `from_config` of its config.
-        vae: Decodes the latents; None leaves `output_type="latent"`.
+        vae: An `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, which decodes the latents; None leaves
+            `output_type="latent"`.
         latents_mean: Mean of the VAE's latents by channel: the model works on `(latents - mean) / std`. None is the
             VAE's `shift_factor`, or 0.
         latents_std: Their standard deviation by channel; None is `1 / scaling_factor` of the VAE.
@@ -68,7 +69,8 @@ class LatentDiTPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             condition_labels=condition_labels or {},
         )
-        blocks = getattr(getattr(vae, "config", None), "block_out_channels", [0])
+        config = getattr(vae, "config", {})
+        blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels") or [0]
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(blocks) - 1))
 
     @torch.no_grad()

@@ -16,8 +16,8 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.images import available_cpus, is_held_out, open_images
-from ..data.latents import MAX_LEFT_OUT
+from ..data.images import is_held_out, open_images
+from ..data.sources import MAX_LEFT_OUT, available_cpus
 from ..storage import new_folder
 
 KL_WEIGHT = 1e-4

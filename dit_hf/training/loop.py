@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
-from ..data.latents import load_vae
-from ..data.reader import LatentReader
+from ..data.reader import BatchPrefetcher, LatentReader
+from ..data.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
@@ -103,6 +104,7 @@ class Trainer:
         self.ema = EMA(self.transformer, config.optim.ema_decay)
         self.optimizer, self.optimizer_name = build_optimizer(self.transformer.parameters(), config.optim, self.device)
         self.model, self.prepared_optimizer = self.accelerator.prepare(self.transformer, self.optimizer)
+        self.batches = BatchPrefetcher(self._read, self.device)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in self._normalization())
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,18 +112,11 @@ class Trainer:
         config, batch_size = self.config, self.config.train.global_batch_size
         shape = (batch_size, *self.reader.latent_shape)
         draws = draw(config.objective, config.train.seed, step, shape, len(self.reader.conditions), self.device)
-        flips = draw_flips(config.train.seed, step, batch_size) if config.data.flip else None
         accumulation = config.train.gradient_accumulation_steps
         total = torch.zeros((), device=self.device)
         for part in range(accumulation):
-            first = (self.accelerator.process_index * accumulation + part) * self.micro_batch_size
-            rows = slice(first, first + self.micro_batch_size)
-            batch = self.reader.batch(
-                config.train.seed,
-                step * batch_size + first,
-                self.micro_batch_size,
-                None if flips is None else flips[rows],
-            )
+            following = (step, part + 1) if part + 1 < accumulation else (step + 1, 0)
+            batch, rows = self.batches.get((step, part), following), self._positions(part)
             if part < accumulation - 1:
                 with self.accelerator.no_sync(self.model):
                     loss = self._backward(batch, draws[rows])
@@ -196,12 +191,23 @@ class Trainer:
         (images,) = pipeline(rows, count, latents=noise, num_inference_steps=steps, return_dict=False)
         save_sheet(draw_sheet(images, columns=8, title=path.stem, min_side=96), path)
 
-    def _backward(self, batch: dict[str, Any], draws: Draws) -> torch.Tensor:
+    def _positions(self, part: int) -> slice:
+        """Where in the global batch this rank's micro-batch number `part` is."""
+        first = self.accelerator.process_index * self.config.train.gradient_accumulation_steps + part
+        return slice(first * self.micro_batch_size, (first + 1) * self.micro_batch_size)
+
+    def _read(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The micro-batch `key` (step, part) of this rank."""
+        (step, part), seed, batch_size = key, self.config.train.seed, self.config.train.global_batch_size
+        rows = self._positions(part)
+        flips = draw_flips(seed, step, batch_size)[rows] if self.config.data.flip else None
+        return self.reader.batch(seed, step * batch_size + rows.start, self.micro_batch_size, flips)
+
+    def _backward(self, tensors: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its mean loss, detached."""
         config = self.config
-        tensors = {name: self._to_device(torch.from_numpy(values)) for name, values in batch.items()}
         latents = tensors["latent_mean"].float()
-        if config.data.sample_posterior:
+        if config.data.sample_posterior and "latent_std" in tensors:
             latents = latents + tensors["latent_std"].float() * draws.posterior_noise
         clean = (latents - self.mean) / self.std
         nulls = self.transformer.null_condition_ids
@@ -213,11 +219,6 @@ class Trainer:
         loss = losses(prediction, target, weights, config.objective.loss).mean()
         self.accelerator.backward(loss / config.train.gradient_accumulation_steps)
         return loss.detach()
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":  # a copy from pinned memory does not make the step wait
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     def _found_inf(self) -> torch.Tensor | None:
         """1, on the device, where fp16's gradients overflowed and the step will be skipped; None without fp16."""
@@ -331,7 +332,7 @@ class Trainer:
             "name": run.name,
             "recipe": yaml.safe_dump(self._recipe(), sort_keys=False),
             "pictures": info["counts"]["train"],
-            "source": Path(info["settings"]["source"]).name,
+            "source": info["settings"]["source"],
             "steps": steps,
             "images_seen": steps * self.config.train.global_batch_size,
             "parameters": sum(p.numel() for p in self.transformer.parameters()),

@@ -1,10 +1,12 @@
 import pickle
+import threading
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_from_disk
 
-from dit_hf.data.reader import LatentReader
+from dit_hf.data.reader import BatchPrefetcher, LatentReader
 
 
 def test_reads_what_datasets_reads(latents):
@@ -68,3 +70,29 @@ def test_travels_to_another_process(latents):
 def test_a_split_that_is_empty_is_named(latents):
     with pytest.raises(ValueError, match="no test pictures"):
         LatentReader(latents, "test")
+
+
+def test_the_next_batch_is_read_while_the_last_is_worked_on():
+    read, begun = [], threading.Event()
+
+    def batch(key):
+        read.append(key)
+        if key == (1, 0):
+            begun.set()
+        return {"x": np.full(2, key[0])}
+
+    batches = BatchPrefetcher(batch, torch.device("cpu"))
+    assert batches.get((0, 0), (1, 0))["x"].tolist() == [0, 0]
+    assert begun.wait(10)  # nobody has asked for it yet
+    assert batches.get((1, 0), (2, 0))["x"].tolist() == [1, 1]
+    assert batches.get((7, 0), (8, 0))["x"].tolist() == [7, 7]  # another than was foretold
+    assert read[:2] == [(0, 0), (1, 0)]
+    assert read.count((1, 0)) == 1
+
+
+def test_an_error_of_the_thread_is_that_of_the_caller():
+    def fail(key):
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        BatchPrefetcher(fail, torch.device("cpu")).get((0, 0), (1, 0))

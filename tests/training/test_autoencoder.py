@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dit_hf import open_images
-from dit_hf.data.latents import load_vae
+from dit_hf.data.vae import load_vae
 from dit_hf.training.autoencoder import psnr, train_autoencoder
 
 

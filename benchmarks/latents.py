@@ -1,0 +1,201 @@
+"""Speed of the latent cache: building it beside the bare VAE, reading it beside other ways to keep latents.
+
+python benchmarks/latents.py [--json FILE]    (about ten minutes on 2 cores, 10 GB of disk below --scratch)
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Array3D, Dataset, Features, List, Value
+from diffusers import AutoencoderKL
+
+from dit_hf.data.avatars import choose_face, render_face
+from dit_hf.data.images import Geometry
+from dit_hf.data.latents import FORMAT_VERSION
+from dit_hf.data.reader import LatentReader
+from dit_hf.data.shards import Job, ShardEncoder, cache_features
+from dit_hf.data.sources import open_source
+from dit_hf.data.vae import encode, latent_shape, load_vae
+from dit_hf.storage import write_manifest
+
+SHAPE = (4, 32, 32)
+BATCH = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latents.json"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        result = {
+            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "build": {
+                "stable-diffusion-shaped VAE, 256 px": time_build(folder, sd_shaped_vae(), 256, 32, 8, 2),
+                "bundled VAE, 64 px": time_build(folder, load_vae("avatar"), 64, 2048, 64, 5),
+            },
+            "read": time_reads(folder),
+            "scale": look_at_scale(folder),
+        }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def sd_shaped_vae() -> AutoencoderKL:
+    """The architecture of Stable Diffusion's VAE with random weights, which take the same time."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks).eval()
+
+
+def time_build(folder: Path, vae: AutoencoderKL, size: int, count: int, batch: int, rounds: int) -> dict:
+    """Pictures/s of decoding, encoding and writing shards from jpgs, and of the VAE alone on the same batches."""
+    pictures = folder / f"jpgs-{size}"
+    pictures.mkdir()
+    for i in range(count):
+        render_face(choose_face(0, i), size).save(pictures / f"{i:05}.jpg", quality=95)
+    rows = open_source(str(pictures)).rows
+    geometry, shape = Geometry((size, size), "center"), latent_shape(vae, (size, size))
+    features = cache_features(rows, vae, shape, flip=False)
+    vae = vae.to(memory_format=torch.channels_last)
+    built, bare = [], []
+    faces = [np.asarray(render_face(choose_face(0, i), size)) for i in range(count)]
+    pixels = torch.from_numpy(np.stack(faces))
+    for turn in range(rounds):
+        target = folder / f"built-{size}-{turn}"
+        (target / "building").mkdir(parents=True)
+        job = Job(target, geometry, shape, False, True, features, count, batch, max(batch, count // 4), "0" * 64)
+        started = time.perf_counter()
+        list(ShardEncoder(job, rows, vae).encode_shards(job.unfinished()))
+        built.append(count / (time.perf_counter() - started))
+        started = time.perf_counter()
+        for start in range(0, count, batch):
+            encode(vae, pixels[start : start + batch])
+        bare.append(count / (time.perf_counter() - started))
+        shutil.rmtree(target)
+    share = statistics.median(a / b for a, b in zip(built, bare, strict=True))
+    rates = {"built": statistics.median(built), "bare VAE": statistics.median(bare)}
+    return {
+        "pictures/s": {k: round(v, 3) for k, v in rates.items()},
+        "built / bare": round(share, 3),
+        "rounds": rounds,
+    }
+
+
+def random_latents(rows: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((rows, int(np.prod(SHAPE))), np.float32).astype(np.float16)
+
+
+def write_cache(folder: Path, rows: int) -> Path:
+    """A cache of random numbers in shards of 1,000 rows."""
+    latent = List(Value("float16"), length=int(np.prod(SHAPE)))
+    features = {"id": Value("string"), "split": Value("string"), "latent_mean": latent, "latent_std": latent}
+
+    def generate(shards: list[int]):
+        for shard in shards:
+            for i, latents in enumerate(random_latents(1000, shard)):
+                split = "validation" if i % 50 == 0 else "train"
+                yield {"id": f"{shard}-{i}", "split": split, "latent_mean": latents, "latent_std": latents}
+
+    made = Dataset.from_generator(
+        generate, Features(features), cache_dir=str(folder / "cache"), gen_kwargs={"shards": list(range(rows // 1000))}
+    )
+    target = folder / f"latents-{rows}"
+    made.save_to_disk(str(target), num_shards=max(1, rows // 1000))
+    shutil.rmtree(folder / "cache")
+    facts = {"identity": {"format": FORMAT_VERSION}, "latent_shape": SHAPE, "conditions": {}}
+    write_manifest(target, "latents.json", **facts)
+    return target
+
+
+def time_reads(folder: Path, rows: int = 10_000, rounds: int = 7) -> dict:
+    """Latents/s of random batches of 200 as one contiguous fp16 array, all ways interleaved, page cache warm."""
+    latents = np.concatenate([random_latents(1000, shard) for shard in range(rows // 1000)])
+    reader = LatentReader(write_cache(folder, rows))
+    ours = reader.read
+    torch_list = Dataset.load_from_disk(reader.folder).select_columns("latent_mean").with_format("torch")
+    arrays = Features({"latent": Array3D(SHAPE, "float16")})
+    in_memory = Dataset.from_dict({"latent": list(latents.reshape(-1, *SHAPE))}, arrays)
+    in_memory.save_to_disk(str(folder / "arrays"))
+    torch_array = Dataset.load_from_disk(str(folder / "arrays")).with_format("torch")
+    (folder / "npy").mkdir()
+    for i, latent in enumerate(latents):
+        np.save(folder / "npy" / f"{i}.npy", latent.reshape(SHAPE))
+    latents.tofile(folder / "latents.bin")
+    memmap = np.memmap(folder / "latents.bin", np.float16, "r", shape=(rows, latents.shape[1]))
+    ways = {
+        "dit_hf": lambda chosen: ours("latent_mean", chosen),
+        "datasets, torch format, Array3D": lambda chosen: torch_array[chosen]["latent"].half(),
+        "datasets, torch format, the cache's own List": lambda chosen: torch_list[chosen]["latent_mean"].half(),
+        "one .npy a picture": lambda chosen: np.stack([np.load(folder / "npy" / f"{i}.npy") for i in chosen]),
+        "one np.memmap": lambda chosen: np.ascontiguousarray(memmap[chosen]),
+    }
+    rng, rates = np.random.default_rng(0), {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        chosen = [rng.permutation(rows)[:BATCH] for _ in range(20)]
+        for name, read in ways.items():
+            started = time.perf_counter()
+            for batch in chosen:
+                got = read(batch)
+            if turn:  # the first round warms the page cache
+                rates[name].append(BATCH * len(chosen) / (time.perf_counter() - started))
+            assert np.array_equal(np.asarray(got).reshape(BATCH, -1), latents[chosen[-1]]), name
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "latents/s": {name: round(rate) for name, rate in medians.items()},
+        "dit_hf / other": {name: round(medians["dit_hf"] / rate, 2) for name, rate in medians.items()},
+        "rounds": rounds,
+    }
+
+
+LOOK = """
+import sys, time
+import numpy as np
+from dit_hf.data.reader import LatentReader
+
+def anonymous():
+    lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(lines["RssAnon"].split()[0]) / 1024
+
+before, started = anonymous(), time.perf_counter()
+reader = LatentReader(sys.argv[1])
+opened = time.perf_counter() - started
+for step in range(200):
+    reader.batch(0, step * 200, 200)
+print(len(reader), opened, before, anonymous())
+"""
+
+
+def look_at_scale(folder: Path, rows: int = 200_000) -> dict:
+    """Seconds to open a cache of 200,000 rows, and anonymous memory after 200 batches of 200, in a fresh process."""
+    cache = write_cache(folder, rows)
+    command = [sys.executable, "-c", LOOK, str(cache)]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    count, opened, before, after = (float(word) for word in line.split())
+    size = sum(path.stat().st_size for path in cache.glob("*.arrow"))
+    memory = {"RssAnon before, MiB": round(before), "RssAnon after 200 batches, MiB": round(after)}
+    return {
+        "rows": rows,
+        "training rows": count,
+        "GB": round(size / 1e9, 2),
+        "seconds to open": round(opened, 3),
+        **memory,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The diffusers VAEs that latents are made with: `AutoencoderKL`, `AutoencoderTiny` and `AutoencoderDC`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
+
+BUNDLED = "avatar"
+VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
+
+
+def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
+    """Load a VAE in float32 by Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder; `avatar` is the bundled one.
+
+    Raises:
+        ValueError: if it is not there, saying what to do, or of a kind that is not supported.
+    """
+    path, subfolder = (str(files("dit_hf") / "assets" / "avatar_vae"), None) if name == BUNDLED else (name, None)
+    if name.count("/") > 1 and not Path(name).exists() and not name.startswith(("/", ".", "~")):
+        owner, repository, subfolder = name.split("/", 2)
+        path = f"{owner}/{repository}"
+    try:
+        vae = AutoModel.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+    except Exception as error:  # a missing folder, no network, a damaged file: all raise their own
+        reason = str(error).partition("\n")[0].removesuffix(".")
+        raise ValueError(
+            f"vae {name}: no VAE could be loaded from there ({reason}); give a folder, 'avatar', or a Hub id "
+            "(which needs the network the first time)"
+        ) from error
+    if not isinstance(vae, VAE):
+        raise ValueError(f"vae {name}: {type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny, AutoencoderDC")
+    # The config is saved with every cache and pipeline, where it must not tell how this machine names its folders.
+    vae.register_to_config(_name_or_path=Path(name).name if Path(name).exists() else name)
+    return vae.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def has_posterior(vae: VAE) -> bool:
+    """Whether it encodes a picture as a distribution, of which the standard deviation is stored too."""
+    return isinstance(vae, AutoencoderKL)
+
+
+def latent_shape(vae: VAE, resolution: tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of pictures of `resolution` (height, width).
+
+    Raises:
+        ValueError: if the resolution is not divisible by what the VAE reduces a side by.
+    """
+    blocks = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
+    factor = 2 ** (len(blocks) - 1)
+    height, width = resolution
+    if height % factor or width % factor:
+        raise ValueError(f"resolution {height}x{width} is not divisible by {factor}, the VAE's reduction")
+    return vae.config.latent_channels, height // factor, width // factor
+
+
+@torch.no_grad()
+def encode(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latents of uint8 images [batch, height, width, 3]: mean and, where there is a posterior, standard deviation.
+
+    They are the VAE's own values, neither shifted nor scaled, in fp16, [batch, channels, height, width].
+
+    Raises:
+        ValueError: if a latent does not fit fp16.
+    """
+    pixels = images.to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory, as they came
+    encoded = vae.encode(pixels)
+    if has_posterior(vae):
+        posterior = encoded.latent_dist
+        mean, std = posterior.mean.half(), posterior.std.half()
+    else:
+        mean, std = (encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latents).half(), None
+    if not torch.isfinite(mean).all():
+        raise ValueError("the VAE's latents are not finite, or beyond fp16's 65,504; they cannot be stored")
+    return mean, std
+
+
+@torch.no_grad()
+def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
+    """Images, uint8 [batch, height, width, 3], of the VAE's own latents [batch, channels, height, width]."""
+    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def weights_sha256(vae: VAE) -> str:
+    """SHA-256 of the weights, whatever the file they came from."""
+    hashes = {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
+        for name, tensor in vae.state_dict().items()
+    }
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
