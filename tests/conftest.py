@@ -3,7 +3,8 @@
 import os
 import tempfile
 
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dit_hf-tests-")
+_home = tempfile.TemporaryDirectory(prefix="dit_hf-tests-")
+os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
