@@ -1,10 +1,10 @@
 """Small real parts that the tests share; nothing here reaches a network or the user's caches."""
 
 import os
+import shutil
 import tempfile
 
-_home = tempfile.TemporaryDirectory(prefix="dit_hf-tests-")
-os.environ["HF_HOME"] = _home.name
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dit_hf-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -89,6 +89,10 @@ def config(latents, tmp_path) -> Config:
             report_to="none",
         ),
     )
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser) -> None:
