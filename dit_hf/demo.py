@@ -135,7 +135,7 @@ def _time_step(trainer: Trainer, dtype: torch.dtype | None) -> float:
         started, steps = time.monotonic(), 0
         while steps < TIMED_STEPS and time.monotonic() - started < 10:
             steps += 1
-            trainer.step(steps)[0].item()
+            trainer.step(steps).item()
     return (time.monotonic() - started) / steps
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 
@@ -97,3 +101,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(place: str) -> Iterator[None]:
+    """Errors of the disk while `place` is written, in words that say what to do.
+
+    Raises:
+        OSError: for a full disk, or a place that cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        known = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors tells
+        number = error.errno if isinstance(error, OSError) else int(known[1]) if known else None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "make room and call again: what is finished is kept"
+        elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            what = "name a folder that can be written"
+        else:
+            raise
+        raise OSError(f"{place}: {os.strerror(number)}; {what}") from error

@@ -69,11 +69,19 @@ def latents(tmp_path_factory, vae_folder) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def training_latents(tmp_path_factory, vae_folder) -> Path:
+    """Likewise of 200 avatars, some of them held out for validation."""
+    folder = tmp_path_factory.mktemp("training-cache") / "latents"
+    prepare_latents(str(folder), "avatars", str(vae_folder), "16", flip=True, num_images=200)
+    return folder
+
+
 @pytest.fixture
-def config(latents, tmp_path) -> Config:
+def config(training_latents, tmp_path) -> Config:
     """A run of 8 steps that takes a second."""
     return Config(
-        data=DataConfig(latents=str(latents)),
+        data=DataConfig(latents=str(training_latents)),
         model=ModelConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=12),
         objective=ObjectiveConfig(),
         optim=OptimConfig(learning_rate=1e-3, lr_warmup_steps=2, ema_decay=0.9),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,7 +19,7 @@ from datasets import ClassLabel, Dataset, load_from_disk
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..storage import partial_folder, put_in_place, read_manifest, write_manifest, write_text
+from ..storage import disk_errors, partial_folder, put_in_place, read_manifest, write_manifest, write_text
 from .cache_card import draw_reconstructions, write_cache_card
 from .images import Geometry, parse_resolution
 from .shards import Job, ShardEncoder, cache_features, encode_in_processes, latent_columns, no_bars, plan_sizes
@@ -100,7 +98,7 @@ def prepare_latents(
     finished = _is_finished(final, identity)
     state.wait_for_everyone()
     if not finished:
-        with _clear_errors(final):
+        with disk_errors(f"output_dir {final}"), _memory_errors():
             _build(final, opened, model, identity, settings, num_proc, max_left_out, state)
     if state.is_main_process:
         counts = read_manifest(final, INFO)["counts"]
@@ -289,7 +287,7 @@ def _check_space(job: Job, vae: VAE, shards: list[int]) -> None:
     needed = bytes_a_row * sum(len(job.rows_of(shard)) for shard in shards)
     free = shutil.disk_usage(job.folder).free
     if needed > free:
-        raise OSError(f"the cache needs {needed / 1e9:.1f} GB more and {job.folder} has {free / 1e9:.1f} GB free")
+        raise OSError(f"the cache needs {needed / 1e6:,.0f} MB more and {job.folder} has {free / 1e6:,.0f} MB free")
 
 
 class _LeftOut:
@@ -364,17 +362,9 @@ def _statistics(notes: list[Any]) -> dict[str, list[float]]:
 
 
 @contextlib.contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
-    """Errors of the disk and of memory in words that say what to do."""
+def _memory_errors() -> Iterator[None]:
+    """A GPU too small, in words."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of GPU memory at this resolution: {str(error).partition('.')[0]}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what = "make room and call again: what is finished is kept"
-        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            what = "name a folder that can be written"
-        else:
-            raise
-        raise OSError(f"output_dir {folder}: {os.strerror(error.errno)}; {what}") from error

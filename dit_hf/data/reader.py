@@ -89,7 +89,11 @@ class LatentReader:
         if flip is not None and self.has_flip:
             for name, latents in batch.items():
                 latents[flip] = self.read(f"{name}_flip", rows[flip])
-        return {**batch, "condition_ids": self._condition_ids[rows].astype(np.int64)}
+        return {**batch, "condition_ids": self.condition_ids(rows)}
+
+    def condition_ids(self, rows: np.ndarray) -> np.ndarray:
+        """The conditions of `rows`, int64 [len(rows), conditions]."""
+        return self._condition_ids[rows].astype(np.int64)
 
     def attributes(self, count: int) -> list[dict[str, int]] | None:
         """The conditions of the first `count` pictures in the order of the cache, as a pipeline takes them."""

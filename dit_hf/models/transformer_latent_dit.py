@@ -19,10 +19,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-# name: layers, heads, width of a head. Patches are 2 x 2 unless said otherwise.
+# Sizes by name; those with a patch size in the name are DiT's (table 1 of the paper).
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {"num_layers": 6, "num_attention_heads": 3, "attention_head_dim": 64},
-    "reference": {"num_layers": 10, "num_attention_heads": 8, "attention_head_dim": 96},
+    name: {"patch_size": 2, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
+    for name, layers, heads, head_dim in (
+        ("tiny", 6, 3, 64),
+        ("reference", 10, 8, 96),
+        ("S/2", 12, 6, 64),
+        ("B/2", 12, 12, 64),
+        ("L/2", 24, 16, 64),
+        ("XL/2", 28, 16, 72),
+    )
 }
 
 
@@ -38,6 +45,8 @@ class LatentDiTAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -51,7 +60,7 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = LatentDiTAttnProcessor
     _available_processors = [LatentDiTAttnProcessor]
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, qk_norm: str | None = None):
         super().__init__()
         self.heads = heads
         self.use_bias = True
@@ -59,6 +68,8 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else None
         AttentionModuleMixin.set_processor(self, LatentDiTAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -69,10 +80,10 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
 class LatentDiTTransformerBlock(nn.Module):
     """The DiT block with adaLN-Zero (Peebles & Xie, section 3.2 and figure 3)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, qk_norm: str | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = LatentDiTAttention(dim, heads)
+        self.attn = LatentDiTAttention(dim, heads, qk_norm)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = nn.Linear(dim, 6 * dim)
@@ -90,7 +101,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
 
     Args:
         sample_size: Height and width of the latents it is trained on, one number or two. Any size divisible by
-            `patch_size` can be passed to `forward`; positions are then stretched over the trained extent.
+            `patch_size` can be passed to `forward`; positions are then stretched over `position_base_size`.
         patch_size: Side of the square patches that become tokens.
         in_channels: Channels of the latents.
         out_channels: Channels of the output; None is `in_channels`, twice that is a learned sigma.
@@ -102,6 +113,10 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             empty dict is the unconditional model. Each has one value more, the highest, that means "not given".
         timestep_freq_shift: 0 for the timestep frequencies of facebookresearch/DiT, 1 for those of diffusers'
             `DiTTransformer2DModel`.
+        qk_norm: `rms_norm` normalises queries and keys head by head (https://arxiv.org/abs/2010.04245, with RMSNorm as
+            in https://arxiv.org/abs/2403.03206), which keeps attention logits small in half precision; None does not.
+        position_base_size: Height and width, in latents, of what positions are stretched over; None is `sample_size`.
+            A model that goes on from one of another resolution keeps that one's.
 
     Raises:
         ValueError: if the latents are not divisible by the patch, or the width is not divisible by 4.
@@ -126,6 +141,8 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         mlp_ratio: float = 4.0,
         conditions: dict[str, int] | None = None,
         timestep_freq_shift: float = 0.0,
+        qk_norm: str | None = None,
+        position_base_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -134,9 +151,13 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         dim = num_attention_heads * attention_head_dim
         if dim % 4:
             raise ValueError(f"the width {dim} (num_attention_heads * attention_head_dim) is not divisible by 4")
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm={qk_norm!r} is none of None, 'rms_norm'")
         self.out_channels = in_channels if out_channels is None else out_channels
         self.inner_dim = dim
-        self.base_grid = (height // patch_size, width // patch_size)
+        base = (height, width) if position_base_size is None else position_base_size
+        base_height, base_width = (base, base) if isinstance(base, int) else base
+        self.base_grid = (base_height / patch_size, base_width / patch_size)
 
         # 1. Patches, timestep and conditions to the width of the model.
         self.proj_in = nn.Linear(in_channels * patch_size**2, dim)
@@ -152,7 +173,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
 
         # 2. The blocks.
         self.transformer_blocks = nn.ModuleList(
-            LatentDiTTransformerBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)
+            LatentDiTTransformerBlock(dim, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
         )
 
         # 3. Back to patches.

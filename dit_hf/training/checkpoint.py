@@ -5,42 +5,143 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from ..storage import new_folder, read_manifest, write_manifest
+from ..storage import new_folder, read_manifest, write_manifest, write_text
+from .optimizer import EMA
 
+BEST = "best.json"
+FORMAT_VERSION = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class TrainingTensors:
+    """The large things of a run: weights, averages, and the optimizer's moments; the same on any number of ranks.
+
+    Args:
+        model: The transformer itself, replicated on every rank or sharded by FSDP2.
+        averages: By the name of their file.
+        optimizer: torch's, or apex's.
+    """
+
+    def __init__(self, model: nn.Module, averages: dict[str, EMA], optimizer: torch.optim.Optimizer):
+        self.model, self.averages, self.optimizer = model, averages, optimizer
+
+    def bytes(self) -> int:
+        """What a checkpoint of them takes, about."""
+        values = sum(parameter.numel() for parameter in self.model.parameters())
+        return 4 * values * (3 + len(self.averages))
+
+    def weights(self) -> dict[str, Any]:
+        """The model's weights, whole, on the CPU; on other ranks than the first perhaps nothing."""
+        return get_model_state_dict(self.model, options=_WHOLE)
+
+    def averaged_weights(self, name: str) -> dict[str, Any]:
+        """Likewise those of an average."""
+        with self.averages[name].swapped_in():
+            return {key: value.clone() for key, value in self.weights().items()}
+
+    def gather(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint holds by the name of its file; to be called on all ranks."""
+        contents: dict[str, Any] = {"transformer.safetensors": self.weights()}
+        contents |= {f"{name}.safetensors": self.averaged_weights(name) for name in self.averages}
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
+        moments = {f"{key}/{name}": x for key, state in optimizer["state"].items() for name, x in state.items()}
+        return {
+            **contents,
+            "optimizer.safetensors": moments,
+            "optimizer.json": {"param_groups": optimizer.get("param_groups", [])},
+        }
+
+    def load(self, folder: Path) -> None:
+        """Put what a checkpoint holds in place; to be called on all ranks."""
+        options = StateDictOptions(full_state_dict=True)
+        for name, average in self.averages.items():
+            with average.swapped_in():
+                set_model_state_dict(self.model, {**load_file(folder / f"{name}.safetensors")}, options=options)
+        set_model_state_dict(self.model, {**load_file(folder / "transformer.safetensors")}, options=options)
+        state: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            weight, _, name = key.rpartition("/")
+            state.setdefault(weight, {})[name] = value
+        optimizer = {"state": state, **json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))}
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+
+
+def check_space(run: Path, needed: int) -> None:
+    """Whether another checkpoint fits the disk, before any work.
+
+    Raises:
+        OSError: if not.
+    """
+    free = shutil.disk_usage(run).free
+    if needed > free:
+        raise OSError(
+            f"train.output_dir {run}: a checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        )
 
 
 def save_checkpoint(
-    run: Path,
-    state: dict[str, Any],
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    total_limit: int,
+    run: Path, state: dict[str, Any], contents: dict[str, dict[str, Any]], total_limit: int, best_limit: int
 ) -> Path:
-    """Write `checkpoint-<state["step"]>` into `run`, then keep no more than `total_limit`, the newest.
+    """Write `checkpoint-<state["step"]>` with `contents` into `run`, then remove those that have had their day.
 
-    Checkpoints of later steps, left by a run that was gone back from, are removed first: `latest` must be this one.
+    Kept are the newest `total_limit`, and the `best_limit` with the lowest `state["validation_loss"]`. Checkpoints of
+    later steps, left by a run that was gone back from, are removed too: `latest` must be this one.
+
+    Raises:
+        OSError: if it cannot be written; those before are whole.
     """
     folder = run / f"checkpoint-{state['step']}"
     with new_folder(folder) as partial:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "transformer.safetensors")
-        save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, partial / "ema.safetensors")
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for name, content in {**contents, "state.json": {"format": FORMAT_VERSION, **state}}.items():
+            if name.endswith(".safetensors"):
+                save_file({key: value.contiguous() for key, value in content.items()}, partial / name)
+            else:
+                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial)
     standing = list_checkpoints(run)
     newest = standing.index(folder) + 1
-    for superseded in standing[newest:] + standing[: max(0, newest - total_limit)]:
+    best = [run / entry["checkpoint"] for entry in _validated(standing[:newest])[:best_limit]]
+    for superseded in {*standing} - {*standing[max(0, newest - total_limit) : newest], *best}:
         shutil.rmtree(superseded)
+    write_best(run, best_limit)
     return folder
+
+
+def write_best(run: Path, limit: int) -> None:
+    """Write `best.json`: the `limit` best of the checkpoints that stand, with their validation losses."""
+    best = _validated(list_checkpoints(run))[:limit]
+    if best:
+        write_text(run / BEST, json.dumps({"metric": "validation_loss", "checkpoints": best}, indent=2) + "\n")
+
+
+def _validated(folders: list[Path]) -> list[dict[str, Any]]:
+    """What is known of the checkpoints that were validated, best first."""
+    entries = []
+    for folder in folders:
+        try:
+            state = read_state(folder)
+        except (OSError, ValueError):  # a damaged one is no good one; who resumes from it is told
+            continue
+        if state.get("validation_loss") is not None:
+            names = ("step", "validation_loss", "validation_loss_by_noise_level")
+            entries.append({"checkpoint": folder.name, **{name: state[name] for name in names}})
+    return sorted(entries, key=lambda entry: entry["validation_loss"])
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -49,10 +150,10 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def find_checkpoint(run: Path, name: str) -> Path | None:
+def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` names, checked by its hashes; None if `latest` finds none.
 
-    A damaged newest checkpoint is named, and the one before it used.
+    A damaged newest checkpoint is named through `say`, and the one before it used.
 
     Raises:
         ValueError: if a checkpoint asked for by name is missing or damaged, or all are damaged.
@@ -68,7 +169,7 @@ def find_checkpoint(run: Path, name: str) -> Path | None:
             problems.append(str(problem))
             continue
         if problems:
-            print(f"{problems[0]}; going on from {folder.name}")
+            say(f"{'; '.join(problems)}; going on from {folder.name}")
         return folder
     if problems:
         raise ValueError(f"no usable checkpoint: {'; '.join(problems)}")
@@ -76,15 +177,15 @@ def find_checkpoint(run: Path, name: str) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` was given."""
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """The state that `save_checkpoint` was given.
 
-
-def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, average and optimizer state of a checkpoint in place."""
-    model.load_state_dict(load_file(folder / "transformer.safetensors"))
-    ema.load_state_dict(load_file(folder / "ema.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    Raises:
+        ValueError: if another version of dit_hf wrote it.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{folder} was written by another version of dit_hf; begin a new run")
+    return state
 
 
 def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,26 +38,31 @@ class ModelConfig:
     """The transformer; sizes that are null come from the preset, channels and latent size from the cache.
 
     Args:
-        preset: Sizes by name: `tiny` or `reference`.
+        preset: Sizes by name: `tiny`, `reference`, `S/2`, `B/2`, `L/2` or `XL/2`.
         patch_size: Side of the patches in latents.
         num_layers: Blocks.
         num_attention_heads: Heads.
         attention_head_dim: Width of a head.
         mlp_ratio: Width of the feed-forward layers over the model's width.
+        qk_norm: `rms_norm` normalises queries and keys, which keeps attention stable in half precision.
+        init_from: A run's folder, a pipeline's folder or a Hub id whose weights training begins with. It may have
+            other conditions or another resolution; sizes, patches and what it predicts must be the same.
     """
 
     preset: str = "reference"
-    patch_size: int = 2
+    patch_size: int | None = None
     num_layers: int | None = None
     num_attention_heads: int | None = None
     attention_head_dim: int | None = None
     mlp_ratio: float = 4.0
+    qk_norm: Literal["rms_norm"] | None = None
+    init_from: str | None = None
 
     def sizes(self) -> dict[str, Any]:
         """Keywords for `LatentDiTTransformer2DModel`."""
         own = {name: getattr(self, name) for name in PRESETS[self.preset]}
         sizes = {name: PRESETS[self.preset][name] if value is None else value for name, value in own.items()}
-        return {**sizes, "patch_size": self.patch_size, "mlp_ratio": self.mlp_ratio}
+        return {**sizes, "mlp_ratio": self.mlp_ratio, "qk_norm": self.qk_norm}
 
 
 @dataclass
@@ -91,9 +97,11 @@ class OptimConfig:
         adam_beta1: First moment.
         adam_beta2: Second moment.
         adam_epsilon: Added to the denominator.
-        adam_weight_decay: Decoupled weight decay.
+        adam_weight_decay: Decoupled weight decay of the matrices; biases, gains and embeddings have none.
         max_grad_norm: Gradients are clipped to this norm; 0 is no clipping.
-        ema_decay: Of the moving average, reached by (1 + step) / (10 + step); 0 is no averaging.
+        ema_decay: Of the moving average, reached by (1 + step) / (10 + step); 0 is no averaging. These are the weights
+            that are validated, sampled and exported.
+        extra_ema_decays: Of further averages, which are validated and exported (as `ema-<decay>/`) beside that one.
     """
 
     learning_rate: float = 1e-4
@@ -106,6 +114,7 @@ class OptimConfig:
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
+    extra_ema_decays: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -122,8 +131,10 @@ class TrainConfig:
             fp16 on a CUDA GPU.
         seed: All randomness is a function of it, the step, and the position in the batch.
         resume_from_checkpoint: `latest`, or the name of a checkpoint in `output_dir`.
-        checkpointing_steps: Steps between checkpoints.
-        checkpoints_total_limit: How many are kept.
+        checkpointing_steps: Steps between checkpoints; the averaged weights are validated at each.
+        checkpoints_total_limit: How many of the newest are kept.
+        best_checkpoints_limit: How many of those with the lowest validation loss are kept beside them (`best.json`).
+        validation_images: Held-out pictures in the validation loss, each at ten noise levels; 0 is no validation.
         logging_steps: Steps between rows of `training_log.csv`.
         sampling_steps: Steps between sample sheets; 0 draws none.
         num_inference_steps: Of the sample sheets.
@@ -141,11 +152,33 @@ class TrainConfig:
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 5_000
     checkpoints_total_limit: int = 2
+    best_checkpoints_limit: int = 1
+    validation_images: int = 256
     logging_steps: int = 50
     sampling_steps: int = 5_000
     num_inference_steps: int = 25
     guidance_scale: float = 2.0
     report_to: Literal["wandb", "tensorboard", "none"] = "wandb"
+
+
+# What numbers may be: section, key, lowest and highest.
+_BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "model": dict.fromkeys(("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"), (1, math.inf)),
+    "objective": {
+        "num_train_timesteps": (1, math.inf),
+        "condition_dropout": (0, 0.5),  # it applies twice
+    },
+    "optim": {
+        **dict.fromkeys(("learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm"), (0, math.inf)),
+        **dict.fromkeys(("ema_decay", "extra_ema_decays", "lr_decay_ratio", "adam_beta1", "adam_beta2"), (0, 1)),
+    },
+    "train": {
+        **dict.fromkeys(("max_train_steps", "global_batch_size", "gradient_accumulation_steps"), (1, math.inf)),
+        **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "logging_steps"), (1, math.inf)),
+        **dict.fromkeys(("best_checkpoints_limit", "validation_images", "sampling_steps"), (0, math.inf)),
+        "num_inference_steps": (1, math.inf),
+    },
+}
 
 
 @dataclass
@@ -170,31 +203,23 @@ class Config:
         """
         if self.model.preset not in PRESETS:
             raise ValueError(f"model.preset={self.model.preset!r} is unknown; known are {', '.join(PRESETS)}")
-        positive = {
-            "train": ("max_train_steps", "global_batch_size", "gradient_accumulation_steps", "checkpointing_steps"),
-            "objective": ("num_train_timesteps",),
-        }
-        positive["train"] += ("checkpoints_total_limit", "logging_steps", "num_inference_steps")
-        for section, names in positive.items():
-            for name in names:
-                if getattr(getattr(self, section), name) < 1:
-                    raise ValueError(f"{section}.{name} must be at least 1")
-        for section, name in (("objective", "condition_dropout"), ("optim", "ema_decay"), ("optim", "lr_decay_ratio")):
-            if not 0 <= getattr(getattr(self, section), name) <= 1:
-                raise ValueError(f"{section}.{name} must be between 0 and 1")
-        if self.train.num_inference_steps > self.objective.num_train_timesteps:
-            raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
+        for section, bounds in _BOUNDS.items():
+            for name, (low, high) in bounds.items():
+                value = getattr(getattr(self, section), name)
+                for number in value if isinstance(value, list) else [value]:
+                    if number is not None and not low <= number <= high:
+                        between = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                        raise ValueError(f"{section}.{name}={number:g} must be {between}")
         if self.objective.snr_gamma is not None and self.objective.snr_gamma <= 0:
             raise ValueError("objective.snr_gamma must be above 0, or null for no weighting")
-        if self.optim.max_grad_norm < 0:
-            raise ValueError("optim.max_grad_norm must be above 0, or 0 for no clipping")
-        if self.objective.condition_dropout > 0.5:
-            raise ValueError("objective.condition_dropout must be at most 0.5: it applies twice")
+        if self.train.num_inference_steps > self.objective.num_train_timesteps:
+            raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
 
     def decisive(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: every key that decides what is learned, step by step."""
         decisive = dataclasses.asdict(self)
         decisive["data"].pop("latents")
+        decisive["model"].pop("init_from")
         decisive["train"] = {name: decisive["train"][name] for name in ("global_batch_size", "seed")}
         return decisive
 

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, PartialState, init_empty_weights
+from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
-from ..data.reader import BatchPrefetcher, LatentReader
-from ..data.vae import load_vae
+from ..data.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from ..sheets import draw_sheet, save_sheet
-from ..storage import new_folder, write_text
-from . import checkpoint, report
+from ..storage import disk_errors, write_text
+from . import checkpoint, export, report
 from .config import Config
-from .objective import Draws, draw, draw_flips, loss_weights, losses, training_target
-from .optimizer import EMA, build_optimizer, learning_rate
-
-SHEET_SIZE = 16
+from .health import LOWEST_LOSS_SCALE, first_overflow
+from .initialize import build_transformer
+from .objective import NOISE_LEVELS
+from .optimizer import learning_rate, local_weights
+from .preemption import Preempted, StopSignal
+from .step import TrainingStep
+from .validation import Validation
 
 
 def train(config: Config) -> Path:
@@ -47,18 +42,19 @@ def train(config: Config) -> Path:
             "or name a new folder"
         )
     trainer = Trainer(config)
-    trainer.fit(run)
+    with disk_errors(f"train.output_dir {run}"):
+        trainer.fit(run)
     return run
 
 
 class Trainer:
-    """Everything a run holds in memory.
+    """A run: its step, its log, its checkpoints and what it exports.
 
     Args:
         config: The recipe.
 
     Raises:
-        ValueError: if the recipe, the cache and the number of ranks do not fit together.
+        ValueError: if the recipe, the cache, the number of ranks and the checkpoint to go on from do not fit together.
     """
 
     def __init__(self, config: Config):
@@ -66,280 +62,270 @@ class Trainer:
         cpu = not torch.accelerator.is_available()
         PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
         self.reader = LatentReader(config.data.latents, conditions=config.data.conditions)
-        tracker, self.tracker_options = report.choose_tracker(config.train.report_to, _say_once)
-        precision = config.train.mixed_precision
+        self.accelerator = self._accelerate(cpu)
+        self.device = self.accelerator.device
+        # What a run began with is in its checkpoints: where that came from need not be there any more.
+        run, name = Path(config.train.output_dir), config.train.resume_from_checkpoint
+        self.checkpoint = checkpoint.find_checkpoint(run, name, _say_once) if name else None
+        state = checkpoint.read_state(self.checkpoint) if self.checkpoint is not None else None
+        if state is None:
+            transformer, self.normalization = build_transformer(config, self.reader)
+        else:
+            transformer, self.normalization = (
+                LatentDiTTransformer2DModel(**state["transformer"]),
+                state["normalization"],
+            )
+        self.transformer = transformer.to(self.device)
+        if config.train.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.step = TrainingStep(config, self.reader, self.accelerator, transformer, self.normalization)
+        if self.checkpoint is not None and state is not None:
+            checkpoint.check_same_recipe(state["recipe"], self._recipe(), self.checkpoint)
+        self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
+        self.validation = self._choose_validation()
+
+    def fit(self, run: Path) -> None:
+        """Go on from the checkpoint, if there is one, until `max_train_steps`, and export.
+
+        Raises:
+            Preempted: when told to stop, after the step under way has been finished and saved.
+            ValueError: when numbers stop being numbers; what was saved before is good.
+            OSError: if a checkpoint cannot be written; those before are good.
+        """
+        start, total, main = self._resume(), self.config.train.max_train_steps, self.accelerator.is_main_process
+        if main:
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / "config.yaml", self.config.to_yaml())
+            report.start_log(run, start, self._columns())
+        if start < total:
+            checkpoint.check_space(run, self.tensors.bytes())
+            self._start_trackers(run)
+            _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
+        stop, speed = StopSignal(), report.Speed()
+        with stop.noticed(), tqdm(total=total, initial=start, desc="training", unit="step", disable=not main) as bar:
+            for step in range(start, total):
+                grad_norm, done = self.step(step), step + 1
+                speed.steps += 1
+                bar.update()
+                saved = self._report_and_save(run, done, grad_norm, speed, bar)
+                if stop.is_set() and done < total:
+                    if not saved:
+                        self._check_health(run, done)
+                        self._save(run, done, {})
+                    _say_once(
+                        f"\ntold to stop: checkpoint-{done} is saved; --train.resume_from_checkpoint latest goes on"
+                    )
+                    self.accelerator.end_training()
+                    raise Preempted
+        self._export(run)
+        self.accelerator.end_training()
+
+    def pipeline(self) -> LatentDiTPipeline | None:
+        """The pipeline of the averaged weights, on the first rank; to be called on all of them."""
+        weights = self.tensors.averaged_weights("ema")
+        if not self.accelerator.is_main_process:
+            return None
+        return export.build_pipeline(self.config, self.reader, self._transformer_of(weights), self.normalization)
+
+    def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: report.Speed, bar: tqdm) -> bool:
+        """What is due after `done` steps: row of the log, validation, sheet, checkpoint; whether that was saved."""
+        train = self.config.train
+        due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
+        row: dict[str, Any] = {}
+        if due or done % train.logging_steps == 0:
+            row = self._measure(run, done, grad_norm, speed)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+        with speed.paused():
+            if due:
+                row |= self._validate()
+            if row and self.accelerator.is_main_process:
+                report.append_log(run, row, self._columns())
+            if row:
+                self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
+            if train.sampling_steps and done % train.sampling_steps == 0:
+                self._draw_samples(run, done)
+            if due:
+                self._save(run, done, row)
+        return due
+
+    def _accelerate(self, cpu: bool) -> Accelerator:
+        train = self.config.train
+        tracker, self.tracker_options = report.choose_tracker(train.report_to, _say_once)
+        precision = train.mixed_precision
         if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
             precision = "fp16"
-        self.accelerator = Accelerator(
+        accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
             log_with=tracker,
-            project_config=ProjectConfiguration(logging_dir=config.train.output_dir),
+            project_config=ProjectConfiguration(logging_dir=train.output_dir),
             step_scheduler_with_optimizer=False,
         )
-        self.device = self.accelerator.device
-        if self.accelerator.mixed_precision == "fp16" and self.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             _say_once("no GPU: training in float32 instead of fp16")
-        parts = self.accelerator.num_processes * config.train.gradient_accumulation_steps
-        if config.train.global_batch_size % parts:
-            raise ValueError(
-                f"train.global_batch_size={config.train.global_batch_size} is not divisible by "
-                f"{self.accelerator.num_processes} ranks x {config.train.gradient_accumulation_steps} accumulations"
-            )
-        self.micro_batch_size = config.train.global_batch_size // parts
+        return accelerator
 
-        self.scheduler = CosineLatentScheduler(
-            num_train_timesteps=config.objective.num_train_timesteps, prediction_type=config.objective.prediction_type
-        )
-        channels, height, width = self.reader.latent_shape
-        torch.manual_seed(config.train.seed)
-        self.transformer = LatentDiTTransformer2DModel(
-            sample_size=height if height == width else (height, width),
-            in_channels=channels,
-            conditions=self.reader.conditions,
-            **config.model.sizes(),
-        ).to(self.device)
-        if config.train.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        self.ema = EMA(self.transformer, config.optim.ema_decay)
-        self.optimizer, self.optimizer_name = build_optimizer(self.transformer.parameters(), config.optim, self.device)
-        self.model, self.prepared_optimizer = self.accelerator.prepare(self.transformer, self.optimizer)
-        self.batches = BatchPrefetcher(self._read, self.device)
-        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in self._normalization())
-
-    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Optimizer step `step` (from 0); returns this rank's mean loss and the gradient's norm, on the device."""
-        config, batch_size = self.config, self.config.train.global_batch_size
-        shape = (batch_size, *self.reader.latent_shape)
-        draws = draw(config.objective, config.train.seed, step, shape, len(self.reader.conditions), self.device)
-        accumulation = config.train.gradient_accumulation_steps
-        total = torch.zeros((), device=self.device)
-        for part in range(accumulation):
-            following = (step, part + 1) if part + 1 < accumulation else (step + 1, 0)
-            batch, rows = self.batches.get((step, part), following), self._positions(part)
-            if part < accumulation - 1:
-                with self.accelerator.no_sync(self.model):
-                    loss = self._backward(batch, draws[rows])
-            else:
-                loss = self._backward(batch, draws[rows])
-            total += loss / accumulation
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm or math.inf)
-        # Read before the step: afterwards the scaler has forgotten whether this step overflowed.
-        found_inf = self._found_inf()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, step, config.train.max_train_steps)
-        self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad()
-        self.ema.update(self.transformer, step, found_inf)
-        return total, grad_norm
-
-    def fit(self, run: Path) -> None:
-        """Go on from the run's checkpoint, if asked to, until `max_train_steps`, and export."""
-        config, accelerator = self.config, self.accelerator
-        start, self.loss_sum, self.loss_count = self._resume(run)
-        total = config.train.max_train_steps
-        if accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "config.yaml", config.to_yaml())
-            report.start_log(run, start)
-        if start < total:
-            self._start_trackers(run)
-            _say_once(f"training {run} on {self.device}, {self.optimizer_name}, steps {start} to {total}")
-        progress = tqdm(
-            total=total, initial=start, desc="training", unit="step", disable=not accelerator.is_main_process
-        )
-        clock, stepped = time.monotonic(), start
-        for step in range(start, total):
-            loss, grad_norm = self.step(step)
-            self.loss_sum, self.loss_count, done = self.loss_sum + loss, self.loss_count + 1, step + 1
-            progress.update()
-            if done % config.train.logging_steps == 0 or done == total:
-                loss_text, speed_text = self._log(run, done, grad_norm, done - stepped, clock)
-                progress.set_postfix(loss=loss_text, images_per_s=speed_text)
-                clock, stepped = time.monotonic(), done
-            paused = time.monotonic()
-            if config.train.sampling_steps and done % config.train.sampling_steps == 0:
-                self._on_main(self.draw_samples, run / "samples" / f"step-{done}.png")
-            if done % config.train.checkpointing_steps == 0 or done == total:
-                self._save(run, done)
-            clock += time.monotonic() - paused
-        progress.close()
-        self._on_main(self._export, run)
-        accelerator.end_training()
-
-    def pipeline(self) -> LatentDiTPipeline:
-        """The pipeline of the averaged weights, as it is sampled and exported."""
-        mean, std = self._normalization()
-        pipeline = LatentDiTPipeline(
-            transformer=self.ema.model,
-            scheduler=self.scheduler,
-            vae=load_vae(str(Path(self.config.data.latents) / "vae"), self.device),
-            latents_mean=mean,
-            latents_std=std,
-            guidance_scale=self.config.train.guidance_scale,
-            condition_labels=self.reader.info["condition_labels"],
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def draw_samples(self, path: Path) -> None:
-        """Draw a sheet of the averaged weights: the same noise and the data's first attribute rows every time."""
-        count, steps = SHEET_SIZE, self.config.train.num_inference_steps
-        noise = torch.randn((count, *self.reader.latent_shape), generator=torch.Generator().manual_seed(0))
-        rows = self.reader.attributes(count)
-        pipeline = self.pipeline()
-        (images,) = pipeline(rows, count, latents=noise, num_inference_steps=steps, return_dict=False)
-        save_sheet(draw_sheet(images, columns=8, title=path.stem, min_side=96), path)
-
-    def _positions(self, part: int) -> slice:
-        """Where in the global batch this rank's micro-batch number `part` is."""
-        first = self.accelerator.process_index * self.config.train.gradient_accumulation_steps + part
-        return slice(first * self.micro_batch_size, (first + 1) * self.micro_batch_size)
-
-    def _read(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The micro-batch `key` (step, part) of this rank."""
-        (step, part), seed, batch_size = key, self.config.train.seed, self.config.train.global_batch_size
-        rows = self._positions(part)
-        flips = draw_flips(seed, step, batch_size)[rows] if self.config.data.flip else None
-        return self.reader.batch(seed, step * batch_size + rows.start, self.micro_batch_size, flips)
-
-    def _backward(self, tensors: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss, detached."""
-        config = self.config
-        latents = tensors["latent_mean"].float()
-        if config.data.sample_posterior and "latent_std" in tensors:
-            latents = latents + tensors["latent_std"].float() * draws.posterior_noise
-        clean = (latents - self.mean) / self.std
-        nulls = self.transformer.null_condition_ids
-        condition_ids = torch.where(draws.keep, tensors["condition_ids"], nulls)
-        noisy = self.scheduler.add_noise(clean, draws.noise, draws.timesteps)
-        prediction = self.model(noisy, draws.timesteps, condition_ids, return_dict=False)[0]
-        target = training_target(self.scheduler, clean, draws.noise, draws.timesteps)
-        weights = loss_weights(self.scheduler, draws.timesteps, config.objective.snr_gamma)
-        loss = losses(prediction, target, weights, config.objective.loss).mean()
-        self.accelerator.backward(loss / config.train.gradient_accumulation_steps)
-        return loss.detach()
-
-    def _found_inf(self) -> torch.Tensor | None:
-        """1, on the device, where fp16's gradients overflowed and the step will be skipped; None without fp16."""
-        if self.accelerator.scaler is None:
+    def _choose_validation(self) -> Validation | None:
+        """The validation asked for, or None where the cache has no pictures for it."""
+        config, count = self.config, self.config.train.validation_images
+        if not count:
             return None
-        return sum(self.accelerator.scaler._found_inf_per_device(self.optimizer).values())
+        try:
+            reader = LatentReader(config.data.latents, "validation", list(self.reader.conditions))
+        except ValueError as error:
+            _say_once(f"{error}: no validation loss, and no best checkpoint")
+            return None
+        return Validation(reader, count, config.objective.num_train_timesteps, self.step.micro_batch_size, self.device)
 
-    def _normalization(self) -> tuple[list[float], list[float]]:
-        info, channels = self.reader.info, self.reader.latent_shape[0]
-        if self.config.data.normalization == "channel":
-            return info["statistics"]["mean"], info["statistics"]["std"]
-        return [info["shift_factor"]] * channels, [1 / info["scaling_factor"]] * channels
+    def _validate(self) -> dict[str, float]:
+        """The averages' validation losses, by the name of their column in the log."""
+        if self.validation is None:
+            return {}
+        found, accelerator = {}, self.accelerator
+        for name, average in self.step.averages.items():
+            with average.swapped_in():
+                sums = self.validation.losses(self.step.losses, accelerator.process_index, accelerator.num_processes)
+            total, count = accelerator.reduce(sums, "sum").cpu()
+            suffix = name.removeprefix("ema")
+            found[f"validation_loss{suffix}"] = (total.sum() / count.sum()).item()
+            if not suffix:
+                found |= {f"validation_loss_level_{i}": value for i, value in enumerate((total / count).tolist())}
+        return found
 
-    def _recipe(self) -> dict[str, Any]:
-        recipe = self.config.decisive()
-        recipe["data"] |= {"pictures": len(self.reader), "vae_sha256": self.reader.info["vae_sha256"]}
-        recipe["optim"] |= {"optimizer": self.optimizer_name}
-        recipe["train"] |= {"mixed_precision": self.accelerator.mixed_precision}
-        return recipe
+    def _check_health(self, run: Path, done: int) -> torch.Tensor:
+        """The window's sums over all ranks, if all is well; waits for the device.
 
-    def _resume(self, run: Path) -> tuple[int, torch.Tensor, int]:
-        """Load the checkpoint asked for; returns steps done, and sum and count of the losses not yet logged."""
-        name = self.config.train.resume_from_checkpoint
-        folder = checkpoint.find_checkpoint(run, name) if name else None
-        if folder is None:
-            return 0, torch.zeros((), device=self.device), 0
-        state = checkpoint.read_state(folder)
-        checkpoint.check_same_recipe(state["recipe"], self._recipe(), folder)
-        if state["step"] > self.config.train.max_train_steps:
-            steps = self.config.train.max_train_steps
-            raise ValueError(f"{folder} is already beyond train.max_train_steps={steps}; give a larger number")
-        checkpoint.load_checkpoint(folder, self.transformer, self.ema.model, self.optimizer)
-        if self.accelerator.scaler is not None and state["loss_scale"]:
-            self.accelerator.scaler.load_state_dict(state["loss_scale"])
-        return state["step"], torch.tensor(state["loss_sum"], device=self.device), state["loss_count"]
+        Raises:
+            ValueError: if a loss, a weight, or (without a loss scale) a gradient is not finite, or the loss scale has
+                fallen as no passing overflow makes it fall.
+        """
+        step, accelerator, scaler = self.step, self.accelerator, self.accelerator.scaler
+        sums = accelerator.reduce(step.window, "sum").cpu()
+        broken = ~torch.stack(torch._foreach_norm(local_weights(step.model))).isfinite().all()
+        skipped, problem = int(step.first_skipped), None
+        if not sums.isfinite().all():
+            problem = "the loss is not finite"
+        elif accelerator.reduce(broken.float(), "sum") > 0:
+            problem = "a weight is not finite"
+        elif scaler is None and skipped >= 0:
+            problem = "the gradient is not finite"
+        elif scaler is not None and scaler.get_scale() < LOWEST_LOSS_SCALE:
+            problem = f"the loss scale has fallen to {scaler.get_scale():g}"
+        if problem is None:
+            return sums
+        redone = skipped if skipped >= 0 else done - 1
+        layers = gather_object([first_overflow(self.transformer, lambda: step.accumulate(redone))])
+        layer = next((layer for layer in layers if layer), "none, when the step is done again")
+        last = checkpoint.list_checkpoints(run)
+        raise ValueError(
+            f"{problem} at step {redone + 1}; first not finite: {layer}; "
+            f"the last good checkpoint is {last[-1] if last else 'none'}"
+        )
 
-    def _save(self, run: Path, done: int) -> None:
-        loss_sum = self.accelerator.reduce(self.loss_sum, "mean").item()
-        state = {
-            "step": done,
-            "recipe": self._recipe(),
-            "loss_scale": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "loss_sum": loss_sum,
-            "loss_count": self.loss_count,
-        }
-        limit = self.config.train.checkpoints_total_limit
-        parts = (self.transformer, self.ema.model, self.optimizer)
-        self._on_main(checkpoint.save_checkpoint, run, state, *parts, limit)
-
-    def _log(self, run: Path, done: int, grad_norm: torch.Tensor, steps: int, clock: float) -> tuple[str, str]:
-        """Write one row of the log; returns loss and speed as text."""
+    def _measure(self, run: Path, done: int, grad_norm: torch.Tensor, speed: report.Speed) -> dict[str, Any]:
+        """One row of the log, without validation; the window begins anew."""
         config, accelerator = self.config, self.accelerator
-        loss = accelerator.reduce(self.loss_sum / self.loss_count, "mean").item()
-        self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
-        if not math.isfinite(loss):
-            last = checkpoint.list_checkpoints(run)
-            raise ValueError(
-                f"the loss is {loss} at step {done}; the last checkpoint is {last[-1] if last else 'none'}"
-            )
-        seconds = time.monotonic() - clock
+        total, count = self._check_health(run, done)
+        self.step.begin_window()
         images_seen = done * config.train.global_batch_size
+        images_per_second = speed.read() * config.train.global_batch_size
+        on_gpu = self.device.type == "cuda"
         row = {
             "step": done,
             "epoch": round(images_seen / len(self.reader), 4),
             "images_seen": images_seen,
-            "loss": loss,
+            "loss": (total.sum() / count.sum()).item(),
             "learning_rate": learning_rate(config.optim, done - 1, config.train.max_train_steps),
             "grad_norm": grad_norm.item(),
-            "images_per_second": round(steps * config.train.global_batch_size / seconds, 2),
+            "images_per_second": round(images_per_second, 2),
+            "mfu": report.mfu(self.transformer.config, images_per_second, accelerator),
             "loss_scale": accelerator.scaler.get_scale() if accelerator.scaler else None,
-            "peak_memory_gib": (
-                round(torch.cuda.max_memory_allocated() / 2**30, 3) if self.device.type == "cuda" else None
-            ),
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None,
         }
-        if accelerator.is_main_process:
-            report.append_log(run, row)
-        accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
-        return f"{loss:.4f}", f"{row['images_per_second']:.0f}"
+        by_level = zip(total.tolist(), count.tolist(), strict=True)
+        return row | {f"loss_level_{i}": value / n if n else None for i, (value, n) in enumerate(by_level)}
+
+    def _columns(self) -> list[str]:
+        """Columns of the log."""
+        extra = [f"validation_loss{name.removeprefix('ema')}" for name in self.step.averages if name != "ema"]
+        return [*report.COLUMNS, *extra]
+
+    def _recipe(self) -> dict[str, Any]:
+        recipe = self.config.decisive()
+        recipe["data"] |= {"pictures": len(self.reader), "vae_sha256": self.reader.info["vae_sha256"]}
+        recipe["data"] |= {"latent_shape": list(self.reader.latent_shape), "condition_values": self.reader.conditions}
+        recipe["optim"] |= {"optimizer": self.step.optimizer_name}
+        recipe["train"] |= {"mixed_precision": self.accelerator.mixed_precision}
+        return recipe
+
+    def _resume(self) -> int:
+        """Put the checkpoint in place; returns steps done."""
+        if self.checkpoint is None:
+            return 0
+        state, accelerator = checkpoint.read_state(self.checkpoint), self.accelerator
+        if state["step"] > self.config.train.max_train_steps:
+            steps = self.config.train.max_train_steps
+            raise ValueError(
+                f"{self.checkpoint} is already beyond train.max_train_steps={steps}; give a larger number"
+            )
+        self.tensors.load(self.checkpoint)
+        if accelerator.scaler is not None and state["loss_scale"]:
+            accelerator.scaler.load_state_dict(state["loss_scale"])
+        windows = torch.tensor(state["windows"], device=self.device)
+        if len(windows) == accelerator.num_processes:
+            self.step.window = windows[accelerator.process_index]
+        elif accelerator.is_main_process:
+            self.step.window = windows.sum(0)
+        return state["step"]
+
+    def _save(self, run: Path, done: int, row: dict[str, Any]) -> None:
+        """Write a checkpoint; `row` is the log's of this step, or empty."""
+        train, accelerator = self.config.train, self.accelerator
+        levels = [row.get(f"validation_loss_level_{i}") for i in range(NOISE_LEVELS)]
+        options = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
+        state = {
+            "step": done,
+            "recipe": self._recipe(),
+            "transformer": options,
+            "normalization": self.normalization,
+            "loss_scale": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "windows": accelerator.gather(self.step.window[None]).tolist(),
+            "validation_loss": row.get("validation_loss"),
+            "validation_loss_by_noise_level": levels,
+        }
+        contents, limits = self.tensors.gather(), (train.checkpoints_total_limit, train.best_checkpoints_limit)
+        self._on_main(checkpoint.save_checkpoint, run, state, contents, *limits)
 
     def _start_trackers(self, run: Path) -> None:
-        options = {"wandb": {"dir": str(run), "name": run.name, **self.tracker_options}}
         flat = {f"{s}.{k}": v for s, values in self._recipe().items() for k, v in values.items()}
         simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
+        options = report.init_options(run, self.tracker_options) if self.accelerator.is_main_process else {}
         self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
 
+    def _transformer_of(self, weights: dict[str, torch.Tensor]) -> LatentDiTTransformer2DModel:
+        with init_empty_weights(include_buffers=False):
+            transformer = LatentDiTTransformer2DModel.from_config(self.transformer.config)
+        transformer.load_state_dict(weights, assign=True)
+        return transformer.to(self.device).eval()
+
+    def _draw_samples(self, run: Path, done: int) -> None:
+        """A sheet of the averaged weights, for the trackers too."""
+        pipeline, path = self.pipeline(), run / "samples" / f"step-{done}.png"
+        if pipeline is not None:
+            export.draw_samples(pipeline, self.reader, self.config.train.num_inference_steps, path)
+            report.log_sheet(self.accelerator.trackers, path, done)
+        self.accelerator.wait_for_everyone()
+
     def _export(self, run: Path) -> None:
-        """Write what a finished run leaves; what was written of this very step before is left as it is."""
-        steps = self.config.train.max_train_steps
-        sheet, mark = f"samples/step-{steps}.png", run / "export.json"
-        only_missing = mark.is_file() and json.loads(mark.read_text())["step"] == steps
-        exports: dict[str, Callable[[], None]] = {
-            sheet: lambda: self.draw_samples(run / sheet),
-            "loss_curve.png": lambda: report.draw_loss_curve(run),
-            "pipeline": lambda: self._save_pipeline(run / "pipeline"),
-            "README.md": lambda: report.write_card(run, self._facts(run, sheet)),
-        }
-        for name, write in exports.items():
-            if not (only_missing and (run / name).exists()):
-                write()
-        write_text(mark, json.dumps({"step": steps}) + "\n")
-
-    def _save_pipeline(self, folder: Path) -> None:
-        pipeline = self.pipeline()
-        with new_folder(folder) as partial:
-            pipeline.save_pretrained(partial)
-
-    def _facts(self, run: Path, sheet: str) -> dict[str, Any]:
-        """What the model card says of this run; no path of this machine is among it."""
-        info, steps = self.reader.info, self.config.train.max_train_steps
-        return {
-            "name": run.name,
-            "recipe": yaml.safe_dump(self._recipe(), sort_keys=False),
-            "pictures": info["counts"]["train"],
-            "source": info["settings"]["source"],
-            "steps": steps,
-            "images_seen": steps * self.config.train.global_batch_size,
-            "parameters": sum(p.numel() for p in self.transformer.parameters()),
-            "last_loss": float(report.read_log(run)[-1]["loss"]),
-            "conditions": list(self.reader.conditions),
-            "sheet": sheet,
-        }
+        """Write what a finished run leaves."""
+        train, pipeline = self.config.train, self.pipeline()
+        averages = [name for name in self.step.averages if name != "ema"]
+        extra = {name: self.tensors.averaged_weights(name) for name in averages}
+        if pipeline is not None:
+            checkpoint.write_best(run, train.best_checkpoints_limit)
+            transformers = {name: self._transformer_of(weights) for name, weights in extra.items()}
+            export.export(run, self.config, self.reader, pipeline, transformers, self._recipe())
+        self.accelerator.wait_for_everyone()
 
     def _on_main(self, work: Callable[..., Any], *args: Any) -> None:
         if self.accelerator.is_main_process:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .config import ObjectiveConfig
 
+NOISE_LEVELS = 10
+
 
 @dataclass
 class Draws:
@@ -63,6 +65,15 @@ def draw_flips(seed: int, step: int, batch: int) -> np.ndarray:
 def step_seed(seed: int, step: int) -> int:
     """A 63-bit seed that is well mixed for neighbouring seeds and steps."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def noise_level(timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """Which tenth of the schedule each timestep is in, float32 one-hot [batch, NOISE_LEVELS].
+
+    As a matrix, so that sums by level are products, which are deterministic on a GPU.
+    """
+    levels = (timesteps * NOISE_LEVELS / num_train_timesteps).long()
+    return F.one_hot(levels, NOISE_LEVELS).float()
 
 
 def training_target(

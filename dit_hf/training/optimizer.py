@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device
-) -> tuple[torch.optim.Optimizer, str]:
-    """Fused Adam with decoupled weight decay, and its name: apex's on CUDA where there is one, else torch's."""
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    """Fused Adam and its name: apex's on CUDA where there is one, else torch's. Only matrices are decayed."""
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
-        "weight_decay": config.adam_weight_decay,
     }
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
+    groups = [
+        {"params": decayed, "weight_decay": config.adam_weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     if device.type == "cuda":
         try:
             from apex.optimizers import FusedAdam
         except ImportError:  # apex is optional, and the PyPI package of that name is another one
             pass
         else:
-            return FusedAdam(list(parameters), adam_w_mode=True, **options), "apex FusedAdam"
-    return torch.optim.AdamW(list(parameters), fused=True, **options), "torch AdamW (fused)"
+            return FusedAdam(groups, adam_w_mode=True, **options), "apex FusedAdam"
+    return torch.optim.AdamW(groups, fused=True, **options), "torch AdamW (fused)"
 
 
 def learning_rate(config: OptimConfig, step: int, max_train_steps: int) -> float:
@@ -45,23 +50,45 @@ def learning_rate(config: OptimConfig, step: int, max_train_steps: int) -> float
 
 
 class EMA:
-    """Exponential moving average of a model's weights, kept in float32 in a model of its own that can be sampled.
+    """Exponential moving average of a model's weights, in float32, sharded as the weights are.
 
     Args:
-        model: The model in training.
+        model: The model in training, as accelerate prepared it.
         decay: The average's decay, approached by (1 + step) / (10 + step).
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._averages: list[torch.Tensor] = list(self.model.parameters())
+        self._model = model
+        self._averages = [weight.float().clone() for weight in local_weights(model)]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, found_inf: torch.Tensor | None = None) -> None:
+    def update(self, step: int, found_inf: torch.Tensor) -> None:
         """Take in the weights after step `step` (from 0); where `found_inf` is 1 the average stands still."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        weights = [parameter.detach().float() for parameter in model.parameters()]
+        weights = [w.float() for w in local_weights(self._model)]
         difference = list(torch._foreach_sub(weights, self._averages))
-        torch._foreach_mul_(difference, weight if found_inf is None else weight * (1 - found_inf))
+        torch._foreach_mul_(difference, weight * (1 - found_inf))
         torch._foreach_add_(self._averages, difference)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The averages as the model's weights while the block runs; bit for bit undone afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(local_weights(self._model), self._averages, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def local_weights(model: nn.Module) -> list[torch.Tensor]:
+    """The weights, or this rank's shards of them, without their history."""
+    weights = [parameter.detach() for parameter in model.parameters()]
+    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]

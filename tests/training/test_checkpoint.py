@@ -1,32 +1,57 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from dit_hf.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from dit_hf.training.checkpoint import TrainingTensors, find_checkpoint, list_checkpoints, save_checkpoint
+from dit_hf.training.config import OptimConfig
+from dit_hf.training.optimizer import EMA, build_optimizer
 
 
 def parts(seed):
+    """A model that has been trained a little, with its average and optimizer."""
     torch.manual_seed(seed)
-    model, ema = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
-    return model, ema, optimizer
+    model = nn.Linear(3, 2)
+    ema = EMA(model, 0.9)
+    optimizer, _ = build_optimizer(model, OptimConfig(learning_rate=0.1), torch.device("cpu"))
+    for step in range(3):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        ema.update(step, torch.zeros(()))
+    return TrainingTensors(model, {"ema": ema}, optimizer)
 
 
-def save(run, step, seed=0, limit=2):
-    return save_checkpoint(run, {"step": step}, *parts(seed), limit)
+def save(run, step, seed=0, limit=2, best=0, validation_loss=None):
+    levels = None if validation_loss is None else [validation_loss] * 10
+    state = {"step": step, "validation_loss": validation_loss, "validation_loss_by_noise_level": levels}
+    return save_checkpoint(run, state, parts(seed).gather(), limit, best)
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):
-    model, ema, optimizer = parts(1)
-    folder = save_checkpoint(tmp_path, {"step": 3}, model, ema, optimizer, 2)
-    other, other_ema, other_optimizer = parts(2)
-    load_checkpoint(folder, other, other_ema, other_optimizer)
-    assert torch.equal(other.weight, model.weight)
-    assert torch.equal(other_ema.weight, ema.weight)
-    for saved, loaded in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
+    tensors = parts(1)
+    folder = save_checkpoint(tmp_path, {"step": 3}, tensors.gather(), 2, 0)
+    other = parts(2)
+    other.load(folder)
+    assert torch.equal(other.model.weight, tensors.model.weight)
+    assert torch.equal(other.averaged_weights("ema")["weight"], tensors.averaged_weights("ema")["weight"])
+    for saved, loaded in zip(tensors.optimizer.state.values(), other.optimizer.state.values(), strict=True):
+        assert {*saved} == {*loaded} == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    for step, loss in ((10, 0.5), (20, 0.3), (30, 0.4), (40, 0.6), (50, None)):
+        save(tmp_path, step, best=2, limit=1, validation_loss=loss)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (20, 30, 50)]
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert [(entry["checkpoint"], entry["validation_loss"]) for entry in best["checkpoints"]] == [
+        ("checkpoint-20", 0.3),
+        ("checkpoint-30", 0.4),
+    ]
+    assert best["checkpoints"][0]["validation_loss_by_noise_level"] == [0.3] * 10
+    save(tmp_path, 25, best=2, limit=1, validation_loss=0.2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-25"]
 
 
 def test_the_oldest_go_and_the_order_is_of_numbers(tmp_path):
@@ -67,7 +92,7 @@ def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr("dit_hf.training.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     monkeypatch.undo()

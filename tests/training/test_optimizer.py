@@ -5,6 +5,13 @@ from torch import nn
 from dit_hf.training.config import OptimConfig
 from dit_hf.training.optimizer import EMA, build_optimizer, learning_rate
 
+NO_OVERFLOW = torch.zeros(())
+
+
+def average_of(model, ema):
+    with ema.swapped_in():
+        return model.weight.detach().clone()
+
 
 def test_average_is_the_formula():
     model = nn.Linear(3, 2)
@@ -13,20 +20,20 @@ def test_average_is_the_formula():
     for step in range(300):
         with torch.no_grad():
             model.weight.copy_(torch.randn(2, 3))
-        ema.update(model, step)
+        ema.update(step, NO_OVERFLOW)
         decay = min(0.95, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
-        torch.testing.assert_close(ema.model.weight, expected)
+        torch.testing.assert_close(average_of(model, ema), expected)
 
 
 def test_average_stands_still_where_the_loss_scaler_skips_a_step():
     """With the real scaler of fp16: a step whose gradients overflow changes neither the weights nor the average."""
     model = nn.Linear(3, 2)
     ema = EMA(model, 0.9)
-    optimizer, _ = build_optimizer(model.parameters(), OptimConfig(learning_rate=0.1), torch.device("cpu"))
+    optimizer, _ = build_optimizer(model, OptimConfig(learning_rate=0.1), torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     for overflow in (True, False):
-        weights, average = model.weight.clone(), ema.model.weight.clone()
+        weights, average = model.weight.clone(), average_of(model, ema)
         loss = model(torch.ones(1, 3)).sum() * (1e38 if overflow else 1.0)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -34,9 +41,9 @@ def test_average_stands_still_where_the_loss_scaler_skips_a_step():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        ema.update(model, 50, found_inf)
+        ema.update(50, found_inf)
         assert torch.equal(model.weight, weights) is overflow
-        assert torch.equal(ema.model.weight, average) is overflow
+        assert torch.equal(average_of(model, ema), average) is overflow
 
 
 def test_without_decay_the_average_is_the_model():
@@ -44,8 +51,36 @@ def test_without_decay_the_average_is_the_model():
     ema = EMA(model, 0.0)
     with torch.no_grad():
         model.weight.add_(1)
-    ema.update(model, 0)
-    torch.testing.assert_close(ema.model.weight, model.weight)
+    ema.update(0, NO_OVERFLOW)
+    torch.testing.assert_close(average_of(model, ema), model.weight)
+
+
+def test_swapping_the_average_in_and_out_changes_no_bit():
+    model = nn.Linear(3, 2)
+    ema = EMA(model, 0.9)
+    with torch.no_grad():
+        model.weight.normal_()
+    ema.update(5, NO_OVERFLOW)
+    weight, average = model.weight.clone(), average_of(model, ema)
+    assert not torch.equal(weight, average)
+    with pytest.raises(RuntimeError, match="in the block"), ema.swapped_in():
+        raise RuntimeError("in the block")
+    assert torch.equal(model.weight, weight)
+    assert torch.equal(average_of(model, ema), average)
+
+
+def test_biases_gains_and_embeddings_are_not_decayed():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.RMSNorm(3), nn.Linear(3, 2))
+    optimizer, _ = build_optimizer(model, OptimConfig(learning_rate=0.1, adam_weight_decay=0.5), torch.device("cpu"))
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    embedding, gain, weight, bias = (torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert embedding
+    assert gain
+    assert bias
+    assert not weight
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -64,12 +99,15 @@ def test_learning_rate_warms_up_and_decays():
 def test_optimizer_is_adam_with_decoupled_weight_decay():
     """Against Adam written from the paper (Kingma & Ba, algorithm 1) and Loshchilov & Hutter's decay."""
     config = OptimConfig(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, adam_weight_decay=0.01)
-    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer, name = build_optimizer([parameter], config, torch.device("cpu"))
+    model = nn.Linear(2, 1, bias=False)
+    parameter = model.weight
+    with torch.no_grad():
+        parameter.copy_(torch.tensor([[1.0, -2.0]]))
+    optimizer, name = build_optimizer(model, config, torch.device("cpu"))
     assert name == "torch AdamW (fused)"
-    expected, m, v = parameter.detach().clone(), torch.zeros(2), torch.zeros(2)
+    expected, m, v = parameter.detach().clone(), torch.zeros(1, 2), torch.zeros(1, 2)
     for step in range(1, 6):
-        gradient = torch.tensor([0.3, -0.1]) * step
+        gradient = torch.tensor([[0.3, -0.1]]) * step
         parameter.grad = gradient.clone()
         optimizer.step()
         expected = expected * (1 - 0.1 * 0.01)

@@ -1,0 +1,121 @@
+"""What a run leaves for its user: sheets while it goes on, and in the end the pipeline, the curve and the card."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..data.reader import LatentReader
+from ..data.vae import load_vae
+from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
+from ..sheets import draw_sheet, save_sheet
+from ..storage import new_folder, write_text
+from . import report
+from .config import Config
+from .initialize import Normalization
+
+SHEET_SIZE = 16
+
+
+def build_pipeline(
+    config: Config, reader: LatentReader, transformer: LatentDiTTransformer2DModel, normalization: Normalization
+) -> LatentDiTPipeline:
+    """The pipeline that a run samples and exports, on the transformer's device."""
+    mean, std = normalization
+    objective = config.objective
+    pipeline = LatentDiTPipeline(
+        transformer=transformer,
+        scheduler=CosineLatentScheduler(
+            num_train_timesteps=objective.num_train_timesteps, prediction_type=objective.prediction_type
+        ),
+        vae=load_vae(str(Path(config.data.latents) / "vae"), transformer.device),
+        latents_mean=mean,
+        latents_std=std,
+        guidance_scale=config.train.guidance_scale,
+        condition_labels=reader.info["condition_labels"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_samples(pipeline: LatentDiTPipeline, reader: LatentReader, steps: int, path: Path) -> None:
+    """Draw a sheet: the same noise and the data's first attribute rows every time."""
+    noise = torch.randn((SHEET_SIZE, *reader.latent_shape), generator=torch.Generator().manual_seed(0))
+    rows = reader.attributes(SHEET_SIZE)
+    (images,) = pipeline(rows, SHEET_SIZE, latents=noise, num_inference_steps=steps, return_dict=False)
+    save_sheet(draw_sheet(images, columns=8, title=path.stem, min_side=96), path)
+
+
+def export(
+    run: Path,
+    config: Config,
+    reader: LatentReader,
+    pipeline: LatentDiTPipeline,
+    extra: dict[str, LatentDiTTransformer2DModel],
+    recipe: dict[str, Any],
+) -> None:
+    """Write what a finished run leaves; what was written of this very step before is left as it is.
+
+    Args:
+        run: The run's folder.
+        config: Its recipe.
+        reader: Its pictures.
+        pipeline: Of the averaged weights.
+        extra: Transformers of further averages, by the name of their folder.
+        recipe: What the card shows.
+    """
+    steps = config.train.max_train_steps
+    sheet, mark = f"samples/step-{steps}.png", run / "export.json"
+    only_missing = mark.is_file() and json.loads(mark.read_text())["step"] == steps
+    exports: dict[str, Callable[[], None]] = {
+        sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
+        "loss_curve.png": lambda: report.draw_loss_curve(run),
+        "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
+        "README.md": lambda: report.write_card(run, _facts(run, config, reader, pipeline, recipe, sheet)),
+    }
+    for name, transformer in extra.items():
+        exports[name] = functools.partial(_save_pretrained, transformer, run / name)
+    for name, write in exports.items():
+        if not (only_missing and (run / name).exists()):
+            write()
+    write_text(mark, json.dumps({"step": steps}) + "\n")
+
+
+def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, folder: Path) -> None:
+    with new_folder(folder) as partial:
+        saved.save_pretrained(partial)
+
+
+def _facts(
+    run: Path,
+    config: Config,
+    reader: LatentReader,
+    pipeline: LatentDiTPipeline,
+    recipe: dict[str, Any],
+    sheet: str,
+) -> dict[str, Any]:
+    """What the model card says of this run; no path of this machine is among it."""
+    last, steps = report.read_log(run)[-1], config.train.max_train_steps
+    base = config.model.init_from
+    return {
+        "name": run.name,
+        "recipe": yaml.safe_dump(recipe, sort_keys=False),
+        "pictures": reader.info["counts"]["train"],
+        "source": reader.info["settings"]["source"],
+        "steps": steps,
+        "images_seen": steps * config.train.global_batch_size,
+        "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "last_loss": float(last["loss"]),
+        "validation_loss": float(last["validation_loss"]) if last["validation_loss"] else None,
+        "base_model": base if base and not Path(base).exists() else base and Path(base).name,
+        "conditions": list(reader.conditions),
+        "sheet": sheet,
+    }

@@ -1,0 +1,85 @@
+"""The transformer a run begins with: fresh, or with the weights of an earlier pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.reader import LatentReader
+from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .config import Config
+
+Normalization = tuple[list[float], list[float]]
+
+
+def build_transformer(config: Config, reader: LatentReader) -> tuple[LatentDiTTransformer2DModel, Normalization]:
+    """The transformer of a recipe, and mean and standard deviation by channel that its latents are normalised with.
+
+    Raises:
+        ValueError: if sizes do not fit the cache, or the model of `model.init_from` does not fit the recipe.
+    """
+    torch.manual_seed(config.train.seed)
+    channels, height, width = reader.latent_shape
+    options: dict[str, Any] = {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "conditions": reader.conditions,
+        **config.model.sizes(),
+    }
+    if config.model.init_from is None:
+        return LatentDiTTransformer2DModel(**options), cache_normalization(config, reader)
+    earlier = _load_earlier(config.model.init_from)
+    prediction = earlier.scheduler.config.prediction_type
+    if prediction != config.objective.prediction_type:
+        raise ValueError(
+            f"objective.prediction_type is {config.objective.prediction_type}, but {config.model.init_from} "
+            f"(model.init_from) predicts {prediction}"
+        )
+    before = earlier.transformer.config
+    different = [
+        f"{name} is {before[name]!r} there and {value!r} here"
+        for name, value in options.items()
+        if name not in ("sample_size", "conditions") and before[name] != value
+    ]
+    if different:
+        raise ValueError(f"model.init_from {config.model.init_from} does not fit: {'; '.join(different)}")
+    base = before.position_base_size or before.sample_size
+    kept = {"timestep_freq_shift": before.timestep_freq_shift, "position_base_size": base}
+    transformer = LatentDiTTransformer2DModel(**{**options, **kept})
+    _take_weights(transformer, earlier.transformer)
+    return transformer, (list(earlier.config.latents_mean), list(earlier.config.latents_std))
+
+
+def cache_normalization(config: Config, reader: LatentReader) -> Normalization:
+    """Mean and standard deviation by channel as `data.normalization` says."""
+    info, channels = reader.info, reader.latent_shape[0]
+    if config.data.normalization == "channel":
+        return info["statistics"]["mean"], info["statistics"]["std"]
+    return [info["shift_factor"]] * channels, [1 / info["scaling_factor"]] * channels
+
+
+def _load_earlier(name: str) -> LatentDiTPipeline:
+    folder = Path(name) / "pipeline"
+    try:
+        return LatentDiTPipeline.from_pretrained(str(folder) if folder.is_dir() else name, vae=None)
+    except Exception as error:  # no such folder, no network, another kind of pipeline: each raises its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"model.init_from {name}: no pipeline could be loaded from there ({reason})") from error
+
+
+def _take_weights(transformer: LatentDiTTransformer2DModel, earlier: LatentDiTTransformer2DModel) -> None:
+    """All weights of the earlier model; of the conditions those rows whose name and number of values are the same."""
+    weights = transformer.state_dict()
+    table = weights.pop("condition_embedding.weight", None)
+    transformer.load_state_dict({name: earlier.state_dict()[name] for name in weights}, strict=False)
+    if table is None or earlier.condition_embedding is None:
+        return
+    begins = dict(zip(earlier.config.conditions, earlier.condition_offsets.tolist(), strict=True))
+    counts = transformer.config.conditions
+    for (name, values), begin in zip(counts.items(), transformer.condition_offsets.tolist(), strict=True):
+        if earlier.config.conditions.get(name) == values:
+            rows = earlier.condition_embedding.weight[begins[name] : begins[name] + values + 1]
+            table[begin : begin + values + 1] = rows.detach()
