@@ -74,7 +74,8 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get("DIT_HF_TRACEBACK"):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"dit-hf {verb}: error: {reason}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {reason}", file=sys.stderr)
         return 1
     return 0
 

@@ -60,7 +60,9 @@ class TrainingTensors:
         contents: dict[str, Any] = {"transformer.safetensors": self.weights()}
         contents |= {f"{name}.safetensors": self.averaged_weights(name) for name in self.averages}
         optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
-        moments = {f"{key}/{name}": x for key, state in optimizer["state"].items() for name, x in state.items()}
+        moments = {
+            f"{key}/{name}": x for key, state in optimizer.get("state", {}).items() for name, x in state.items()
+        }
         return {
             **contents,
             "optimizer.safetensors": moments,

@@ -97,8 +97,9 @@ class Trainer:
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "config.yaml", self.config.to_yaml())
             report.start_log(run, start, self._columns())
+            if start < total:
+                checkpoint.check_space(run, self.tensors.bytes())
         if start < total:
-            checkpoint.check_space(run, self.tensors.bytes())
             self._start_trackers(run)
             _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
         stop, speed = StopSignal(), report.Speed()
