@@ -130,6 +130,7 @@ class TrainConfig:
         mixed_precision: `no`, `fp16` or `bf16`; null is what `accelerate launch` was configured with, and without it
             fp16 on a CUDA GPU.
         seed: All randomness is a function of it, the step, and the position in the batch.
+        deterministic: Only kernels that give the same bits each time, as a CPU's do; slower on a GPU.
         resume_from_checkpoint: `latest`, or the name of a checkpoint in `output_dir`.
         checkpointing_steps: Steps between checkpoints; the averaged weights are validated at each.
         checkpoints_total_limit: How many of the newest are kept.
@@ -149,6 +150,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     seed: int = 0
+    deterministic: bool = False
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 5_000
     checkpoints_total_limit: int = 2

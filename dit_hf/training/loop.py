@@ -59,6 +59,9 @@ class Trainer:
 
     def __init__(self, config: Config):
         self.config = config
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it begins
+            torch.use_deterministic_algorithms(True)
         cpu = not torch.accelerator.is_available()
         PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
         self.reader = LatentReader(config.data.latents, conditions=config.data.conditions)
@@ -151,14 +154,14 @@ class Trainer:
 
     def _accelerate(self, cpu: bool) -> Accelerator:
         train = self.config.train
-        tracker, self.tracker_options = report.choose_tracker(train.report_to, _say_once)
+        self.tracker, self.tracker_options = report.choose_tracker(train.report_to, _say_once)
         precision = train.mixed_precision
         if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
             precision = "fp16"
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
-            log_with=tracker,
+            log_with=self.tracker,
             project_config=ProjectConfiguration(logging_dir=train.output_dir),
             step_scheduler_with_optimizer=False,
         )
@@ -300,8 +303,9 @@ class Trainer:
     def _start_trackers(self, run: Path) -> None:
         flat = {f"{s}.{k}": v for s, values in self._recipe().items() for k, v in values.items()}
         simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
-        options = report.init_options(run, self.tracker_options) if self.accelerator.is_main_process else {}
-        self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
+        if self.accelerator.is_main_process:
+            options = report.init_options(run, self.tracker, self.tracker_options)
+            self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
 
     def _transformer_of(self, weights: dict[str, torch.Tensor]) -> LatentDiTTransformer2DModel:
         with init_empty_weights(include_buffers=False):

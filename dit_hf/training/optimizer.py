@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
@@ -60,14 +61,14 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self._model = model
-        self._averages = [weight.float().clone() for weight in local_weights(model)]
+        self._weights = local_weights(model)
+        self._averages = [weight.float().clone() for weight in self._weights]
 
     @torch.no_grad()
     def update(self, step: int, found_inf: torch.Tensor) -> None:
         """Take in the weights after step `step` (from 0); where `found_inf` is 1 the average stands still."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        weights = [w.float() for w in local_weights(self._model)]
-        difference = list(torch._foreach_sub(weights, self._averages))
+        difference = list(torch._foreach_sub(self._weights, self._averages))
         torch._foreach_mul_(difference, weight * (1 - found_inf))
         torch._foreach_add_(self._averages, difference)
 
@@ -82,7 +83,8 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for weight, average in zip(local_weights(self._model), self._averages, strict=True):
+        _put_whole_weights_away(self._model)
+        for weight, average in zip(self._weights, self._averages, strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
@@ -90,5 +92,13 @@ class EMA:
 
 def local_weights(model: nn.Module) -> list[torch.Tensor]:
     """The weights, or this rank's shards of them, without their history."""
+    _put_whole_weights_away(model)
     weights = [parameter.detach() for parameter in model.parameters()]
     return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+
+
+def _put_whole_weights_away(model: nn.Module) -> None:
+    """Sharded models may hold weights whole after a forward; where shards are read or changed they must not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

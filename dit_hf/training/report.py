@@ -177,8 +177,10 @@ def choose_tracker(report_to: str, say: Any) -> tuple[str | None, dict[str, Any]
     return report_to, {"mode": "offline"}
 
 
-def init_options(run: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What trackers are started with; the run keeps its wandb id when it is gone on with."""
+def init_options(run: Path, tracker: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What the tracker is started with; a run keeps its wandb id when it is gone on with."""
+    if tracker != "wandb":
+        return {}
     file = run / "wandb_id"
     if not file.is_file():
         write_text(file, uuid.uuid4().hex[:8])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 from ..data.reader import BatchPrefetcher, LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
@@ -81,7 +82,8 @@ class TrainingStep:
             found_inf = sum(scaler._found_inf_per_device(self.optimizer).values())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, config.train.max_train_steps)
-        self.prepared_optimizer.step()
+        with implicit_replication():  # of found_inf, beside sharded weights
+            self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad()
         for average in self.averages.values():
             average.update(step, found_inf)
@@ -111,7 +113,8 @@ class TrainingStep:
         """The weighted loss of each picture, float32 [batch], from the VAE's own latents [batch, c, h, w]."""
         objective, clean = self.config.objective, (latents - self.mean) / self.std
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
-        prediction = self.model(noisy, timesteps, condition_ids, return_dict=False)[0]
+        # Whole numbers stay what they are where FSDP makes the model's inputs half precision.
+        prediction = self.model(noisy, timesteps.long(), condition_ids, return_dict=False)[0]
         target = training_target(self.scheduler, clean, noise, timesteps)
         return losses(prediction, target, loss_weights(self.scheduler, timesteps, objective.snr_gamma), objective.loss)
 

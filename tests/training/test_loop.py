@@ -1,11 +1,5 @@
-import csv
-import dataclasses
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +9,7 @@ from accelerate.optimizer import patch_optimizer_step
 from accelerate.utils import convert_to_fp32
 from diffusers import DiffusionPipeline
 from PIL import Image
+from runs import assert_same_bits, changed, comparable, rows
 from safetensors.torch import load_file
 
 from dit_hf import LatentDiTTransformer2DModel
@@ -23,28 +18,6 @@ from dit_hf.training.config import recipe_path
 from dit_hf.training.loop import Trainer, train
 
 ROOT = Path(__file__).parents[2]
-
-
-def rows(run):
-    with open(Path(run) / "training_log.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def comparable(run):
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "peak_memory_gib")} for row in rows(run)]
-
-
-def assert_same_bits(first, second):
-    for name in ("transformer.safetensors", "ema.safetensors", "optimizer.safetensors"):
-        one, other = load_file(first / name), load_file(second / name)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
-
-
-def changed(config, **sections):
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    )
 
 
 def test_a_run_leaves_all_that_its_folder_is_to_hold(config):
@@ -353,49 +326,9 @@ def test_another_run_or_recipe_is_not_overwritten(config):
     assert (run / "training_log.csv").read_text() == log
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_ends_with_the_same_bits(config, tmp_path):
-    config = changed(config, train={"max_train_steps": 60, "checkpointing_steps": 5, "logging_steps": 4})
-    whole = train(config)
-    killed = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_config.yaml"),
-    ]
-    command += [str(ROOT / "scripts" / "train.py"), "--config", str(whole / "config.yaml")]
-    command += ["--train.output_dir", str(killed), "--train.resume_from_checkpoint", "latest"]
-    for wanted in (2, 5, 9):  # checkpoints seen before the kill, which so falls anywhere in the work after it
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if any(int(p.name.split("-")[1]) >= wanted * 5 for p in killed.glob("checkpoint-*")):
-                break
-            time.sleep(0.01)
-        subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], check=False)
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True)
-    assert_same_bits(whole / "checkpoint-60", killed / "checkpoint-60")
-    assert comparable(whole) == comparable(killed)
-
-
 def test_shipped_recipes_are_found_by_name():
     assert recipe_path("recipes/avatars.yaml").name == "avatars.yaml"
     assert recipe_path("celeba-l1").is_file()
     for name in ("nothing", "elsewhere/avatars.yaml", ""):
         with pytest.raises(FileNotFoundError, match=f"{name}.*: no such file"):
             recipe_path(name)
-
-
-@pytest.mark.slow
-def test_two_ranks_see_what_one_sees(config, tmp_path):
-    config = changed(config, train={"max_train_steps": 20, "logging_steps": 5, "checkpointing_steps": 20})
-    one = train(config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / "train.py"), "--config", str(one / "config.yaml")]
-    subprocess.run([*command, "--train.output_dir", str(tmp_path / "two")], check=True)
-    for alone, together in zip(rows(one), rows(tmp_path / "two"), strict=True):
-        assert float(alone["loss"]) == pytest.approx(float(together["loss"]), abs=1e-5)
-        assert float(alone["grad_norm"]) == pytest.approx(float(together["grad_norm"]), rel=1e-3)

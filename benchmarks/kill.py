@@ -1,0 +1,184 @@
+"""A training run killed with SIGKILL at random moments, beside one left alone: do they end with the same bits?
+
+python benchmarks/kill.py [--kills 100] [--json FILE]         (100 kills: about ten minutes on 2 cores)
+python benchmarks/kill.py --gpu [--json FILE]                 (one GPU, fp16, the reference size: under ten minutes)
+
+Compared are weights, average and optimizer of the last checkpoint, bit by bit, and the log, but for the columns that
+tell speed and memory. Ends with 1 where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_hf.data.latents import prepare_latents
+from dit_hf.storage import sha256
+from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.training.loop import train
+
+VARYING = {"images_per_second", "mfu", "peak_memory_gib"}
+FILES = ("transformer.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    options = parser.parse_args()
+    kills = options.kills or (3 if options.gpu else 100)
+    path = options.json or Path(f"benchmarks/results/kill{'-gpu' if options.gpu else ''}.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        result = compare(reference(Path(scratch)) if options.gpu else tiny(Path(scratch)), kills, options.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    return 0 if result["same_bits"] and result["same_log"] else 1
+
+
+def tiny(scratch: Path) -> Config:
+    """400 steps of a model of 30 thousand parameters, on the CPU, with a checkpoint every five."""
+    return Config(
+        data=DataConfig(latents=cache(scratch, 300, "64")),
+        model=ModelConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=16),
+        objective=ObjectiveConfig(),
+        optim=OptimConfig(learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.99),
+        train=TrainConfig(
+            output_dir=str(scratch / "whole"),
+            max_train_steps=400,
+            global_batch_size=8,
+            checkpointing_steps=5,
+            validation_images=2,
+            logging_steps=2,
+            sampling_steps=0,
+            num_inference_steps=2,
+            report_to="none",
+        ),
+    )
+
+
+def reference(scratch: Path) -> Config:
+    """2,000 steps of the reference size in fp16, on a GPU, by kernels that give the same bits each time."""
+    return Config(
+        data=DataConfig(latents=cache(scratch, 2_000, "128")),
+        model=ModelConfig(preset="reference"),
+        objective=ObjectiveConfig(),
+        optim=OptimConfig(learning_rate=1e-4, lr_warmup_steps=200, ema_decay=0.999),
+        train=TrainConfig(
+            output_dir=str(scratch / "whole"),
+            max_train_steps=2_000,
+            global_batch_size=64,
+            mixed_precision="fp16",
+            deterministic=True,
+            checkpointing_steps=200,
+            logging_steps=20,
+            sampling_steps=0,
+            report_to="none",
+        ),
+    )
+
+
+def cache(scratch: Path, pictures: int, resolution: str) -> str:
+    folder = scratch / "latents"
+    prepare_latents(str(folder), "avatars", "avatar", resolution, flip=True, num_images=pictures)
+    return str(folder)
+
+
+def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
+    """Train once undisturbed, then with `kills` kills (as many runs as it takes), and compare each run's end."""
+    rng, whole = random.Random(seed), Path(config.train.output_dir)
+    seconds = launch(config, None)
+    ends = {"same_bits": True, "same_log": True}
+    struck: list[dict[str, Any]] = []
+    runs = 0
+    while len(struck) < kills:
+        runs += 1
+        config.train.output_dir = str(whole.with_name(f"killed-{runs}"))
+        config.train.resume_from_checkpoint = "latest"
+        run = Path(config.train.output_dir)
+        # Several kills in a run, each after a share of the time that the rest of it would take.
+        while len(struck) < kills and launch(config, rng.uniform(0.05, 0.4) * seconds) is None:
+            struck.append(found(run))
+        launch(config, None)
+        ends["same_bits"] &= all(sha256(last(run) / name) == sha256(last(whole) / name) for name in FILES)
+        ends["same_log"] &= log(run) == log(whole)
+        history = [row["loss_scale"] for row in read(run)]
+        shutil.rmtree(run)
+    return {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "steps": config.train.max_train_steps,
+        "checkpointing_steps": config.train.checkpointing_steps,
+        "unbroken_seconds": round(seconds or 0, 1),
+        "runs": runs,
+        "kills": len(struck),
+        "kills_before_the_first_checkpoint": sum(each["checkpoint"] is None for each in struck),
+        "kills_while_saving": sum(each["saving"] for each in struck),
+        "last_loss": float(read(whole)[-1]["loss"]),
+        "loss_scale": [value for i, value in enumerate(history) if not i or value != history[i - 1]],
+        **ends,
+    }
+
+
+def launch(config: Config, limit: float | None) -> float | None:
+    """Train in a process of its own, killed after `limit` seconds; the seconds it took, or None if it was killed."""
+    # Its children begin with everything imported, so that the time goes to training.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dit_hf.training.loop"])
+    process = context.Process(target=train, args=(config,))
+    started = time.monotonic()
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    if process.exitcode == -signal.SIGKILL:
+        return None
+    if process.exitcode:
+        raise SystemExit(f"training ended with {process.exitcode}")
+    return time.monotonic() - started
+
+
+def found(run: Path) -> dict[str, Any]:
+    """What a kill left: the last checkpoint, and whether another was being written."""
+    standing = list(run.glob("checkpoint-*"))
+    return {"checkpoint": last(run).name if standing else None, "saving": bool(list(run.glob(".checkpoint-*")))}
+
+
+def last(run: Path) -> Path:
+    return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def read(run: Path) -> list[dict[str, str]]:
+    with open(run / "training_log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log(run: Path) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name not in VARYING} for row in read(run)]
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
