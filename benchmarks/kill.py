@@ -10,10 +10,8 @@ tell speed and memory. Ends with 1 where they differ.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
-import platform
 import random
 import shutil
 import signal
@@ -24,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 from dit_hf.data.latents import prepare_latents
 from dit_hf.storage import sha256
+from dit_hf.training.checkpoint import list_checkpoints
 from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from dit_hf.training.loop import train
+from dit_hf.training.report import read_log
 
 VARYING = {"images_per_second", "mfu", "peak_memory_gib"}
 FILES = ("transformer.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -101,7 +102,7 @@ def cache(scratch: Path, pictures: int, resolution: str) -> str:
 
 def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
     """Train once undisturbed, then with `kills` kills (as many runs as it takes), and compare each run's end."""
-    rng, whole = random.Random(seed), Path(config.train.output_dir)
+    rng, whole, end = random.Random(seed), Path(config.train.output_dir), f"checkpoint-{config.train.max_train_steps}"
     seconds = launch(config, None)
     ends = {"same_bits": True, "same_log": True}
     struck: list[dict[str, Any]] = []
@@ -115,9 +116,9 @@ def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
         while len(struck) < kills and launch(config, rng.uniform(0.05, 0.4) * seconds) is None:
             struck.append(found(run))
         launch(config, None)
-        ends["same_bits"] &= all(sha256(last(run) / name) == sha256(last(whole) / name) for name in FILES)
+        ends["same_bits"] &= all(sha256(run / end / name) == sha256(whole / end / name) for name in FILES)
         ends["same_log"] &= log(run) == log(whole)
-        history = [row["loss_scale"] for row in read(run)]
+        history = [row["loss_scale"] for row in read_log(run)]
         shutil.rmtree(run)
     return {
         "machine": machine(),
@@ -129,7 +130,7 @@ def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
         "kills": len(struck),
         "kills_before_the_first_checkpoint": sum(each["checkpoint"] is None for each in struck),
         "kills_while_saving": sum(each["saving"] for each in struck),
-        "last_loss": float(read(whole)[-1]["loss"]),
+        "last_loss": float(read_log(whole)[-1]["loss"]),
         "loss_scale": [value for i, value in enumerate(history) if not i or value != history[i - 1]],
         **ends,
     }
@@ -157,27 +158,12 @@ def launch(config: Config, limit: float | None) -> float | None:
 
 def found(run: Path) -> dict[str, Any]:
     """What a kill left: the last checkpoint, and whether another was being written."""
-    standing = list(run.glob("checkpoint-*"))
-    return {"checkpoint": last(run).name if standing else None, "saving": bool(list(run.glob(".checkpoint-*")))}
-
-
-def last(run: Path) -> Path:
-    return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def read(run: Path) -> list[dict[str, str]]:
-    with open(run / "training_log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    standing = list_checkpoints(run)
+    return {"checkpoint": standing[-1].name if standing else None, "saving": bool(list(run.glob(".checkpoint-*")))}
 
 
 def log(run: Path) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if name not in VARYING} for row in read(run)]
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return [{name: value for name, value in row.items() if name not in VARYING} for row in read_log(run)]
 
 
 if __name__ == "__main__":

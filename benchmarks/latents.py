@@ -5,7 +5,6 @@ python benchmarks/latents.py [--json FILE]    (about ten minutes on 2 cores, 10 
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Array3D, Dataset, Features, List, Value
 from diffusers import AutoencoderKL
+from machine import machine
 
 from dit_hf.data.avatars import choose_face, render_face
 from dit_hf.data.images import Geometry
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         result = {
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": machine(),
             "torch": torch.__version__,
             "build": {
                 "stable-diffusion-shaped VAE, 256 px": time_build(folder, sd_shaped_vae(), 256, 32, 8, 2),

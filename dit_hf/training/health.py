@@ -1,15 +1,52 @@
-"""Where numbers stopped being numbers: found by doing a step again with every layer watched."""
+"""Whether a run's numbers are still numbers, and where they stopped: a step is done again, every layer watched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
+
+from .checkpoint import list_checkpoints
+from .optimizer import local_weights
+from .step import TrainingStep
 
 # Below this a loss scale has been halved seventeen times in a row, and hides no overflow of the scaling's own.
 LOWEST_LOSS_SCALE = 1.0
+
+
+def check_health(step: TrainingStep, done: int, run: Path) -> torch.Tensor:
+    """The window's sums over all ranks, [2, 10] on the CPU, if all is well after `done` steps; waits for the device.
+
+    Raises:
+        ValueError: if a loss, a weight, or (without a loss scale) a gradient is not finite, or the loss scale has
+            fallen as no passing overflow makes it fall; with the first layer, and the run's last good checkpoint.
+    """
+    accelerator, scaler = step.accelerator, step.accelerator.scaler
+    sums = accelerator.reduce(step.window, "sum").cpu()
+    broken = ~torch.stack(torch._foreach_norm(local_weights(step.model))).isfinite().all()
+    skipped, problem = int(step.first_skipped), None
+    if not sums.isfinite().all():
+        problem = "the loss is not finite"
+    elif accelerator.reduce(broken.float(), "sum") > 0:
+        problem = "a weight is not finite"
+    elif scaler is None and skipped >= 0:
+        problem = "the gradient is not finite"
+    elif scaler is not None and scaler.get_scale() < LOWEST_LOSS_SCALE:
+        problem = f"the loss scale has fallen to {scaler.get_scale():g}"
+    if problem is None:
+        return sums
+    redone = skipped if skipped >= 0 else done - 1
+    layers = gather_object([first_overflow(step.transformer, lambda: step.accumulate(redone))])
+    layer = next((layer for layer in layers if layer), "none, when the step is done again")
+    standing = list_checkpoints(run)
+    raise ValueError(
+        f"{problem} at step {redone + 1}; first not finite: {layer}; "
+        f"the last good checkpoint is {standing[-1] if standing else 'none'}"
+    )
 
 
 def first_overflow(model: nn.Module, step: Callable[[], Any]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from ..data.reader import LatentReader
@@ -18,13 +18,13 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import disk_errors, write_text
 from . import checkpoint, export, report
 from .config import Config
-from .health import LOWEST_LOSS_SCALE, first_overflow
+from .health import check_health
 from .initialize import build_transformer
 from .objective import NOISE_LEVELS
-from .optimizer import learning_rate, local_weights
+from .optimizer import learning_rate
 from .preemption import Preempted, StopSignal
 from .step import TrainingStep
-from .validation import Validation
+from .validation import choose_validation
 
 
 def train(config: Config) -> Path:
@@ -33,6 +33,7 @@ def train(config: Config) -> Path:
     Raises:
         ValueError: for a recipe that cannot work, or a checkpoint of another one.
         FileExistsError: if the folder holds a run and `train.resume_from_checkpoint` was not asked for.
+        OSError: if the disk is full or cannot be written, or the GPU's memory is too small.
     """
     config.check()
     run = Path(config.train.output_dir)
@@ -41,9 +42,15 @@ def train(config: Config) -> Path:
             f"train.output_dir {run} holds a run; go on with it by --train.resume_from_checkpoint latest, "
             "or name a new folder"
         )
-    trainer = Trainer(config)
-    with disk_errors(f"train.output_dir {run}"):
-        trainer.fit(run)
+    try:
+        trainer = Trainer(config)
+        with disk_errors(f"train.output_dir {run}"):
+            trainer.fit(run)
+    except torch.OutOfMemoryError as error:
+        raise OSError(
+            "the GPU's memory is full: a larger train.gradient_accumulation_steps, or train.gradient_checkpointing "
+            f"true, needs less; checkpoints in {run} are good"
+        ) from error
     return run
 
 
@@ -85,7 +92,7 @@ class Trainer:
         if self.checkpoint is not None and state is not None:
             checkpoint.check_same_recipe(state["recipe"], self._recipe(), self.checkpoint)
         self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
-        self.validation = self._choose_validation()
+        self.validation = choose_validation(config, list(self.reader.conditions), self.step, _say_once)
 
     def fit(self, run: Path) -> None:
         """Go on from the checkpoint, if there is one, until `max_train_steps`, and export.
@@ -100,9 +107,8 @@ class Trainer:
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "config.yaml", self.config.to_yaml())
             report.start_log(run, start, self._columns())
-            if start < total:
-                checkpoint.check_space(run, self.tensors.bytes())
         if start < total:
+            self._on_main(checkpoint.check_space, run, self.tensors.bytes())
             self._start_trackers(run)
             _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
         stop, speed = StopSignal(), report.Speed()
@@ -114,7 +120,7 @@ class Trainer:
                 saved = self._report_and_save(run, done, grad_norm, speed, bar)
                 if stop.is_set() and done < total:
                     if not saved:
-                        self._check_health(run, done)
+                        check_health(self.step, done, run)
                         self._save(run, done, {})
                     _say_once(
                         f"\ntold to stop: checkpoint-{done} is saved; --train.resume_from_checkpoint latest goes on"
@@ -141,7 +147,7 @@ class Trainer:
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
         with speed.paused():
             if due:
-                row |= self._validate()
+                row |= self.validation.of_averages(self.step, self.accelerator) if self.validation else {}
             if row and self.accelerator.is_main_process:
                 report.append_log(run, row, self._columns())
             if row:
@@ -169,67 +175,10 @@ class Trainer:
             _say_once("no GPU: training in float32 instead of fp16")
         return accelerator
 
-    def _choose_validation(self) -> Validation | None:
-        """The validation asked for, or None where the cache has no pictures for it."""
-        config, count = self.config, self.config.train.validation_images
-        if not count:
-            return None
-        try:
-            reader = LatentReader(config.data.latents, "validation", list(self.reader.conditions))
-        except ValueError as error:
-            _say_once(f"{error}: no validation loss, and no best checkpoint")
-            return None
-        return Validation(reader, count, config.objective.num_train_timesteps, self.step.micro_batch_size, self.device)
-
-    def _validate(self) -> dict[str, float]:
-        """The averages' validation losses, by the name of their column in the log."""
-        if self.validation is None:
-            return {}
-        found, accelerator = {}, self.accelerator
-        for name, average in self.step.averages.items():
-            with average.swapped_in():
-                sums = self.validation.losses(self.step.losses, accelerator.process_index, accelerator.num_processes)
-            total, count = accelerator.reduce(sums, "sum").cpu()
-            suffix = name.removeprefix("ema")
-            found[f"validation_loss{suffix}"] = (total.sum() / count.sum()).item()
-            if not suffix:
-                found |= {f"validation_loss_level_{i}": value for i, value in enumerate((total / count).tolist())}
-        return found
-
-    def _check_health(self, run: Path, done: int) -> torch.Tensor:
-        """The window's sums over all ranks, if all is well; waits for the device.
-
-        Raises:
-            ValueError: if a loss, a weight, or (without a loss scale) a gradient is not finite, or the loss scale has
-                fallen as no passing overflow makes it fall.
-        """
-        step, accelerator, scaler = self.step, self.accelerator, self.accelerator.scaler
-        sums = accelerator.reduce(step.window, "sum").cpu()
-        broken = ~torch.stack(torch._foreach_norm(local_weights(step.model))).isfinite().all()
-        skipped, problem = int(step.first_skipped), None
-        if not sums.isfinite().all():
-            problem = "the loss is not finite"
-        elif accelerator.reduce(broken.float(), "sum") > 0:
-            problem = "a weight is not finite"
-        elif scaler is None and skipped >= 0:
-            problem = "the gradient is not finite"
-        elif scaler is not None and scaler.get_scale() < LOWEST_LOSS_SCALE:
-            problem = f"the loss scale has fallen to {scaler.get_scale():g}"
-        if problem is None:
-            return sums
-        redone = skipped if skipped >= 0 else done - 1
-        layers = gather_object([first_overflow(self.transformer, lambda: step.accumulate(redone))])
-        layer = next((layer for layer in layers if layer), "none, when the step is done again")
-        last = checkpoint.list_checkpoints(run)
-        raise ValueError(
-            f"{problem} at step {redone + 1}; first not finite: {layer}; "
-            f"the last good checkpoint is {last[-1] if last else 'none'}"
-        )
-
     def _measure(self, run: Path, done: int, grad_norm: torch.Tensor, speed: report.Speed) -> dict[str, Any]:
         """One row of the log, without validation; the window begins anew."""
         config, accelerator = self.config, self.accelerator
-        total, count = self._check_health(run, done)
+        total, count = check_health(self.step, done, run)
         self.step.begin_window()
         images_seen = done * config.train.global_batch_size
         images_per_second = speed.read() * config.train.global_batch_size

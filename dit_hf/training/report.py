@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -32,11 +33,13 @@ COLUMNS = (
     *(f"loss_level_{level}" for level in range(NOISE_LEVELS)),
     *(f"validation_loss_level_{level}" for level in range(NOISE_LEVELS)),
 )
-# Peak of dense fp16 and bf16 products in TFLOP/s by what is in the device's name; the first that fits (NVIDIA's data
+# Peak of dense fp16 and bf16 products in TFLOP/s by the words in the device's name; the first that fits (NVIDIA's data
 # sheets).
 PEAK_TFLOPS = {
     "B200": 2250,
+    "GB200": 2500,
     "H200": 989,
+    "GH200": 989,
     "H100 NVL": 835,
     "H100 PCIe": 756,
     "H100": 989,
@@ -93,11 +96,16 @@ def mfu(config: Any, images_per_second: float, accelerator: Accelerator) -> floa
     """Share of the GPUs' peak that the model's FLOPs are; None where the peak is not known, or in float32."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
         return None
-    name = torch.cuda.get_device_name(accelerator.device)
-    peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    peak = peak_flops(torch.cuda.get_device_name(accelerator.device))
     if peak is None:
         return None
-    return round(flops_per_image(config) * images_per_second / (peak * 1e12 * accelerator.num_processes), 4)
+    return round(flops_per_image(config) * images_per_second / (peak * accelerator.num_processes), 4)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of a GPU's dense half-precision products; None where it is not known."""
+    words = f" {re.sub('[^A-Za-z0-9]+', ' ', device_name)} "
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if f" {known} " in words), None)
 
 
 def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
@@ -192,8 +200,10 @@ def log_sheet(trackers: list[GeneralTracker], path: Path, step: int) -> None:
     """Send a sheet to the trackers that take pictures."""
     sheet = np.asarray(Image.open(path).convert("RGB"))[None]
     for tracker in trackers:
-        if isinstance(tracker, WandBTracker | TensorBoardTracker):
+        if isinstance(tracker, WandBTracker):
             tracker.log_images({"samples": sheet}, step=step)
+        elif isinstance(tracker, TensorBoardTracker):
+            tracker.log_images({"samples": sheet}, step=step, dataformats="NHWC")
 
 
 def write_card(run: Path, facts: dict[str, Any]) -> None:

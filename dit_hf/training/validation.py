@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 
 from ..data.reader import LatentReader
+from .config import Config
 from .objective import NOISE_LEVELS, noise_level
+from .step import TrainingStep
 
 # Noisy latents' ingredients to losses: clean latents, noise, timesteps, condition ids -> [batch].
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,6 +40,19 @@ class Validation:
         timesteps = (torch.arange(NOISE_LEVELS)[:, None] + inside) * num_train_timesteps / NOISE_LEVELS
         self.timesteps = timesteps.floor().flatten()
 
+    def of_averages(self, step: TrainingStep, accelerator: Accelerator) -> dict[str, float]:
+        """The averages' losses by the name of their column in the log; to be called on all ranks."""
+        found = {}
+        for name, average in step.averages.items():
+            with average.swapped_in():
+                sums = self.losses(step.losses, accelerator.process_index, accelerator.num_processes)
+            total, count = accelerator.reduce(sums, "sum").cpu()
+            suffix = name.removeprefix("ema")
+            found[f"validation_loss{suffix}"] = (total.sum() / count.sum()).item()
+            if not suffix:
+                found |= {f"validation_loss_level_{i}": value for i, value in enumerate((total / count).tolist())}
+        return found
+
     @torch.no_grad()
     def losses(self, loss: LossFunction, rank: int, num_ranks: int) -> torch.Tensor:
         """Sum of the losses and number of evaluations by noise level, float32 [2, 10], of this rank's share.
@@ -60,3 +76,18 @@ class Validation:
     def _noise(self, picture: int) -> torch.Tensor:
         """Drawn on the CPU, so that it is the same whatever the device."""
         return torch.randn(self.latents.shape[1:], generator=torch.Generator().manual_seed(picture))
+
+
+def choose_validation(
+    config: Config, conditions: list[str], step: TrainingStep, say: Callable[[str], None]
+) -> Validation | None:
+    """The validation that a recipe asks for; None, told through `say`, where the cache has no pictures for it."""
+    count, timesteps = config.train.validation_images, config.objective.num_train_timesteps
+    if not count:
+        return None
+    try:
+        reader = LatentReader(config.data.latents, "validation", conditions)
+    except ValueError as error:
+        say(f"{error}: no validation loss, and no best checkpoint")
+        return None
+    return Validation(reader, count, timesteps, step.micro_batch_size, step.device)

@@ -61,6 +61,11 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
             linear(h, f"{name}.attn.{n}").reshape(batch, -1, heads, dim // heads).transpose(1, 2)
             for n in ("to_q", "to_k", "to_v")
         )
+        if config.qk_norm:
+            q, k = (
+                x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.attn.{n}.weight"]
+                for x, n in ((q, "norm_q"), (k, "norm_k"))
+            )
         attention = ((q @ k.transpose(2, 3)) / math.sqrt(dim // heads)).softmax(-1) @ v
         x = x + g1 * linear(attention.transpose(1, 2).reshape(batch, -1, dim), f"{name}.attn.to_out.0")
         h = linear(norm(x) * (1 + b2) + s2, f"{name}.ff.net.0.proj")
@@ -76,8 +81,9 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
     return out
 
 
-def test_forward_is_the_papers():
-    model = tiny_transformer(conditions=CONDITIONS)
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+def test_forward_is_the_papers(qk_norm):
+    model = tiny_transformer(conditions=CONDITIONS, qk_norm=qk_norm)
     hidden_states, timestep = inputs()
     ids = torch.tensor([[0, 1, 4], [1, 2, 5], [2, 0, 0]])
     with torch.no_grad():
@@ -97,6 +103,16 @@ def test_reference_preset_has_the_reference_systems_size():
     with torch.device("meta"):
         model = LatentDiTTransformer2DModel(sample_size=32, **PRESETS["reference"])
     assert (model.config.num_layers, model.config.num_attention_heads, model.inner_dim) == (10, 8, 768)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
+def test_presets_have_the_papers_sizes(preset, millions):
+    """Table 4 of the paper, whose models know 1,000 classes and learn sigma."""
+    with torch.device("meta"):
+        model = LatentDiTTransformer2DModel(
+            sample_size=32, out_channels=8, conditions={"class": 1000}, **PRESETS[preset]
+        )
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (4, 8), (16, 16)])

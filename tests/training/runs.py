@@ -14,7 +14,8 @@ def rows(run):
 
 
 def comparable(run):
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "peak_memory_gib")} for row in rows(run)]
+    varying = ("images_per_second", "mfu", "peak_memory_gib")
+    return [{k: v for k, v in row.items() if k not in varying} for row in rows(run)]
 
 
 def assert_same_bits(first, second):

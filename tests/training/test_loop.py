@@ -1,12 +1,15 @@
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.optimizer import patch_optimizer_step
 from accelerate.utils import convert_to_fp32
+from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import DiffusionPipeline
 from PIL import Image
 from runs import assert_same_bits, changed, comparable, rows
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.reader import LatentReader
+from dit_hf.training.checkpoint import check_space
 from dit_hf.training.config import recipe_path
 from dit_hf.training.loop import Trainer, train
 
@@ -68,8 +72,11 @@ def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_expo
     log = (run / "training_log.csv").read_text()
     shutil.rmtree(run / "pipeline")
     (run / "loss_curve.png").unlink()
+    best = (run / "best.json").read_text()
+    (run / "best.json").unlink()
     train(config)
     assert (run / "pipeline" / "model_index.json").is_file()
+    assert (run / "best.json").read_text() == best
     assert (run / "loss_curve.png").is_file()
     assert (run / "training_log.csv").read_text() == log
 
@@ -308,6 +315,8 @@ def test_loss_is_what_the_formulas_say(config):
         ({"objective": {"snr_gamma": 0.0}}, ValueError, "snr_gamma must be above 0"),
         ({"train": {"num_inference_steps": 501}}, ValueError, "num_inference_steps"),
         ({"optim": {"max_grad_norm": -1.0}}, ValueError, "max_grad_norm=-1 must be at least 0"),
+        ({"model": {"attention_head_dim": 7}}, ValueError, "the width 14 .* is not divisible by 4"),
+        ({"optim": {"extra_ema_decays": [0.9, 1.5]}}, ValueError, "extra_ema_decays=1.5 must be between 0 and 1"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(config, sections, error, message):
@@ -324,6 +333,61 @@ def test_another_run_or_recipe_is_not_overwritten(config):
     with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.001, now 0\.002"):
         train(changed(config, optim={"learning_rate": 2e-3}, train={"resume_from_checkpoint": "latest"}))
     assert (run / "training_log.csv").read_text() == log
+
+
+def test_a_disk_that_fills_up_while_saving_costs_only_what_came_after_the_last_checkpoint(config, tmp_path):
+    whole = train(config)
+    config = changed(config, train={"output_dir": str(tmp_path / "full"), "resume_from_checkpoint": "latest"})
+    run = train(changed(config, train={"max_train_steps": 4}))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"full: .*; make room and call again: what is finished is kept"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    train(config)
+    assert_same_bits(whole / "checkpoint-8", run / "checkpoint-8")
+    assert comparable(whole) == comparable(run)
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
+    with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
+        check_space(tmp_path, 10**18)
+
+
+def test_a_gpu_too_small_is_said_in_a_line(config, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LatentDiTTransformer2DModel, "forward", full)
+    with pytest.raises(OSError, match=r"the GPU's memory is full: a larger train\.gradient_accumulation_steps"):
+        train(changed(config, train={"validation_images": 0}))
+
+
+def test_deterministic_kernels_change_nothing_on_a_cpu(config, tmp_path):
+    whole = train(config)
+    try:
+        run = train(changed(config, train={"output_dir": str(tmp_path / "deterministic"), "deterministic": True}))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(whole / "checkpoint-8", run / "checkpoint-8")
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-machines", "fsdp2", "fsdp2-machines"])
+def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
+    """By its launcher's own code, which makes of them the environment of the ranks."""
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    assert defaults.num_machines == args.num_machines == (2 if "machines" in name else 1)
+    environment = prepare_multi_gpu_env(args)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("bf16" if "fsdp2" in name else "fp16")
+    if "fsdp2" in name:
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in LatentDiTTransformer2DModel._no_split_modules
 
 
 def test_shipped_recipes_are_found_by_name():

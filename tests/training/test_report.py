@@ -1,10 +1,25 @@
 import importlib.util
 
 import pytest
+import torch
+import wandb
 from PIL import Image
+from runs import changed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
+from dit_hf.models.transformer_latent_dit import PRESETS, LatentDiTTransformer2DModel
 from dit_hf.training.loop import train
-from dit_hf.training.report import COLUMNS, append_log, choose_tracker, draw_loss_curve, read_log, start_log
+from dit_hf.training.report import (
+    COLUMNS,
+    append_log,
+    choose_tracker,
+    draw_loss_curve,
+    flops_per_image,
+    peak_flops,
+    read_log,
+    start_log,
+)
 
 
 def row(step):
@@ -34,10 +49,69 @@ def test_wandb_without_a_login_is_offline_and_never_asks(config, tmp_path, monke
     run = train(config)
     assert "no wandb login" in capsys.readouterr().out
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    wandb.teardown()  # or it would go on without the environment that other tests set
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_a_tracker_that_is_not_installed_is_said_and_done_without():
+def test_a_tracker_that_is_not_installed_is_said_and_done_without(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = []
     assert choose_tracker("tensorboard", said.append) == (None, {})
     assert "not installed" in said[0]
+
+
+def test_a_run_keeps_its_wandb_id_when_it_goes_on(config):
+    config = changed(config, train={"report_to": "wandb", "max_train_steps": 4})
+    train(config)
+    run = train(changed(config, train={"max_train_steps": 8, "resume_from_checkpoint": "latest"}))
+    ids = [path.stem.removeprefix("run-") for path in run.glob("wandb/offline-run-*/*.wandb")]
+    assert ids == [(run / "wandb_id").read_text()] * 2
+
+
+def test_tensorboard_gets_the_log_and_the_sheets(config):
+    run = train(changed(config, train={"report_to": "tensorboard", "sampling_steps": 4}))
+    events = EventAccumulator(str(run / "dit_hf"), {"scalars": 0, "images": 0}).Reload()
+    for column in ("loss", "validation_loss", "grad_norm", "loss_level_9"):
+        logged = {row["step"]: float(row[column]) for row in read_log(run) if row[column]}
+        shown = {str(event.step): event.value for event in events.Scalars(column)}
+        assert shown == pytest.approx(logged, rel=1e-6)
+    sheets = events.Images("samples")
+    assert [sheet.step for sheet in sheets] == [4, 8]
+    with Image.open(run / "samples" / "step-8.png") as sheet:
+        assert (sheets[-1].width, sheets[-1].height) == sheet.size
+
+
+@pytest.mark.parametrize(("preset", "size"), [("tiny", 16), ("reference", 32), ("B/2", (32, 16))])
+def test_flops_are_those_that_torch_counts(preset, size):
+    """But for the modulation, which is computed once a picture and not once a token, and what makes it."""
+    with torch.device("meta"):
+        model = LatentDiTTransformer2DModel(sample_size=size, **PRESETS[preset])
+    height, width = (size, size) if isinstance(size, int) else size
+    noisy = torch.empty((8, 4, height, width), device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(noisy, torch.zeros(8, device="meta")).sample.sum().backward()
+    counted = counter.get_flop_counts()
+    blocks = sum(
+        sum(counted[f"LatentDiTTransformer2DModel.transformer_blocks.{i}.{part}"].values())
+        for i in range(len(model.transformer_blocks))
+        for part in ("attn", "ff")
+    )
+    assert flops_per_image(model.config) * 8 == pytest.approx(blocks, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_gpus_peak_is_known_by_its_name_and_by_no_part_of_a_word(name, tflops):
+    assert peak_flops(name) == (tflops and tflops * 1e12)

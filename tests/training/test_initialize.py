@@ -1,0 +1,76 @@
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from runs import changed
+
+from dit_hf.data.latents import prepare_latents
+from dit_hf.training.loop import Trainer, train
+
+
+@pytest.fixture
+def earlier(config, tmp_path):
+    """A run that learned two conditions, in an order that is not the cache's."""
+    options = {"output_dir": str(tmp_path / "earlier"), "max_train_steps": 4}
+    return train(changed(config, data={"conditions": ["Smiling", "Eyeglasses"]}, train=options))
+
+
+def test_a_run_begins_with_the_weights_and_normalization_of_an_earlier_one(config, earlier):
+    config = changed(config, data={"conditions": ["Smiling", "Eyeglasses"]})
+    for name in (earlier, earlier / "pipeline"):
+        trainer = Trainer(changed(config, model={"init_from": str(name)}))
+        pipeline = DiffusionPipeline.from_pretrained(earlier / "pipeline")
+        weights = trainer.transformer.state_dict()
+        for key, value in pipeline.transformer.state_dict().items():
+            assert torch.equal(weights[key], value), key
+        assert trainer.normalization == (pipeline.config.latents_mean, pipeline.config.latents_std)
+
+
+def test_with_new_conditions_those_it_knew_keep_their_meaning(config, earlier):
+    before = DiffusionPipeline.from_pretrained(earlier / "pipeline").transformer.eval()
+    trainer = Trainer(changed(config, model={"init_from": str(earlier)}))
+    after, names = trainer.transformer.eval(), list(trainer.reader.conditions)
+    assert len(names) == 22
+    noisy, timesteps = torch.randn(4, 4, 8, 8), torch.tensor([1, 100, 300, 499])
+    known = torch.tensor([[0, 1], [1, 0], [2, 1], [2, 2]])
+    ids = torch.full((4, 22), 2)  # what is new is not given; and not given is not nothing: it has a row of its own
+    ids[:, names.index("Smiling")], ids[:, names.index("Eyeglasses")] = known.T
+    fresh = [n for n in names if n not in ("Smiling", "Eyeglasses")]
+    rows = [int(after.condition_offsets[names.index(name)]) + 2 for name in fresh]
+    with torch.no_grad():
+        after.condition_embedding.weight[rows] = 0
+        expected = before(noisy, timesteps, known).sample
+        assert torch.allclose(after(noisy, timesteps, ids).sample, expected, atol=1e-5)
+
+
+def test_at_another_resolution_positions_are_stretched_over_what_it_knew(config, earlier, vae_folder, tmp_path):
+    folder = tmp_path / "larger"
+    prepare_latents(str(folder), "avatars", str(vae_folder), "32", flip=True, num_images=40)
+    config = changed(config, data={"latents": str(folder)}, model={"init_from": str(earlier)})
+    run = train(changed(config, data={"conditions": ["Smiling", "Eyeglasses"]}))
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    assert (pipeline.transformer.config.sample_size, pipeline.transformer.config.position_base_size) == (16, 8)
+    assert pipeline({"Smiling": True}, num_inference_steps=2).images[0].size == (32, 32)
+    assert f"began with the weights of | {earlier.name}" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"prediction_type": "sample"}}, "prediction_type is sample, but .* predicts v_prediction"),
+        ({"model": {"num_layers": 3}}, "does not fit: num_layers is 2 there and 3 here"),
+        ({"model": {"qk_norm": "rms_norm"}}, "qk_norm is None there and 'rms_norm' here"),
+        ({"model": {"init_from": "nowhere"}}, "model.init_from nowhere: no pipeline could be loaded"),
+    ],
+)
+def test_an_earlier_model_that_does_not_fit_is_refused_with_the_difference(config, earlier, sections, message):
+    sections = {**sections, "model": {"init_from": str(earlier), **sections.get("model", {})}}
+    with pytest.raises(ValueError, match=message):
+        Trainer(changed(config, **sections))
+
+
+def test_what_a_run_began_with_need_not_be_there_when_it_goes_on(config, earlier, tmp_path):
+    config = changed(config, model={"init_from": str(earlier)}, train={"max_train_steps": 4})
+    train(config)
+    earlier.rename(tmp_path / "moved")
+    run = train(changed(config, train={"max_train_steps": 8, "resume_from_checkpoint": "latest"}))
+    assert (run / "checkpoint-8").is_dir()

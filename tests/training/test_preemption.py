@@ -1,0 +1,34 @@
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# Says when it listens; the step under way never ends.
+STUCK = """
+import signal, time
+from dit_hf.training.preemption import StopSignal
+stop = StopSignal()
+with stop.noticed():
+    print("listening", flush=True)
+    while True:
+        time.sleep(0.05)
+        if stop.is_set():
+            print("noticed", flush=True)
+            while True:
+                time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once_and_an_echo_of_the_first_does_not(number):
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "listening\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "noticed\n"
+    process.send_signal(number)  # a launcher and its group often both send it
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
