@@ -7,8 +7,9 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -21,6 +22,58 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 
 AttributeValue = bool | int | str | None
 Attributes = Mapping[str, AttributeValue]
+
+
+class GuidanceOptions(TypedDict, total=False):
+    """What `guidance_scale` can be refined by, as further keywords of a call.
+
+    Args:
+        negative_attributes: What to steer away from, a dict or one an image; it takes the place of asking for nothing
+            in classifier-free guidance.
+        attribute_weights: Attributes that count more or less than 1: the difference that leaving one out makes is
+            multiplied (as concepts are weighed in https://arxiv.org/abs/2206.01714). Each costs one more prediction.
+        guidance_rescale: 0 to 1, how far the guided prediction is brought back to the standard deviation of the
+            unguided one (https://arxiv.org/abs/2305.08891, section 3.4).
+        guidance_start: Where guidance begins on the way from noise (0) to picture (1), in timesteps
+            (https://arxiv.org/abs/2404.07724).
+        guidance_end: Where it ends; steps without guidance cost half.
+        guidance_transformer: Autoguidance (https://arxiv.org/abs/2406.02070): a smaller or earlier model of the same
+            conditions, from whose prediction guidance leads away.
+    """
+
+    negative_attributes: Attributes | Sequence[Attributes] | None
+    attribute_weights: Mapping[str, float] | None
+    guidance_rescale: float
+    guidance_start: float
+    guidance_end: float
+    guidance_transformer: LatentDiTTransformer2DModel | None
+
+
+@dataclass
+class Guidance:
+    """How the predictions of a step are added up: each with a share, the shares adding up to 1.
+
+    Args:
+        asked: Condition ids of what is asked for, int64 [batch, conditions].
+        share: That prediction's share where there is guidance; elsewhere it is the only one.
+        others: Condition ids and share of each further prediction.
+        transformer: Makes the first of `others`; None is the pipeline's own.
+        rescale: See `guidance_rescale`.
+        start: See `guidance_start`.
+        end: See `guidance_end`.
+    """
+
+    asked: torch.Tensor
+    share: float = 1.0
+    others: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    transformer: LatentDiTTransformer2DModel | None = None
+    rescale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def active(self, progress: float) -> bool:
+        """Whether there is guidance at a step; `progress` is how far from noise to picture it begins."""
+        return bool(self.others) and self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1)
 
 
 class LatentDiTPipeline(DiffusionPipeline):
@@ -43,6 +96,7 @@ class LatentDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
+    scheduler: SchedulerMixin
 
     def __init__(
         self,
@@ -71,7 +125,9 @@ class LatentDiTPipeline(DiffusionPipeline):
         )
         config = getattr(vae, "config", {})
         blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels") or [0]
-        self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(blocks) - 1))
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=2 ** (len(blocks) - 1), resample="bicubic", do_convert_rgb=True
+        )
 
     @torch.no_grad()
     def __call__(
@@ -88,6 +144,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' spelling)
+        **guidance_options: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generate images.
@@ -108,6 +165,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             callback_on_step_end: Called as `f(pipeline, step, timestep, tensors)` after each step; may return changed
                 tensors.
             callback_on_step_end_tensor_inputs: Which tensors it gets.
+            guidance_options: See `GuidanceOptions`.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -117,37 +175,21 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         # 1. Check inputs.
         self._check_inputs(attributes, batch_size, output_type, callback_on_step_end_tensor_inputs)
-        device = self._execution_device
-        condition_ids = self.encode_attributes(attributes, batch_size)
-        condition_ids = condition_ids.repeat_interleave(num_images_per_prompt, dim=0).to(device)
-        if guidance_scale is None:
-            guidance_scale = self.config.guidance_scale
-        null_ids = self.transformer.null_condition_ids.to(device).expand_as(condition_ids)
-        guided = guidance_scale != 1 and attributes is not None and condition_ids.shape[1] > 0
+        rows = self._rows(attributes, batch_size, num_images_per_prompt)
+        guidance = self._prepare_guidance(rows, attributes is not None, guidance_scale, **guidance_options)
 
         # 2. Noise, and the timesteps.
-        latents = self._prepare_latents(len(condition_ids), generator, latents, device)
+        device = self._execution_device
+        latents = self._prepare_latents(len(rows), generator, latents, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
         latents = latents * self.scheduler.init_noise_sigma
-        step_options = self._step_options(eta, generator)
-        self._num_timesteps = len(timesteps)
 
         # 3. Denoise.
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                model_input = self.scheduler.scale_model_input(latents, t)
-                model_output = self._predict(model_input, t, condition_ids, null_ids, guidance_scale, guided)
-                latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                progress_bar.update()
+        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(latents, self.scheduler.timesteps, guidance, eta, generator, *on_step_end)
 
         # 4. Decode.
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(latents, output_type, return_dict)
 
     @property
     def num_timesteps(self) -> int:
@@ -162,7 +204,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a name or value that the model does not know, listing those it knows.
         """
-        rows = [attributes or {}] * batch_size if attributes is None or isinstance(attributes, Mapping) else attributes
+        rows = self._rows(attributes, batch_size)
         conditions = self.transformer.config.conditions or {}
         ids = self.transformer.null_condition_ids.cpu().repeat(len(rows), 1)
         names = list(conditions)
@@ -177,12 +219,54 @@ class LatentDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Images of the model's normalised latents [batch, channels, height, width], as `output_type` says."""
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=torch.float32).view(1, -1, 1, 1)
-            for values in (self.config.latents_mean, self.config.latents_std)
-        )
+        mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
         return self.image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        num_frames: int = 16,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        attributes: Attributes | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        r"""
+        Frames between noises: each the picture of a point on the arc from one noise to the next.
+
+        Args:
+            num_frames: Frames from one noise to the next, both ends included.
+            latents: The noises, [two or more, channels, height, width]; None draws two.
+            generator: For those.
+            attributes: What to ask for in every frame.
+            options: Of a call.
+
+        Returns:
+            The pictures, `num_frames` of them and `num_frames - 1` more for each noise beyond the second.
+
+        Raises:
+            ValueError: for less than two frames or noises.
+        """
+        if latents is None:
+            latents = self._prepare_latents(2, generator, None, self._execution_device)
+        if num_frames < 2 or len(latents) < 2:
+            raise ValueError(f"{len(latents)} noises and {num_frames} frames; at least two of both are needed")
+        weights = torch.linspace(0, 1, num_frames, device=latents.device)
+        arcs = [slerp(start, end, weights if last else weights[:-1]) for start, end, last in _pairs(latents)]
+        frames = torch.cat(arcs)
+        options |= {"latents": frames, "return_dict": False}
+        return LatentDiTPipeline.__call__(self, attributes, len(frames), **options)[0]
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that `__init__` takes: another of the pipelines made with it works on the same latents."""
+        return {**super().components, **super().parameters}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Nothing: what diffusers keeps here is among the `components`."""
+        return {}
 
     def to_json_string(self) -> str:
         """The index as JSON, so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`."""
@@ -201,6 +285,14 @@ class LatentDiTPipeline(DiffusionPipeline):
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n")
         super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's latents by channel, [1, channels, 1, 1]."""
+        mean, std = (
+            torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1)
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return mean, std
 
     def _check_inputs(
         self,
@@ -258,29 +350,146 @@ class LatentDiTPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return randn_tensor((batch, config.in_channels, height, width), generator, device=device, dtype=dtype)
 
-    def _predict(
+    @staticmethod
+    def _rows(
+        attributes: Attributes | Sequence[Attributes] | None, batch_size: int, each: int = 1
+    ) -> list[Attributes]:
+        """One row of attributes an image."""
+        rows = [attributes] * batch_size if attributes is None or isinstance(attributes, Mapping) else attributes
+        return [row or {} for row in rows for _ in range(each)]
+
+    def _prepare_guidance(
         self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        condition_ids: torch.Tensor,
-        null_ids: torch.Tensor,
-        guidance_scale: float,
-        guided: bool,
+        rows: Sequence[Attributes],
+        conditional: bool,
+        guidance_scale: float | None = None,
+        negative_attributes: Attributes | Sequence[Attributes] | None = None,
+        attribute_weights: Mapping[str, float] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        guidance_transformer: LatentDiTTransformer2DModel | None = None,
+    ) -> Guidance:
+        """What is predicted at every step, and with which shares; `conditional` where anything is asked for.
+
+        Raises:
+            ValueError: for unknown attributes, or options out of their range.
+        """
+        for name, value in (("rescale", guidance_rescale), ("start", guidance_start), ("end", guidance_end)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"guidance_{name}={value} must be between 0 and 1")
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        asked, device = self.encode_attributes(rows), self._execution_device
+        guidance = Guidance(asked.to(device), rescale=guidance_rescale, start=guidance_start, end=guidance_end)
+        negative, weak = negative_attributes, guidance_transformer
+        # 1. Away from the negative, or from what another model predicts.
+        if scale != 1 and (weak is not None or (asked.shape[1] > 0 and (conditional or negative is not None))):
+            negative_rows = rows if negative is None and weak is not None else self._rows(negative, len(rows))
+            if len(negative_rows) != len(rows):
+                raise ValueError(f"{len(negative_rows)} rows of negative_attributes for {len(rows)} images")
+            guidance.share, guidance.transformer = scale, weak
+            guidance.others.append((self.encode_attributes(negative_rows).to(device), 1 - scale))
+        # 2. Further towards what some of the attributes make of it.
+        for name, weight in (attribute_weights or {}).items():
+            without = [{key: value for key, value in row.items() if key != name} for row in rows]
+            if without == list(rows):
+                raise ValueError(f"attribute_weights has {name!r}, which no image is asked for")
+            extra = scale * (weight - 1)
+            guidance.share += extra
+            guidance.others.append((self.encode_attributes(without).to(device), -extra))
+        return guidance
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        guidance: Guidance,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The model's output, both halves of guidance in one batch; a learned sigma is dropped."""
-        if guided:
-            model_input = torch.cat([model_input, model_input])
-            condition_ids = torch.cat([null_ids, condition_ids])
-        timestep = timestep.to(model_input.device).expand(len(model_input))
-        with self.transformer.cache_context("cond_uncond"):
-            output = self.transformer(model_input, timestep, condition_ids, return_dict=False)[0]
-        output = output[:, : self.transformer.config.in_channels]
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
-        return output
+        """From noisy latents at the first of `timesteps` to those after the last; `after_step` may change them."""
+        step_options = self._step_options(eta, generator)
+        self._num_timesteps = len(timesteps)
+        progress = (1 - (timesteps.float() + 1) / self.scheduler.config.num_train_timesteps).tolist()
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                model_input = self.scheduler.scale_model_input(latents, t)
+                model_output = self._predict(model_input, t, guidance, progress[i])
+                latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
+                if after_step is not None:
+                    latents = after_step(i, latents)
+                if callback_on_step_end is not None:
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def _predict(
+        self, model_input: torch.Tensor, timestep: torch.Tensor, guidance: Guidance, progress: float
+    ) -> torch.Tensor:
+        """The model's output after guidance, all of a model's predictions in one batch; a learned sigma is dropped."""
+        others = guidance.others if guidance.active(progress) else []
+        own = others if guidance.transformer is None else others[1:]
+        outputs = self._run(self.transformer, model_input, timestep, [*(ids for ids, _ in own), guidance.asked])
+        if not others:
+            return outputs[0]
+        asked, share = outputs.pop(), guidance.share
+        if len(own) < len(others):
+            outputs = self._run(guidance.transformer, model_input, timestep, [others[0][0]]) + outputs
+        # As differences from the first, which is how the formula is written, and which rounds less.
+        base = outputs[0]
+        guided = base + share * (asked - base)
+        for output, (_, other) in zip(outputs[1:], others[1:], strict=True):
+            guided = guided + other * (output - base)
+        return self._rescale(guided, asked, guidance.rescale) if guidance.rescale else guided
+
+    def _run(
+        self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, condition_ids: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """A prediction for each entry of `condition_ids`."""
+        count, device = len(condition_ids), model_input.device
+        inputs = torch.cat([model_input] * count)
+        ids, timesteps = torch.cat(condition_ids), timestep.to(device).expand(len(inputs))
+        with transformer.cache_context("cond_uncond"):
+            output = transformer(inputs.to(transformer.dtype), timesteps, ids, return_dict=False)[0]
+        return list(output[:, : transformer.config.in_channels].chunk(count))
+
+    @staticmethod
+    def _rescale(guided: torch.Tensor, asked: torch.Tensor, rescale: float) -> torch.Tensor:
+        """https://arxiv.org/abs/2305.08891, equations 15 and 16."""
+        ratio = asked.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+        return guided * (rescale * ratio + 1 - rescale)
+
+    def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _step_options(self, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
         """Those of `eta` and `generator` that the scheduler in use takes."""
         known = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Points on the arc between two noises (Shoemake 1985), [len(weights), ...]: noises as likely as they are.
+
+    Args:
+        start: The noise at weight 0.
+        end: The noise at weight 1, the same shape.
+        weights: Between 0 and 1.
+    """
+    cosine = torch.nn.functional.cosine_similarity(start.flatten().double(), end.flatten().double(), dim=0)
+    angle = cosine.clamp(-1, 1).acos().to(start.dtype)
+    weights = weights.to(start.dtype).reshape(-1, *[1] * start.ndim)
+    if angle < 1e-4:
+        return torch.lerp(start[None], end[None], weights)
+    return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
+
+
+def _pairs(latents: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Neighbours, and whether they are the last two."""
+    return [(latents[i], latents[i + 1], i + 2 == len(latents)) for i in range(len(latents) - 1)]

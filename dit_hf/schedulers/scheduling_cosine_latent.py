@@ -169,14 +169,10 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: before `set_timesteps`, or for an `eta` outside [0, 1].
         """
-        if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be between 0 and 1")
+        previous = self._previous(timestep, sample.device)
         timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32)
-        # The step is found by its timestep, so that a loop may begin anywhere; all on the device, nothing waits.
-        schedule = torch.cat([self.timesteps.to(sample.device), timestep.new_full((1,), -1.0)])
-        previous = schedule.take((schedule - timestep).abs().argmin() + 1)
 
         # 1. The clean latent and the noise that the prediction stands for.
         alpha, sigma = self._broadcast_levels(timestep, sample)
@@ -195,6 +191,47 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, original
         return CosineLatentSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
+
+    def reverse_step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        prev_sample: torch.Tensor,
+    ) -> torch.Tensor:
+        """The noisier sample at `timestep` from which a deterministic `step` leads to `prev_sample`.
+
+        Exactly so if the model predicts `model_output` there. It was predicted at `sample`: calling both again with
+        what this returns converges on the sample for which it holds. With (alpha, sigma) as a point at angle phi of
+        the circle and v the velocity, a step is `x' = x cos(d) - v sin(d)` for the d between both angles, which is
+        solved for x.
+
+        Args:
+            model_output: What the model predicted for `sample` at `timestep`.
+            timestep: One of `timesteps`, the level to go to.
+            sample: Near what is sought; `prev_sample` at first.
+            prev_sample: The sample at the next lower of `timesteps` (the clean latent below the last).
+
+        Raises:
+            ValueError: before `set_timesteps`.
+        """
+        alpha, sigma = self._broadcast_levels(torch.as_tensor(timestep, dtype=torch.float32), sample)
+        alpha_prev, sigma_prev = self._broadcast_levels(self._previous(timestep, sample.device), sample)
+        original, noise = self._predictions(model_output, sample, alpha, sigma)
+        velocity = alpha * noise - sigma * original
+        sine, cosine = sigma * alpha_prev - alpha * sigma_prev, alpha * alpha_prev + sigma * sigma_prev
+        return (prev_sample + velocity * sine) / cosine
+
+    def _previous(self, timestep: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+        """The next lower of `timesteps`, -1 below the last; all on the device, nothing waits.
+
+        A step is found by its timestep, so that a loop may begin anywhere.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        timestep = torch.as_tensor(timestep, device=device, dtype=torch.float32)
+        schedule = torch.cat([self.timesteps.to(device), timestep.new_full((1,), -1.0)])
+        return schedule.take((schedule - timestep).abs().argmin() + 1)
 
     def _predictions(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor

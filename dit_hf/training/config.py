@@ -127,6 +127,7 @@ class TrainConfig:
         global_batch_size: Pictures a step, over all ranks and accumulation steps.
         gradient_accumulation_steps: Parts a rank's share of the batch is computed in.
         gradient_checkpointing: Less memory for about a third more time.
+        torch_compile: Compile the blocks (by torch.compile, which needs a C++ compiler on a CPU).
         mixed_precision: `no`, `fp16` or `bf16`; null is what `accelerate launch` was configured with, and without it
             fp16 on a CUDA GPU.
         seed: All randomness is a function of it, the step, and the position in the batch.
@@ -148,6 +149,7 @@ class TrainConfig:
     global_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     seed: int = 0
     deterministic: bool = False

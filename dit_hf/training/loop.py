@@ -88,6 +88,8 @@ class Trainer:
         self.transformer = transformer.to(self.device)
         if config.train.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if config.train.torch_compile:
+            transformer.compile_repeated_blocks(fullgraph=True)
         self.step = TrainingStep(config, self.reader, self.accelerator, transformer, self.normalization)
         if self.checkpoint is not None and state is not None:
             checkpoint.check_same_recipe(state["recipe"], self._recipe(), self.checkpoint)

@@ -67,10 +67,8 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int, found_inf: torch.Tensor) -> None:
         """Take in the weights after step `step` (from 0); where `found_inf` is 1 the average stands still."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        difference = list(torch._foreach_sub(self._weights, self._averages))
-        torch._foreach_mul_(difference, weight * (1 - found_inf))
-        torch._foreach_add_(self._averages, difference)
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - found_inf)
+        torch._foreach_lerp_(self._averages, self._weights, [weight] * len(self._weights))
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import numpy as np
 import torch
@@ -72,9 +71,7 @@ class TrainingStep:
         """
         config, scaler = self.config, self.accelerator.scaler
         self.window += self.accumulate(step)
-        limit = config.optim.max_grad_norm or math.inf
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        grad_norm = self._clip_gradients()
         if scaler is None:
             found_inf = (~torch.isfinite(grad_norm)).float()
             self.optimizer.__dict__["found_inf"] = found_inf  # as a scaler would tell torch's fused optimizers
@@ -117,6 +114,16 @@ class TrainingStep:
         prediction = self.model(noisy, timesteps.long(), condition_ids, return_dict=False)[0]
         target = training_target(self.scheduler, clean, noise, timesteps)
         return losses(prediction, target, loss_weights(self.scheduler, timesteps, objective.snr_gamma), objective.loss)
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """The gradient's norm before clipping, without the loss scale; without a limit the gradient is only read."""
+        limit, parameters = self.config.optim.max_grad_norm, list(self.model.parameters())
+        if limit:
+            norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        else:
+            self.accelerator.unscale_gradients(self.prepared_optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def begin_window(self) -> None:
         """Forget the sums that have been logged."""

@@ -10,6 +10,7 @@ from conftest import tiny_pipeline, tiny_transformer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline
+from dit_hf.pipelines.pipeline_latent_dit import slerp
 
 
 def run(pipeline, *args, seed=0, **options):
@@ -69,10 +70,121 @@ def test_guidance_is_the_formula_and_comes_from_the_config():
     torch.testing.assert_close(unguided, pipeline.scheduler.predict_original_sample(conditional, t, latents))
 
 
+def predictions(pipeline, latents, *ids):
+    """At the noisiest level, one for each row of condition ids."""
+    with torch.no_grad():
+        return [pipeline.transformer(latents, torch.tensor([499.0]), torch.tensor([row])).sample for row in ids]
+
+
+def last_step(pipeline, latents, output):
+    """The one step from the noisiest level to the clean latent of a prediction."""
+    return pipeline.scheduler.predict_original_sample(output, torch.tensor([499.0]), latents)
+
+
+def one_step(pipeline, *args, **options):
+    return run(pipeline, *args, num_inference_steps=1, output_type="latent", **options)
+
+
+def test_negative_attributes_take_the_place_of_nothing():
+    pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
+    asked, away = predictions(pipeline, latents, [1, 2], [0, 0])
+    out = one_step(pipeline, {"Smiling": True, "class": "owl"}, latents=latents, guidance_scale=3.0)
+    options = {"latents": latents, "guidance_scale": 3.0, "negative_attributes": {"Smiling": False, "class": "cat"}}
+    steered = one_step(pipeline, {"Smiling": True, "class": "owl"}, **options)
+    torch.testing.assert_close(steered, last_step(pipeline, latents, away + 3.0 * (asked - away)))
+    assert not torch.equal(out, steered)
+    # Without attributes too: away from a cat, to anything else.
+    free, away = predictions(pipeline, latents, [2, 3], [2, 0])
+    out = one_step(pipeline, latents=latents, guidance_scale=3.0, negative_attributes={"class": "cat"})
+    torch.testing.assert_close(out, last_step(pipeline, latents, away + 3.0 * (free - away)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_weights_multiply_the_difference_that_an_attribute_makes(scale):
+    pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
+    both, only_class, only_smile, free = predictions(pipeline, latents, [1, 2], [2, 2], [1, 3], [2, 3])
+    options = {"latents": latents, "guidance_scale": scale, "attribute_weights": {"Smiling": 1.8, "class": 0.4}}
+    out = one_step(pipeline, {"Smiling": True, "class": "owl"}, **options)
+    weighted = both + 0.8 * (both - only_class) - 0.6 * (both - only_smile)
+    torch.testing.assert_close(out, last_step(pipeline, latents, free + scale * (weighted - free)))
+    options["attribute_weights"] = {"Smiling": 1.0, "class": 1.0}
+    plain = one_step(pipeline, {"Smiling": True, "class": "owl"}, latents=latents, guidance_scale=scale)
+    torch.testing.assert_close(one_step(pipeline, {"Smiling": True, "class": "owl"}, **options), plain)
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_unguided_prediction():
+    pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
+    asked, free = predictions(pipeline, latents, [1, 2], [2, 3])
+    guided = free + 6.0 * (asked - free)
+    options = {"latents": latents, "guidance_scale": 6.0}
+    for rescale in (1.0, 0.7):
+        out = one_step(pipeline, {"Smiling": True, "class": "owl"}, guidance_rescale=rescale, **options)
+        expected = rescale * guided * asked.std() / guided.std() + (1 - rescale) * guided
+        torch.testing.assert_close(out, last_step(pipeline, latents, expected))
+
+
+def test_guidance_in_an_interval_predicts_once_outside_of_it():
+    pipeline = tiny_pipeline()
+    batches = []
+    pipeline.transformer.register_forward_pre_hook(lambda _module, args: batches.append(len(args[0])))
+    run(pipeline, {"Smiling": True}, num_inference_steps=10, guidance_start=0.2, guidance_end=0.8)
+    assert batches == [1, 1, 2, 2, 2, 2, 2, 2, 1, 1]
+    without = run(pipeline, {"Smiling": True}, guidance_scale=1.0)
+    assert np.array_equal(run(pipeline, {"Smiling": True}, guidance_start=0.5, guidance_end=0.5), without)
+
+
+def test_autoguidance_leads_away_from_a_weaker_model():
+    pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
+    weak = tiny_transformer(seed=5, num_layers=1, conditions={"Smiling": 2, "class": 3})
+    asked, free = predictions(pipeline, latents, [1, 2], [2, 3])
+    with torch.no_grad():
+        t = torch.tensor([499.0])
+        weak_asked, weak_free = (weak(latents, t, torch.tensor([row])).sample for row in ([1, 2], [2, 3]))
+    options = {"latents": latents, "guidance_scale": 1.6, "guidance_transformer": weak}
+    out = one_step(pipeline, {"Smiling": True, "class": "owl"}, **options)
+    torch.testing.assert_close(out, last_step(pipeline, latents, weak_asked + 1.6 * (asked - weak_asked)))
+    out = one_step(pipeline, **options)  # where nothing is asked for too
+    torch.testing.assert_close(out, last_step(pipeline, latents, weak_free + 1.6 * (free - weak_free)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 must be between 0 and 1"),
+        ({"guidance_start": -0.1}, "guidance_start=-0.1"),
+        ({"negative_attributes": {"Tall": True}}, "'Tall' is unknown"),
+        ({"negative_attributes": [{}, {}]}, "2 rows of negative_attributes for 1 images"),
+        ({"attribute_weights": {"class": 2.0}}, "'class', which no image is asked for"),
+    ],
+)
+def test_bad_guidance_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_pipeline(), {"Smiling": True}, **options)
+
+
 def test_guidance_has_no_effect_where_nothing_is_asked_for():
     pipeline = tiny_pipeline()
     assert np.array_equal(run(pipeline, guidance_scale=1.0), run(pipeline, guidance_scale=7.0))
     np.testing.assert_allclose(run(pipeline, {}, guidance_scale=7.0), run(pipeline), atol=1e-5)
+
+
+def test_interpolation_goes_from_noise_to_noise_over_the_arc():
+    pipeline = tiny_pipeline()
+    noises = torch.randn(3, 4, 8, 8)
+    options = {"num_inference_steps": 2, "output_type": "pt", "attributes": {"Smiling": True}}
+    frames = pipeline.interpolate(4, noises, **options)
+    assert len(frames) == 7
+    ends = pipeline(options["attributes"], 3, latents=noises, num_inference_steps=2, output_type="pt").images
+    torch.testing.assert_close(frames[[0, 3, 6]], ends, atol=1e-5, rtol=0)
+    # By hand: the middle of an arc halves the angle and keeps the length, for noises of one length.
+    start, end = noises[0] / noises[0].norm(), noises[1] / noises[1].norm()
+    (middle,) = slerp(start, end, torch.tensor([0.5]))
+    assert middle.norm() == pytest.approx(1, abs=1e-5)
+    assert (middle * start).sum() == pytest.approx((middle * end).sum().item(), abs=1e-5)
+    assert torch.equal(slerp(start, start, torch.tensor([0.3]))[0], start)
+    assert len(pipeline.interpolate(2, generator=torch.Generator().manual_seed(0), num_inference_steps=1)) == 2
+    with pytest.raises(ValueError, match="at least two of both"):
+        pipeline.interpolate(1, noises)
 
 
 def test_latents_are_denormalised_for_the_vae():

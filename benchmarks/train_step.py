@@ -1,0 +1,163 @@
+"""One training step beside other systems', interleaved in one process: forward, L1, backward, Adam, average.
+
+python benchmarks/train_step.py [--peers DIR] [--size reference] [--batch 4] [--rounds 8] [--json FILE]
+
+--peers DIR holds checkouts of github.com/facebookresearch/DiT and github.com/chuanyangjin/fast-DiT as `DiT` and
+`fast-DiT`. Ours is the step that the trainer takes: reader, objective, loss scale, fused Adam, average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from machine import machine
+from peers import diffusers_dit, facebookresearch_dit
+
+from dit_hf.data.latents import prepare_latents
+from dit_hf.models.transformer_latent_dit import PRESETS
+from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.training.loop import Trainer
+from dit_hf.training.report import flops_per_image, peak_flops
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--size", default="reference", choices=list(PRESETS))
+    parser.add_argument("--batch", type=int, default=200 if CUDA else 4)
+    parser.add_argument("--latent", type=int, default=32, help="Side of the latents.")
+    parser.add_argument("--precision", default="fp16" if CUDA else "no", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10 if CUDA else 1, help="Steps of each in a round.")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = compare(contestants(options, Path(scratch)), options)
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def contestants(options: argparse.Namespace, scratch: Path) -> dict[str, Callable[[int], Any]]:
+    """Steps by name."""
+    sizes = (options.batch, 4, options.latent, options.latent)
+    preset, place = PRESETS[options.size], {"device": DEVICE, "precision": options.precision}
+    folder = prepare(scratch / "latents", options.latent)
+    steps: dict[str, Callable[[int], Any]] = {"dit_hf": ours(options, folder, False)}
+    steps["dit_hf, compiled"] = ours(options, folder, True)
+    steps["diffusers DiTTransformer2DModel"] = diffusers_dit(preset, sizes, **place)
+    for name, folder_name in (("facebookresearch/DiT", "DiT"), ("fast-DiT", "fast-DiT")):
+        if options.peers:
+            steps[name] = facebookresearch_dit(options.peers / folder_name, preset, sizes, **place)
+    return steps
+
+
+def prepare(folder: Path, side: int) -> str:
+    """A cache of a few latents [4, side, side]."""
+    prepare_latents(str(folder), "avatars", "avatar", str(4 * side), num_images=64)
+    return str(folder)
+
+
+def ours(options: argparse.Namespace, folder: str, compiled: bool) -> Callable[[int], Any]:
+    """The trainer's step by the reference recipe, with an average."""
+    config = Config(
+        data=DataConfig(latents=folder, conditions=[], sample_posterior=False, flip=False),
+        model=ModelConfig(preset=options.size),
+        objective=ObjectiveConfig(prediction_type="sample", loss="l1", snr_gamma=None, condition_dropout=0.0),
+        optim=OptimConfig(max_grad_norm=0.0),
+        train=TrainConfig(
+            global_batch_size=options.batch,
+            mixed_precision=options.precision,
+            torch_compile=compiled,
+            validation_images=0,
+            report_to="none",
+        ),
+    )
+    return Trainer(config).step
+
+
+def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Time the contestants in turn, with the machine's ceiling in every round."""
+    first = {name: seconds(lambda step=step: step(0)) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    ceilings = []
+    for round_ in range(options.rounds):
+        ceilings.append(matmul_flops(options))
+        for name, step in steps.items():
+            first_step = 1 + round_ * options.steps
+            block = seconds(lambda: [step(first_step + i) for i in range(options.steps)])  # noqa: B023
+            times[name].append(block / options.steps)
+    config = steps["dit_hf"].transformer.config
+    flops, ceiling = flops_per_image(config) * options.batch, max(ceilings)
+    peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
+    rows = {}
+    for name, values in times.items():
+        median = statistics.median(values)
+        rows[name] = {
+            "seconds": round(median, 4),
+            "images_per_second": round(options.batch / median, 2),
+            "share_of_matmul_ceiling": round(flops / median / ceiling, 3),
+            "mfu": round(flops / median / peak, 3) if peak else None,
+            "first_step_seconds": round(first[name], 1),
+            "parameters": sum(p.numel() for p in steps[name].model.parameters()),
+        }
+    against = {
+        peer: {
+            name: round(statistics.median(b / a for a, b in zip(values, times[peer], strict=True)), 3)
+            for name, values in times.items()
+            if name.startswith("dit_hf")
+        }
+        for peer in times
+        if not peer.startswith("dit_hf")
+    }
+    return {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        **{name: getattr(options, name) for name in ("size", "batch", "latent", "precision", "rounds")},
+        "gflop_a_step": round(flops / 1e9, 1),
+        "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
+        "steps": rows,
+        "times_as_fast_as": against,
+    }
+
+
+def matmul_flops(options: argparse.Namespace) -> float:
+    """The best of three products [batch * tokens, 768] x [768, 3072], in FLOP/s."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
+    rows = options.batch * (options.latent // 2) ** 2
+    a, b = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, 768), (768, 3072)))
+    repeat = 20
+    best = min(seconds(lambda: [a @ b for _ in range(repeat)]) for _ in range(3))
+    return repeat * 2 * rows * 768 * 3072 / best
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    gc.collect()
+    if CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
