@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
-from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..sampling import load_pipeline
 from .config import Config
 
 Normalization = tuple[list[float], list[float]]
@@ -31,7 +30,10 @@ def build_transformer(config: Config, reader: LatentReader) -> tuple[LatentDiTTr
     }
     if config.model.init_from is None:
         return LatentDiTTransformer2DModel(**options), cache_normalization(config, reader)
-    earlier = _load_earlier(config.model.init_from)
+    try:
+        earlier = load_pipeline(config.model.init_from, "cpu", vae=None)
+    except ValueError as error:
+        raise ValueError(f"model.init_from {error}") from error
     prediction = earlier.scheduler.config.prediction_type
     if prediction != config.objective.prediction_type:
         raise ValueError(
@@ -59,15 +61,6 @@ def cache_normalization(config: Config, reader: LatentReader) -> Normalization:
     if config.data.normalization == "channel":
         return info["statistics"]["mean"], info["statistics"]["std"]
     return [info["shift_factor"]] * channels, [1 / info["scaling_factor"]] * channels
-
-
-def _load_earlier(name: str) -> LatentDiTPipeline:
-    folder = Path(name) / "pipeline"
-    try:
-        return LatentDiTPipeline.from_pretrained(str(folder) if folder.is_dir() else name, vae=None)
-    except Exception as error:  # no such folder, no network, another kind of pipeline: each raises its own
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"model.init_from {name}: no pipeline could be loaded from there ({reason})") from error
 
 
 def _take_weights(transformer: LatentDiTTransformer2DModel, earlier: LatentDiTTransformer2DModel) -> None:

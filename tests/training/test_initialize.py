@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from runs import changed
+from training_runs import changed
 
 from dit_hf.data.latents import prepare_latents
 from dit_hf.training.loop import Trainer, train

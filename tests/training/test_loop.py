@@ -12,8 +12,8 @@ from accelerate.utils import convert_to_fp32
 from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import DiffusionPipeline
 from PIL import Image
-from runs import assert_same_bits, changed, comparable, rows
 from safetensors.torch import load_file
+from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.reader import LatentReader

@@ -4,9 +4,9 @@ import pytest
 import torch
 import wandb
 from PIL import Image
-from runs import changed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import changed
 
 from dit_hf.models.transformer_latent_dit import PRESETS, LatentDiTTransformer2DModel
 from dit_hf.training.loop import train

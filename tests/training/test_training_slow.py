@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from runs import assert_same_bits, changed, comparable, rows
 from safetensors.torch import load_file
+from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf.training.loop import train
 

@@ -1,0 +1,81 @@
+"""Many images from a pipeline: batch by batch, each a function of the seed alone, whatever process draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+
+
+def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
+    """The pipeline of a run's folder, of a pipeline's folder, or of a Hub id.
+
+    Args:
+        model: The folder of a run (its `pipeline/` is taken) or of a pipeline, or an id of the Hub.
+        device: Where it goes; None is the GPU where there is one.
+        options: Of `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: if no [`LatentDiTPipeline`] can be loaded from there.
+    """
+    folder = Path(model) / "pipeline"
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, **options)
+    except Exception as error:  # no such folder, no network, a damaged file: each raises its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{model}: no pipeline could be loaded from there ({reason})") from error
+    if not isinstance(pipeline, LatentDiTPipeline):
+        raise ValueError(f"{model}: {type(pipeline).__name__} is no LatentDiTPipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline
+
+
+def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
+    """The batches of images that a rank draws.
+
+    Batch k is images k b … (k + 1) b - 1 whoever draws it and whatever was drawn before, so that many ranks, or a
+    process that was killed and went on, give the same bits.
+    """
+    starts = range(0, num_images, batch_size)[rank::num_ranks]
+    return [range(start, min(start + batch_size, num_images)) for start in starts]
+
+
+def generators(seed: int, images: Sequence[int]) -> list[torch.Generator]:
+    """A generator an image, of (seed, image); on the CPU, so that noise is the same on every device."""
+    return [torch.Generator().manual_seed(image_seed(seed, image)) for image in images]
+
+
+def image_seed(seed: int, image: int) -> int:
+    """The 63-bit seed of one image of a series."""
+    return int(np.random.SeedSequence([seed, image]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def draw(
+    pipeline: LatentDiTPipeline, images: Sequence[int], rows: Sequence[Attributes] | None, seed: int, **options: Any
+) -> np.ndarray:
+    """Images number `images` of a series, uint8 [len(images), height, width, 3].
+
+    Args:
+        pipeline: Draws them.
+        images: Their numbers.
+        rows: Attributes of the series: image i is asked for `rows[i % len(rows)]`; None asks for nothing.
+        seed: Of the series.
+        options: Of the pipeline's call.
+    """
+    asked = [rows[image % len(rows)] for image in images] if rows else None
+    (pixels,) = pipeline(
+        asked, len(images), generator=generators(seed, images), output_type="pt", return_dict=False, **options
+    )
+    return to_uint8(pixels)
+
+
+def to_uint8(pixels: torch.Tensor) -> np.ndarray:
+    """Pictures between 0 and 1, [batch, 3, height, width], as uint8 [batch, height, width, 3]."""
+    return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
