@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -60,6 +63,9 @@ def contestants(options: argparse.Namespace, scratch: Path) -> dict[str, Callabl
     folder = prepare(scratch / "latents", options.latent)
     steps: dict[str, Callable[[int], Any]] = {"dit_hf": ours(options, folder, False)}
     steps["dit_hf, compiled"] = ours(options, folder, True)
+    if CUDA and importlib.util.find_spec("apex") is not None:
+        with patch.dict(sys.modules, {"apex": None, "apex.optimizers": None}):  # as where there is none
+            steps["dit_hf, torch's AdamW"] = ours(options, folder, False)
     steps["diffusers DiTTransformer2DModel"] = diffusers_dit(preset, sizes, **place)
     for name, folder_name in (("facebookresearch/DiT", "DiT"), ("fast-DiT", "fast-DiT")):
         if options.peers:
@@ -95,13 +101,18 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
     """Time the contestants in turn, with the machine's ceiling in every round."""
     first = {name: seconds(lambda step=step: step(0)) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, int | None] = {}
     ceilings = []
     for round_ in range(options.rounds):
         ceilings.append(matmul_flops(options))
         for name, step in steps.items():
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
             first_step = 1 + round_ * options.steps
             block = seconds(lambda: [step(first_step + i) for i in range(options.steps)])  # noqa: B023
             times[name].append(block / options.steps)
+            # What a step needs beside all that is kept for the other contestants.
+            peaks[name] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if CUDA else None
     config = steps["dit_hf"].transformer.config
     flops, ceiling = flops_per_image(config) * options.batch, max(ceilings)
     peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
@@ -114,6 +125,8 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
             "share_of_matmul_ceiling": round(flops / median / ceiling, 3),
             "mfu": round(flops / median / peak, 3) if peak else None,
             "first_step_seconds": round(first[name], 1),
+            "optimizer": getattr(steps[name], "optimizer_name", "torch AdamW"),
+            "peak_gb_beside_weights_and_moments": peak_gb(peaks[name]),
             "parameters": sum(p.numel() for p in steps[name].model.parameters()),
         }
     against = {
@@ -136,6 +149,10 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
         "steps": rows,
         "times_as_fast_as": against,
     }
+
+
+def peak_gb(size: int | None) -> float | None:
+    return None if size is None else round(size / 1e9, 2)
 
 
 def matmul_flops(options: argparse.Namespace) -> float:

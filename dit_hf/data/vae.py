@@ -26,7 +26,7 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
         owner, repository, subfolder = name.split("/", 2)
         path = f"{owner}/{repository}"
     try:
-        vae = AutoModel.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+        vae = AutoModel.from_pretrained(path, subfolder=subfolder, dtype=torch.float32)
     except Exception as error:  # a missing folder, no network, a damaged file: all raise their own
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -249,14 +250,20 @@ class LatentDiTPipeline(DiffusionPipeline):
             ValueError: for less than two frames or noises.
         """
         if latents is None:
-            latents = self._prepare_latents(2, generator, None, self._execution_device)
-        if num_frames < 2 or len(latents) < 2:
-            raise ValueError(f"{len(latents)} noises and {num_frames} frames; at least two of both are needed")
-        weights = torch.linspace(0, 1, num_frames, device=latents.device)
-        arcs = [slerp(start, end, weights if last else weights[:-1]) for start, end, last in _pairs(latents)]
-        frames = torch.cat(arcs)
+            latents = self.draw_noise(2, generator)
+        frames = interpolate_noises(latents, num_frames)
         options |= {"latents": frames, "return_dict": False}
         return LatentDiTPipeline.__call__(self, attributes, len(frames), **options)[0]
+
+    def draw_noise(
+        self, batch_size: int = 1, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Noise of the size that the model was trained on, [batch_size, channels, height, width]; see `latents`."""
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images")
+        size, channels = self.transformer.config.sample_size, self.transformer.config.in_channels
+        shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
+        return randn_tensor(shape, generator, device=self._execution_device, dtype=self.transformer.dtype)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -338,17 +345,13 @@ class LatentDiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        config, dtype = self.transformer.config, self.transformer.dtype
-        if latents is not None:
-            if latents.ndim != 4 or latents.shape[:2] != (batch, config.in_channels):
-                expected = f"[{batch}, {config.in_channels}, height, width]"
-                raise ValueError(f"latents has shape {list(latents.shape)}; expected {expected}")
-            return latents.to(device=device, dtype=dtype)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"{len(generator)} generators for {batch} images")
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return randn_tensor((batch, config.in_channels, height, width), generator, device=device, dtype=dtype)
+        if latents is None:
+            return self.draw_noise(batch, generator)
+        channels = self.transformer.config.in_channels
+        if latents.ndim != 4 or latents.shape[:2] != (batch, channels):
+            expected = f"[{batch}, {channels}, height, width]"
+            raise ValueError(f"latents has shape {list(latents.shape)}; expected {expected}")
+        return latents.to(device=device, dtype=self.transformer.dtype)
 
     @staticmethod
     def _rows(
@@ -490,6 +493,14 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torc
     return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
 
 
-def _pairs(latents: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
-    """Neighbours, and whether they are the last two."""
-    return [(latents[i], latents[i + 1], i + 2 == len(latents)) for i in range(len(latents) - 1)]
+def interpolate_noises(noises: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Points on the arcs from each noise to the next, `num_frames` an arc with both ends, which are not repeated.
+
+    Raises:
+        ValueError: for less than two frames or noises.
+    """
+    if num_frames < 2 or len(noises) < 2:
+        raise ValueError(f"{len(noises)} noises and {num_frames} frames; at least two of both are needed")
+    weights = torch.linspace(0, 1, num_frames, device=noises.device)
+    arcs = [slerp(start, end, weights[:-1]) for start, end in itertools.pairwise(noises)]
+    return torch.cat([*arcs, noises[-1:]])

@@ -1,0 +1,181 @@
+"""What generation, inpainting, inversion and editing do to avatars that a model has never seen.
+
+python benchmarks/manipulation.py MODEL [--json FILE] [--sheets DIR]       (about fifteen minutes on 2 cores)
+
+MODEL was trained on avatars at 64 px. Whether a picture shows an attribute is told by a classifier that is trained on
+avatars of yet another seed; how right it is on real avatars is said beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from avatar_classifier import accuracies, avatars, balanced_accuracy, classify, train_classifier
+from machine import machine
+from PIL import Image
+from torch import nn
+
+from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTPipeline
+from dit_hf.data.avatars import ATTRIBUTES
+from dit_hf.sampling import batches, draw, load_pipeline, to_uint8
+from dit_hf.sheets import draw_sheet, save_sheet
+
+UNSEEN = 5  # the seed of the avatars that are asked for and edited
+SHOWN = ("Eyeglasses", "Smiling", "Wearing_Hat", "Blond_Hair", "Black_Hair")
+BATCH = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--num_rows", type=int, default=500)
+    parser.add_argument("--num_edits", type=int, default=200)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/manipulation.json"))
+    parser.add_argument("--sheets", type=Path, default=Path("runs/manipulation"))
+    options = parser.parse_args()
+    pipeline, classifier = load_pipeline(options.model), train_classifier()
+    pictures, labels = avatars(UNSEEN, max(options.num_rows, 8 * options.num_edits))
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "model": Path(options.model).name,
+        "guidance_scale": pipeline.config.guidance_scale,
+        "reconstruction": reconstruction(pipeline, pictures[:64], labels[:64]),
+        "generation": generation(pipeline, classifier, pictures[: options.num_rows], labels[: options.num_rows]),
+        "inpainting": inpainting(pipeline, pictures[:2], labels[:2], options.sheets),
+    }
+    write(result, options.json)
+    for name in ("Eyeglasses", "Smiling"):
+        rows = np.flatnonzero(labels[:, ATTRIBUTES.index(name)] == 0)[: options.num_edits]
+        result[f"editing {name}"] = editing(pipeline, classifier, pictures[rows], labels[rows], name, options.sheets)
+        write(result, options.json)
+    print(json.dumps(result, indent=2))
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def rows_of(labels: np.ndarray) -> list[dict[str, int]]:
+    return [dict(zip(ATTRIBUTES, row.tolist(), strict=True)) for row in labels]
+
+
+def images(pictures: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def other(cls: Any, pipeline: LatentDiTPipeline) -> Any:
+    made = cls(**pipeline.components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean over the pictures, in dB, of pixels between 0 and 1."""
+    return round(float((-10 * (first - second).square().mean(dim=(1, 2, 3)).log10()).mean()), 2)
+
+
+def reconstruction(pipeline: LatentDiTPipeline, pictures: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Strength 0 beside the VAE alone; inversion at 50 steps and return with guidance 1, beside the VAE alone."""
+    changing, editing_ = other(LatentDiTImg2ImgPipeline, pipeline), other(LatentDiTEditPipeline, pipeline)
+    given, rows = images(pictures), rows_of(labels)
+    vae = editing_.decode_latents(editing_.encode_images(given), "pt")
+    untouched = changing(rows, image=given, strength=0.0, output_type="pt").images
+    options = {"num_inference_steps": 50, "guidance_scale": 1.0, "output_type": "pt"}
+    noise = editing_.invert(given, rows, 50)
+    returned = pipeline(rows, latents=noise, **options).images
+    unknown = pipeline(None, len(given), latents=editing_.invert(given, None, 50), **options).images
+    real = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    return {
+        "pictures": len(given),
+        "largest_difference_of_strength_0": float((untouched - vae).abs().max()),
+        "psnr_of_vae_to_picture": psnr(vae, real),
+        "psnr_of_return_to_vae": psnr(returned, vae),
+        "psnr_of_return_to_vae_without_attributes": psnr(unknown, vae),
+        "deviation_of_inverted_noise": round(float(noise.std()), 4),
+    }
+
+
+def generation(
+    pipeline: LatentDiTPipeline, classifier: nn.Module, pictures: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
+    """What 500 drawn faces show of what was asked for, beside what the classifier says of the real ones."""
+    rows = rows_of(labels)
+    drawn = np.concatenate([draw(pipeline, part, rows, 0) for part in batches(len(rows), BATCH)])
+    seen, real = classify(classifier, drawn), classify(classifier, pictures)
+    return {
+        "rows": len(rows),
+        "num_inference_steps": 25,
+        "shown": {name: accuracies(seen, labels)[name] for name in SHOWN},
+        "accuracies": accuracies(seen, labels),
+        "balanced_accuracy": balanced_accuracy(seen, labels),
+        "accuracies_on_real": accuracies(real, labels),
+        "balanced_accuracy_on_real": balanced_accuracy(real, labels),
+    }
+
+
+def inpainting(pipeline: LatentDiTPipeline, pictures: np.ndarray, labels: np.ndarray, sheets: Path) -> dict[str, Any]:
+    """Ten completions each of a face without its upper and without its lower half, asked for nothing but the sex."""
+    painting = other(LatentDiTInpaintPipeline, pipeline)
+    shown, largest = [], 0
+    for top, picture, row in zip((0, 34), pictures, rows_of(labels), strict=True):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, top, 64, top + 30))
+        generator = torch.Generator().manual_seed(0)
+        (given,) = images(picture[None])
+        options = {"image": given, "mask_image": mask, "num_images_per_prompt": 10, "generator": generator}
+        painted = painting({"Male": row["Male"]}, **options).images
+        kept = np.asarray(mask) == 0
+        changes = [np.abs(np.asarray(image).astype(int) - picture)[kept].max() for image in painted]
+        largest = max(largest, *map(int, changes))
+        covered = Image.composite(Image.new("RGB", given.size, "#b8b8b8"), given, mask)
+        shown += [given, covered, *painted]
+    save_sheet(draw_sheet(shown, 12, title="given, covered, ten completions", min_side=96), sheets / "inpainting.png")
+    return {"completions": 20, "largest_change_outside_the_mask": largest}
+
+
+def editing(
+    pipeline: LatentDiTPipeline,
+    classifier: nn.Module,
+    pictures: np.ndarray,
+    labels: np.ndarray,
+    name: str,
+    sheets: Path,
+) -> dict[str, Any]:
+    """One attribute added to faces without it; the classifier's other answers before and after."""
+    changing = other(LatentDiTEditPipeline, pipeline)
+    place, rows = ATTRIBUTES.index(name), rows_of(labels)
+    edited, vae = [], []
+    for part in batches(len(rows), BATCH):
+        given = images(pictures[part.start : part.stop])
+        own = rows[part.start : part.stop]
+        edited.append(to_uint8(changing(own, image=given, edit={name: True}, output_type="pt").images))
+        vae.append(to_uint8(changing.decode_latents(changing.encode_images(given), "pt")))
+    after = classify(classifier, np.concatenate(edited))
+    same = {
+        beside: np.delete(after == classify(classifier, before), place, axis=1).mean()
+        for beside, before in (("pictures", pictures), ("reconstructions", np.concatenate(vae)))
+    }
+    given, shown = images(pictures[:24]), images(np.concatenate(edited)[:24])
+    pairs = [image for row in range(3) for image in given[8 * row : 8 * row + 8] + shown[8 * row : 8 * row + 8]]
+    save_sheet(draw_sheet(pairs, 8, title=f"given, and below with {name}", min_side=96), sheets / f"edit-{name}.png")
+    return {
+        "faces": len(rows),
+        "num_inference_steps": 50,
+        "edit_strength": 1.0,
+        "shows_the_attribute": round(float(after[:, place].mean()), 4),
+        "showed_it_before": round(float(classify(classifier, pictures)[:, place].mean()), 4),
+        "other_answers_unchanged": {beside: round(float(share), 4) for beside, share in same.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Where the time of a training step goes: kernels by kind, of the step that the trainer takes.
+
+python benchmarks/profile_step.py [--size reference] [--batch 4] [--json FILE]         (a minute on 2 cores)
+
+On a CPU, beside the time that the step's matrix products alone would take at the ceiling of this machine: no step in
+the same precision is faster than that, however little else it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from torch.profiler import ProfilerActivity, profile
+from train_step import CUDA, matmul_flops, ours, prepare, seconds
+
+from dit_hf.models.transformer_latent_dit import PRESETS
+from dit_hf.training.report import flops_per_image
+
+KINDS = {
+    "matrix products": ("addmm", "aten::mm", "bmm", "linear_backward", "gemm", "cutlass", "nvjet", "cublas"),
+    "attention": ("attention", "flash", "fmha"),
+    "optimizer": ("_fused_adamw", "multi_tensor_apply", "adam"),
+    "average": ("_foreach_lerp",),
+    "normalisation": ("layer_norm",),
+    "activation": ("gelu", "silu"),
+}
+STEPS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="reference", choices=list(PRESETS))
+    parser.add_argument("--batch", type=int, default=200 if CUDA else 4)
+    parser.add_argument("--latent", type=int, default=32, help="Side of the latents.")
+    parser.add_argument("--precision", default="fp16" if CUDA else "no", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/profile_step.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        step = ours(options, prepare(Path(scratch) / "latents", options.latent), False)
+    result = measure(step, options)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def measure(step: Any, options: argparse.Namespace) -> dict[str, Any]:
+    step(0)
+    ceiling = max(matmul_flops(options) for _ in range(3))
+    whole = statistics.median(seconds(lambda: step(1 + i)) for i in range(STEPS))  # noqa: B023
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
+    with profile(activities=activities) as recorded:
+        seconds(lambda: [step(10 + i) for i in range(STEPS)])
+    times: dict[str, float] = {}
+    for event in recorded.key_averages():
+        spent = event.self_device_time_total if CUDA else event.self_cpu_time_total
+        name = next((kind for kind, words in KINDS.items() if any(w in event.key.lower() for w in words)), "other")
+        times[name] = times.get(name, 0.0) + spent
+    total = sum(times.values())
+    at_ceiling = flops_per_image(step.transformer.config) * options.batch / ceiling
+    return {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        **{name: getattr(options, name) for name in ("size", "batch", "latent", "precision")},
+        "seconds": round(whole, 4),
+        "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
+        "seconds_of_matrix_products_at_the_ceiling": round(at_ceiling, 4),
+        "share_of_time": {k: round(v / total, 4) for k, v in sorted(times.items(), key=lambda kv: -kv[1])},
+        "largest_of_other": largest_of_other(recorded),
+    }
+
+
+def largest_of_other(recorded: profile) -> dict[str, float]:
+    """Share of time of the kernels that no kind names."""
+    averages = recorded.key_averages()
+    spent = {e.key: e.self_device_time_total if CUDA else e.self_cpu_time_total for e in averages}
+    total, words = sum(spent.values()), [word for kind in KINDS.values() for word in kind]
+    others = {name: time for name, time in spent.items() if not any(word in name.lower() for word in words)}
+    return {name: round(others[name] / total, 4) for name in sorted(others, key=lambda name: -others[name])[:6]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""`accelerate launch scripts/sample.py MODEL --output_dir DIR ...` is `dit-hf sample` on every rank."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sample", *sys.argv[1:]]))

@@ -1,0 +1,102 @@
+"""What makes a step faster changes its numbers by rounding alone; on a GPU nothing in it waits."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from training_runs import changed
+
+from dit_hf.training.loop import Trainer
+
+NO_GPU = not torch.cuda.is_available()
+STEPS = 4
+
+
+def losses(config, **train):
+    """Mean loss of each of the first steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(changed(config, train={"mixed_precision": "no", **train}))
+    found = []
+    for step in range(STEPS):
+        trainer.step.begin_window()
+        trainer.step(step)
+        total, count = trainer.step.window.cpu().sum(1).tolist()
+        found.append(total / count)
+    return torch.tensor(found)
+
+
+@pytest.fixture(autouse=True)
+def precision_is_not_remembered():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Losses of the plain step by recipe: computed once."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"deterministic": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_of_speed_and_memory_gives_the_same_losses(config, options, plain):
+    if "losses" not in plain:
+        plain["losses"] = losses(config)
+    try:
+        torch.testing.assert_close(losses(config, **options), plain["losses"], rtol=2e-5, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert plain["losses"].unique().numel() == STEPS
+
+
+def test_half_precision_follows_full_precision(config):
+    full = losses(config)
+    assert (losses(config, mixed_precision="bf16") / full - 1).abs().max() < 0.02
+
+
+@pytest.mark.skipif(NO_GPU, reason="no GPU")
+def test_fp16_follows_full_precision_on_a_gpu(config):
+    full = losses(config)
+    assert (losses(config, mixed_precision="fp16") / full - 1).abs().max() < 0.02
+
+
+@pytest.mark.skipif(NO_GPU, reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+def test_nothing_in_a_step_waits_for_the_gpu(config, precision, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)  # whose Adam reads on the host whether a step overflowed
+    trainer = Trainer(changed(config, train={"mixed_precision": precision}))
+    trainer.step(0)  # the first step sets things up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, STEPS):
+            trainer.step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(NO_GPU, reason="no GPU")
+@pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="no apex")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_apex_and_torch_take_the_same_steps(config, weight_decay, monkeypatch):
+    def weights():
+        trainer = Trainer(changed(config, optim={"adam_weight_decay": weight_decay}, train={"mixed_precision": "no"}))
+        for step in range(10):
+            trainer.step(step)
+        return trainer.step.optimizer_name, [p.detach().clone() for p in trainer.transformer.parameters()]
+
+    name, by_apex = weights()
+    assert name == "apex FusedAdam"
+    monkeypatch.setitem(sys.modules, "apex", None)
+    name, by_torch = weights()
+    assert name == "torch AdamW (fused)"
+    torch.testing.assert_close(by_apex, by_torch, rtol=1e-4, atol=1e-5)
