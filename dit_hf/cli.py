@@ -16,9 +16,16 @@ from jsonargparse import ArgumentParser, Namespace
 # verb: module, function.
 VERBS = {
     "demo": ("dit_hf.demo", "demo"),
+    "evaluate": ("dit_hf.evaluation.evaluate", "evaluate"),
     "prepare-latents": ("dit_hf.data.latents", "prepare_latents"),
+    "reference": ("dit_hf.evaluation.reference", "reference"),
     "train": ("dit_hf.training.loop", "train"),
     "train-autoencoder": ("dit_hf.training.autoencoder", "train_autoencoder"),
+}
+# Names of a first argument that is given without an option.
+POSITIONAL = {
+    "model": "The folder of a run or of a pipeline, or an id of the Hub.",
+    "source": "A folder of pictures, shards, a data set of the Hub, `avatars`, or a latent cache.",
 }
 
 
@@ -90,7 +97,11 @@ def _parser(verb: str, function: Any) -> OneLineParser:
         parser.add_argument("--config", action="config", help="A recipe (YAML).")
         parser.add_class_arguments(Config)
     else:
-        parser.add_function_arguments(function)
+        first = list(inspect.signature(function).parameters)[:1]
+        positional: set[str | int] = {name for name in first if name in POSITIONAL}
+        for name in positional:
+            parser.add_argument(name, type=str, help=POSITIONAL[str(name)])
+        parser.add_function_arguments(function, skip=positional)
         for action in parser._actions:
             if getattr(action, "_typehint", None) is bool:  # `--flip` alone means true
                 action.nargs, action.const = "?", True
