@@ -11,18 +11,19 @@ import subprocess
 import sys
 from typing import Any, NoReturn
 
+import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
-# verb: module, function.
+# verb: module, function, and the arguments that are given without their names.
 VERBS = {
     "demo": ("dit_hf.demo", "demo"),
+    "evaluate": ("dit_hf.evaluation.evaluate", "evaluate", "model"),
     "prepare-latents": ("dit_hf.data.latents", "prepare_latents"),
-    "sample": ("dit_hf.sample", "sample"),
+    "reference": ("dit_hf.evaluation.reference", "reference", "source"),
+    "sample": ("dit_hf.sample", "sample", "model"),
     "train": ("dit_hf.training.loop", "train"),
     "train-autoencoder": ("dit_hf.training.autoencoder", "train_autoencoder"),
 }
-# Names of a first argument that is given without an option.
-POSITIONAL = {"model": "The folder of a run or of a pipeline, or an id of the Hub."}
 
 
 class OneLineParser(ArgumentParser):
@@ -62,9 +63,9 @@ def main(args: list[str] | None = None) -> int:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(VERBS)}"
         print(f"dit-hf: error: unknown verb {verb!r}{hint}", file=sys.stderr)
         return 2
-    module, name = VERBS[verb]
+    module, name, *positional = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
-    parser = _parser(verb, function)
+    parser = _parser(verb, function, positional)
     options = parser.parse_args(_inline_recipe(args[1:]) if verb == "train" else args[1:])
     try:
         _call(verb, function, parser, options)
@@ -83,7 +84,7 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _parser(verb: str, function: Any) -> OneLineParser:
+def _parser(verb: str, function: Any, positional: list[str]) -> OneLineParser:
     # The source of the options' help is the docstring, whose first paragraph describes the verb.
     description = (inspect.getdoc(function) or "").split("\n\n")[0]
     parser = OneLineParser(prog=f"dit-hf {verb}", description=description, allow_abbrev=False)
@@ -93,11 +94,10 @@ def _parser(verb: str, function: Any) -> OneLineParser:
         parser.add_argument("--config", action="config", help="A recipe (YAML).")
         parser.add_class_arguments(Config)
     else:
-        first = list(inspect.signature(function).parameters)[:1]
-        positional: set[str | int] = {name for name in first if name in POSITIONAL}
+        explained = {one.arg_name: one.description for one in docstring_parser.parse(function.__doc__).params}
         for name in positional:
-            parser.add_argument(name, type=str, help=POSITIONAL[str(name)])
-        parser.add_function_arguments(function, skip=positional)
+            parser.add_argument(name, type=str, help=explained[name])
+        parser.add_function_arguments(function, skip={*positional})
         for action in parser._actions:
             if getattr(action, "_typehint", None) is bool:  # `--flip` alone means true
                 action.nargs, action.const = "?", True

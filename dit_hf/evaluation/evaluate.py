@@ -1,0 +1,323 @@
+"""`dit-hf evaluate`: a model's samples beside real pictures, with the floor, the errors and the whole protocol."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from ..data.latents import INFO as CACHE_INFO
+from ..data.latents import open_latents
+from ..data.sources import AVATARS
+from ..data.vae import weights_sha256
+from ..pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+from ..sampling import draw, load_pipeline
+from ..sheets import save_sheet
+from ..storage import disk_errors
+from .attributes import AttributeHead, train_head
+from .collect import collect, ranks
+from .features import FeatureNet, load_features
+from .metrics import NEIGHBOURS, Gaussian, measure
+from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
+from .pictures import Pictures, open_pictures, reconstructed
+from .reference import INFO, Reference, load_reference, make_reference, versions
+from .report import REPORT, figure_name, markdown, write_report
+
+MIN_SAMPLES = 16
+
+
+def evaluate(
+    model: str,
+    reference: str | None = None,
+    num_samples: int = 512,
+    features: str = "efficientnet-lite0",
+    feature_weights: str | None = None,
+    output_dir: str | None = None,
+    guidance_scale: float | list[float] | None = None,
+    num_inference_steps: int | list[int] = 25,
+    crop: str = "center",
+    split: str | None = None,
+    num_images: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    save_images: bool = False,
+) -> Path:
+    """Measure how far a model's samples are from real pictures; a call that was killed goes on where it was.
+
+    Under `accelerate launch` or `torchrun` every rank draws its part. Conditional models are asked for the attribute
+    rows of the reference in order. Lists of guidance scales or steps are measured in every combination and plotted;
+    the first is the one that is reported.
+
+    Args:
+        model: a run's folder, a pipeline's folder, or a Hub id.
+        reference: a folder of `dit-hf reference`, or any source of pictures (see prepare-latents), a latent cache
+            too, which is decoded; without it the pictures that the run learned from.
+        num_samples: how many pictures are drawn.
+        features: `inception`, `inception-clean`, `legacy64`, `dinov2`, `efficientnet-lite0`,
+            `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
+        feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
+        output_dir: where the report goes; without it `evaluation` in the run's folder.
+        guidance_scale: of the samples; without it the pipeline's own.
+        num_inference_steps: of the samples.
+        crop: of the reference's pictures: `celeba-178`, `celeba-140`, `center` or `none`.
+        split: only this part of a reference that comes divided.
+        num_images: only so many pictures of the reference.
+        batch_size: pictures at once.
+        seed: of the samples; picture i of a seed is always the same.
+        dtype: of the pipeline's weights.
+        save_images: keep the samples as PNG, in `images/`.
+
+    Returns:
+        The folder, with `evaluation.json`, `evaluation.md`, `evaluation.png`, `neighbours.png`, and `settings.png`
+        where there are several.
+
+    Raises:
+        FileExistsError: if the folder holds features or statistics of something else.
+        ValueError: for options that do not fit, a reference that does not match, or weights that cannot be had.
+    """
+    if num_samples < MIN_SAMPLES:
+        raise ValueError(f"num_samples={num_samples} must be at least {MIN_SAMPLES}")
+    device = ranks().device
+    net = load_features(features, feature_weights, device)
+    pipeline = load_pipeline(model, device, torch_dtype=getattr(torch, dtype))
+    folder = _folder(model, output_dir)
+    resolution = _resolution(pipeline)
+    pictures = _pictures(model, reference, resolution, crop, split, num_images)
+    real = load_reference(Path(reference or "")) if pictures is None else None
+    if pictures is not None and pictures.facts["resolution"] == resolution:
+        real = make_reference(folder / "reference", pictures, net, batch_size)
+    if real is None:
+        given = pictures.facts["resolution"] if pictures else None
+        raise ValueError(f"the reference's pictures have {given} px, the model's {resolution}")
+    real.check(net, resolution)
+    evaluation = Evaluation(pipeline, net, real, pictures, folder, num_samples, batch_size, seed, dtype, save_images)
+    scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
+    steps = num_inference_steps if isinstance(num_inference_steps, list) else [num_inference_steps]
+    settings = [
+        {"guidance_scale": pipeline.config.guidance_scale if scale is None else scale, "num_inference_steps": count}
+        for scale in scales
+        for count in steps
+    ]
+    if not settings:
+        raise ValueError("guidance_scale and num_inference_steps must have a value")
+    with disk_errors(f"output_dir {folder}"):
+        evaluation.run(_name(model), settings)
+    return folder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, what it is compared with, and how; see `evaluate`."""
+
+    pipeline: LatentDiTPipeline
+    net: FeatureNet
+    real: Reference
+    pictures: Pictures | None
+    folder: Path
+    num_samples: int
+    batch_size: int
+    seed: int
+    dtype: str
+    save_images: bool
+
+    def run(self, name: str, settings: list[dict[str, Any]]) -> None:
+        """Draw, measure and report; to be called on all ranks."""
+        asked = self.real.attributes(list(self.pipeline.transformer.config.conditions or {}))
+        identity = self._identity()
+        samples = [self._draw(asked, identity, setting) for setting in settings]
+        held_out, rest = self._split()
+        rebuilt = self._reconstruct(held_out)
+        if not ranks().is_main_process:
+            return
+        head = self._head(asked)
+        rows = [self._measure(values, setting, asked, head) for values, setting in zip(samples, settings, strict=True)]
+        neighbours = find_neighbours(samples[0], self.real.features, self.seed)
+        report = {
+            "name": figure_name(self.net.label, self.num_samples),
+            "model": {"name": name, **identity},
+            "protocol": self._protocol(asked, settings[0]),
+            "figures": {k: v for k, v in rows[0].items() if k not in (*settings[0], "accuracy", "attributes")},
+            "floor": {"vae": self._floor(rebuilt, rest), "real": self._floor(self.real.features[held_out], rest)},
+            "bias": _bias(self.num_samples, self.net.dim),
+            "memorisation": neighbours.figures() | {"closest": facts_of_pairs(neighbours)},
+            "attributes": rows[0]["attributes"],
+            "settings": [{k: v for k, v in row.items() if k != "attributes"} for row in rows],
+        }
+        self._draw_neighbours(neighbours, asked, settings[0])
+        write_report(self.folder, report, neighbours)
+        print(f"\n{markdown(report)}\n{self.folder / REPORT} has it all", flush=True)
+
+    def _draw(self, asked: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]) -> np.ndarray:
+        """Features of the samples, [num_samples, dim]."""
+        name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
+
+        def read(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+            drawn = draw(self.pipeline, numbers, asked, self.seed, **setting)
+            if self.save_images:
+                self._keep(drawn, numbers, name)
+            return drawn, np.array(numbers)
+
+        facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
+        facts |= {"asked": self.real.info["pictures"]["sha256_of_rows"] if asked else None}
+        folder = self.folder / "features" / name
+        return collect(folder, self.net, read, range(self.num_samples), self.batch_size, facts, name).features
+
+    def _keep(self, drawn: np.ndarray, numbers: Sequence[int], name: str) -> None:
+        folder = self.folder / "images" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture, number in zip(drawn, numbers, strict=True):
+            Image.fromarray(picture).save(folder / f"{number:06d}.png")
+
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places of as many real pictures as there are samples (or half of them), by chance, and those of the rest."""
+        order = np.random.default_rng(self.seed).permutation(len(self.real.features))
+        count = min(self.num_samples, len(order) // 2)
+        return np.sort(order[:count]), np.sort(order[count:])
+
+    def _reconstruct(self, held_out: np.ndarray) -> np.ndarray | str:
+        """Features of what the VAE makes of those real pictures, or why there are none."""
+        if self.pictures is None:
+            return "statistics hold no pictures; give --reference their source"
+        if "vae_sha256" in self.pictures.facts:
+            return "the reference's pictures are themselves decoded latents"
+        vae, rows = self.pipeline.vae, self.real.rows[held_out]
+        read_rebuilt = reconstructed(self.pictures, vae)
+        read = _with_rows(read_rebuilt)
+        facts = {"vae_sha256": weights_sha256(vae), "dtype": self.dtype, "pictures": self.real.info["pictures"]}
+        what = "reconstructions"
+        return collect(self.folder / "features" / what, self.net, read, rows, self.batch_size, facts, what).features
+
+    def _head(self, asked: list[Attributes] | None) -> AttributeHead | None:
+        if not asked:
+            return None
+        return train_head(self.real.features, {name: self.real.conditions[name] for name in asked[0]}, self.seed)
+
+    def _measure(
+        self,
+        values: np.ndarray,
+        setting: dict[str, Any],
+        asked: list[Attributes] | None,
+        head: AttributeHead | None,
+    ) -> dict[str, Any]:
+        """One row: the setting, its figures, and whether the attributes are found."""
+        figures = measure(values, self.real.features, self.real.gaussian, self.seed)
+        found = None
+        if head is not None and asked is not None:
+            found = head.accuracy(values, [asked[i % len(asked)] for i in range(len(values))])
+        return {**setting, **figures, "accuracy": found["accuracy"] if found else None, "attributes": found}
+
+    def _floor(self, values: np.ndarray | str, rest: np.ndarray) -> dict[str, Any]:
+        """Figures of real pictures, or their reconstructions, beside the real pictures that are none of them."""
+        if isinstance(values, str):
+            return {"reason": values}
+        others = self.real.features[rest]
+        return measure(values, others, Gaussian.of(others), self.seed)
+
+    def _draw_neighbours(
+        self, neighbours: Neighbours, asked: list[Attributes] | None, setting: dict[str, Any]
+    ) -> None:
+        """A sheet of the closest pairs; statistics alone have no pictures to show."""
+        if self.pictures is None:
+            return
+        closest = neighbours.closest()
+        drawn = draw(self.pipeline, closest, asked, self.seed, **setting)
+        real = self.pictures.read(self.real.rows[neighbours.rows[closest]].tolist())
+        save_sheet(draw_pairs(drawn, real, neighbours.distances[closest]), self.folder / "neighbours.png")
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes the model draw what it draws."""
+        scheduler = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
+        return {
+            "transformer_sha256": weights_sha256(self.pipeline.transformer),
+            "vae_sha256": weights_sha256(self.pipeline.vae),
+            "scheduler": {"class": type(self.pipeline.scheduler).__name__, **json.loads(json.dumps(scheduler))},
+            "latents": [self.pipeline.config.latents_mean, self.pipeline.config.latents_std],
+        }
+
+    def _protocol(self, asked: list[Attributes] | None, setting: dict[str, Any]) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return {
+            "num_samples": self.num_samples,
+            **setting,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "ranks": ranks().num_processes,
+            "attributes": f"of the reference's rows, in order: {', '.join(asked[0])}" if asked else "none asked for",
+            "features": self.net.identity(),
+            "reference": self.real.info["pictures"],
+            "kid": "mean of 100 random subsets of up to 1,000 pictures a side, kernel (x y / dim + 1)^3",
+            "precision_and_recall": f"{NEIGHBOURS} nearest neighbours",
+            "standard_error": "jackknife with 20 groups of samples left out in turn, the reference fixed",
+            "floor": "as many real pictures, or their reconstructions, against the others of the reference",
+            "machine": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "versions": versions() | {"torchmetrics": version("torchmetrics")},
+        }
+
+
+def _with_rows(read: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int]], Any]:
+    return lambda rows: (read(rows), np.array(rows))
+
+
+def _bias(num_samples: int, dim: int) -> str:
+    text = (
+        f"A Fréchet distance of N = {num_samples:,} pictures is too high by an amount that falls as 1 / N: compare it "
+        "with others of the same N only, and with the floor"
+    )
+    if num_samples <= dim:
+        text += f"; with no more pictures than features ({dim:,}) most of it can be this"
+    return f"{text}."
+
+
+def _name(model: str) -> str:
+    """What to call a model: a Hub id, or the name of the run's folder; never a path of this machine."""
+    path = Path(model).resolve()
+    if not path.exists():
+        return model
+    return path.parent.name if path.name == "pipeline" else path.name
+
+
+def _folder(model: str, output_dir: str | None) -> Path:
+    if output_dir is not None:
+        return Path(output_dir)
+    if not (Path(model) / "pipeline").is_dir():
+        raise ValueError(f"{model} is no run's folder; say by --output_dir where the report goes")
+    return Path(model) / "evaluation"
+
+
+def _resolution(pipeline: LatentDiTPipeline) -> str:
+    """`HxW` of what a pipeline draws, in pixels."""
+    size = pipeline.transformer.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = pipeline.image_processor.config.vae_scale_factor
+    return f"{height * factor}x{width * factor}"
+
+
+def _pictures(
+    model: str, reference: str | None, resolution: str, crop: str, split: str | None, num_images: int | None
+) -> Pictures | None:
+    """The reference's pictures; None where it is statistics, which hold none."""
+    if reference is not None and (Path(reference) / INFO).is_file():
+        return None
+    if reference is not None:
+        return open_pictures(reference, resolution, crop, split, num_images)
+    config = Path(model) / "config.yaml"
+    cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
+    if cache is None or not (cache / CACHE_INFO).is_file():
+        raise ValueError(f"{model}: what it learned from is not here; give --reference a source or statistics")
+    settings = open_latents(cache)[1]["settings"]
+    if settings["source"] == AVATARS:  # which are drawn again; of other pictures the cache is what is left
+        return open_pictures(
+            AVATARS, resolution, num_images=num_images or settings["num_images"], seed=settings["seed"]
+        )
+    return open_pictures(str(cache), resolution, split=split or "train", num_images=num_images)

@@ -1,0 +1,208 @@
+"""Reference statistics: features of real pictures with all that says what they are, kept to be compared with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from ..pipelines.pipeline_latent_dit import Attributes
+from ..storage import disk_errors, new_folder, read_manifest, write_manifest
+from .collect import Collected, collect, ranks
+from .features import FeatureNet, load_features
+from .metrics import Gaussian
+from .pictures import Pictures, check_left_out, open_pictures
+
+INFO = "reference.json"
+STATISTICS = "statistics.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures as a feature network sees them.
+
+    Attributes:
+        info: What `reference.json` says: pictures, feature network, versions.
+        features: float32 [count, dim].
+        rows: Rows of the source they are of, int64 [count].
+        conditions: Ids of each condition by name, [count].
+        gaussian: Their mean and covariance.
+    """
+
+    info: dict[str, Any]
+    features: np.ndarray
+    rows: np.ndarray
+    conditions: dict[str, np.ndarray]
+    gaussian: Gaussian
+
+    def attributes(self, known: list[str]) -> list[Attributes] | None:
+        """The rows' conditions that are among `known`, in order, as a pipeline takes them; None without any."""
+        names = [name for name in self.conditions if name in known]
+        if not names:
+            return None
+        columns = [self.conditions[name].tolist() for name in names]
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def check(self, net: FeatureNet, resolution: str) -> None:
+        """Refuse to be compared with what is not comparable.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        before, now = self.info["features"], net.identity()
+        different = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before[name] != value]
+        if self.info["pictures"]["resolution"] != resolution:
+            different.append(f"pictures of {self.info['pictures']['resolution']} px, now {resolution}")
+        if different:
+            raise ValueError(f"the reference does not match what is evaluated: {'; '.join(different)}")
+
+
+def reference(
+    source: str,
+    output_dir: str = "runs/reference",
+    features: str = "efficientnet-lite0",
+    feature_weights: str | None = None,
+    resolution: str = "256",
+    crop: str = "center",
+    split: str | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+    dataset_config_name: str | None = None,
+    batch_size: int = 64,
+) -> Path:
+    """Compute reference statistics of the pictures of any source; a call that was killed goes on where it was.
+
+    Under `accelerate launch` or `torchrun` every rank does its part.
+
+    Args:
+        source: a folder of pictures, parquet or webdataset shards, a data set of the Hub, `avatars` (see
+            prepare-latents), or a latent cache, whose latents are decoded.
+        output_dir: the statistics' folder.
+        features: `inception`, `inception-clean`, `legacy64`, `dinov2`, `efficientnet-lite0`,
+            `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
+        feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
+        resolution: `N` or `HxW` pixels, those of the model that will be evaluated (a cache has its own).
+        crop: `celeba-178`, `celeba-140`, `center` or `none`.
+        split: only this part of a source that comes divided.
+        num_images: only so many pictures.
+        seed: which avatars.
+        dataset_config_name: which configuration of a data set on the Hub.
+        batch_size: pictures at once.
+
+    Returns:
+        The folder: `statistics.safetensors` (mean and covariance in float64, features, rows, conditions) and
+        `reference.json`, with hashes of the pictures and of the feature network's weights.
+
+    Raises:
+        FileExistsError: if `output_dir` holds other statistics.
+        ValueError: for options that do not fit, or if too many of the pictures cannot be read.
+    """
+    net = load_features(features, feature_weights, ranks().device)
+    pictures = open_pictures(source, resolution, crop, split, num_images, seed, dataset_config_name)
+    made = make_reference(Path(output_dir), pictures, net, batch_size)
+    if ranks().is_main_process:
+        print(f"{output_dir}: {describe(made)}", flush=True)
+    return Path(output_dir)
+
+
+def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size: int) -> Reference:
+    """The statistics of `pictures`, of `folder` where they are there already; to be called on all ranks.
+
+    Raises:
+        FileExistsError: if the folder holds others.
+        ValueError: if too many of the pictures cannot be read.
+    """
+    state, facts = ranks(), json.loads(json.dumps(pictures.facts))
+    parts = folder.with_name(f".{folder.name}.features")
+    finished = (folder / INFO).is_file()
+    state.wait_for_everyone()  # all ranks have seen the same
+    if not finished:
+        with disk_errors(f"output_dir {folder}"):
+            found = collect(
+                parts,
+                net,
+                pictures.read_whole,
+                range(pictures.count),
+                batch_size,
+                {"pictures": facts},
+                "real pictures",
+            )
+            check_left_out(pictures.count - len(found.rows), pictures.count, facts["source"])
+            if state.is_main_process:
+                _write(folder, pictures, facts, net, found)
+                shutil.rmtree(parts)
+        state.wait_for_everyone()
+    made = load_reference(folder)
+    if made.info["asked"] != {"pictures": facts, "features": net.identity()}:
+        raise FileExistsError(f"{folder} holds other statistics ({describe(made)}); name a new folder")
+    return made
+
+
+def load_reference(folder: Path) -> Reference:
+    """Read what `dit-hf reference` wrote.
+
+    Raises:
+        ValueError: if it is damaged or of another version.
+    """
+    info = read_manifest(folder, INFO)
+    if info["format"] != FORMAT_VERSION:
+        raise ValueError(f"{folder} holds statistics of format {info['format']}, not {FORMAT_VERSION}")
+    tensors = load_file(folder / STATISTICS)
+    mean, covariance = (torch.from_numpy(tensors[name]) for name in ("mean", "covariance"))
+    features = tensors["features"]
+    few = len(features) <= features.shape[1]
+    return Reference(
+        info=info,
+        features=features,
+        rows=tensors["rows"],
+        conditions={name: tensors[f"condition.{name}"] for name in info["conditions"]},
+        gaussian=Gaussian.of(features) if few else Gaussian.of_statistics(mean, covariance, len(features)),
+    )
+
+
+def describe(made: Reference) -> str:
+    """A line that says what statistics these are."""
+    pictures, features = made.info["pictures"], made.info["features"]
+    return (
+        f"{len(made.features):,} pictures of {pictures['source']} ({pictures['pixels_sha256'][:12]}), "
+        f"{pictures['resolution']} px, {features['name']} ({features['weights_sha256'][:12]})"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what can change a figure."""
+    names = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    from .. import __version__
+
+    return {"dit_hf": __version__} | {name: version(name) for name in names}
+
+
+def _write(folder: Path, pictures: Pictures, facts: dict[str, Any], net: FeatureNet, found: Collected) -> None:
+    values, rows = found.features.astype(np.float64), found.rows
+    tensors = {
+        "mean": values.mean(0),
+        "covariance": np.atleast_2d(np.cov(values, rowvar=False)),
+        "features": found.features,
+        "rows": rows,
+        **{f"condition.{name}": np.array(ids, np.int16)[rows] for name, ids in pictures.conditions.items()},
+    }
+    with new_folder(folder) as partial:
+        save_file(tensors, partial / STATISTICS)
+        write_manifest(
+            partial,
+            INFO,
+            format=FORMAT_VERSION,
+            pictures={**facts, "pictures": len(rows), "pixels_sha256": found.pixels_sha256},
+            features=net.identity(),
+            conditions=list(pictures.conditions),
+            asked={"pictures": facts, "features": net.identity()},
+            versions=versions(),
+        )
