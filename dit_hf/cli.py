@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -19,7 +20,11 @@ VERBS = {
     "prepare-latents": ("dit_hf.data.latents", "prepare_latents"),
     "train": ("dit_hf.training.loop", "train"),
     "train-autoencoder": ("dit_hf.training.autoencoder", "train_autoencoder"),
+    "push": ("dit_hf.hub.push", "push"),
+    "convert": ("dit_hf.hub.convert", "convert"),
 }
+# What the words before a verb's first option are: `dit-hf push MODEL REPO_ID`.
+POSITIONAL = {"push": ("model", "repo_id"), "convert": ("source",)}
 
 
 class OneLineParser(ArgumentParser):
@@ -62,7 +67,8 @@ def main(args: list[str] | None = None) -> int:
     module, name = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
     parser = _parser(verb, function)
-    options = parser.parse_args(_inline_recipe(args[1:]) if verb == "train" else args[1:])
+    named = _name_words(args[1:], POSITIONAL.get(verb, ()))
+    options = parser.parse_args(_inline_recipe(named) if verb == "train" else named)
     try:
         _call(verb, function, parser, options)
     except subprocess.CalledProcessError as error:  # a process that the verb started; it has said why
@@ -95,6 +101,13 @@ def _parser(verb: str, function: Any) -> OneLineParser:
             if getattr(action, "_typehint", None) is bool:  # `--flip` alone means true
                 action.nargs, action.const = "?", True
     return parser
+
+
+def _name_words(args: list[str], names: tuple[str, ...]) -> list[str]:
+    """The options with the words before the first of them made options of those `names`."""
+    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args[: len(names)]))
+    named = [part for name, word in zip(names, words, strict=False) for part in (f"--{name}", word)]
+    return named + args[len(words) :]
 
 
 def _inline_recipe(args: list[str]) -> list[str]:

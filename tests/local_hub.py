@@ -194,7 +194,12 @@ def running_hub() -> Iterator[Hub]:
                 self.answer(200, listed)
             else:
                 siblings = [{"rfilename": p, "size": len(c)} for p, c in files.items()]
-                facts = {"id": name.removeprefix("datasets/"), "sha": commit_name(key), "siblings": siblings, "tags": []}
+                facts = {
+                    "id": name.removeprefix("datasets/"),
+                    "sha": commit_name(key),
+                    "siblings": siblings,
+                    "tags": [],
+                }
                 self.answer(200, {**facts, "private": False, "disabled": False, "downloads": 0, "likes": 0})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

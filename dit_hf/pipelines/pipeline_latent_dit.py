@@ -506,7 +506,7 @@ def standalone_source() -> str:
         "from __future__ import annotations\n\nimport sys\n\nimport diffusers\n\n"
         + "\n\n".join(own.sub("", source).strip() + "\n" for source in sources)
         + '\n\nif "dit_hf" not in sys.modules:  # which has made its own known\n'
-        f"    for _class in ({names}):\n        setattr(diffusers, _class.__name__, _class)\n"
+        f"    vars(diffusers).update({{kind.__name__: kind for kind in ({names})}})\n"
     )
 
 
