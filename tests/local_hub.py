@@ -39,13 +39,15 @@ class Hub:
     def key(self, name: str, revision: str) -> str:
         """Of `repositories`, by a branch or by the name of its commit."""
         keys = [key for key in self.repositories if key.partition("@")[0] == name]
-        by_commit = {commit_name(key): key for key in keys}
+        by_commit = {self.commit(key): key for key in keys}
         return by_commit.get(revision, name if revision == "main" else f"{name}@{revision}")
 
-
-def commit_name(key: str) -> str:
-    """The name of a branch's newest (here: its only) commit."""
-    return hashlib.sha1(key.encode()).hexdigest()
+    def commit(self, key: str) -> str:
+        """The name of a branch's newest commit (the only one that is kept), which changes with its content."""
+        digest = hashlib.sha1(key.encode())
+        for path, content in sorted(self.repositories[key].items()):
+            digest.update(path.encode() + hashlib.sha1(content).digest())
+        return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -153,7 +155,7 @@ def running_hub() -> Iterator[Hub]:
                     repository[value["path"]] = hub.stored[value["oid"]]
                 elif entry["key"] == "deletedFile":
                     del repository[value["path"]]
-            oid = commit_name(hub.key(name, revision))
+            oid = hub.commit(hub.key(name, revision))
             self.answer(200, {"commitUrl": f"{hub.endpoint}/{name}/commit/{oid}", "commitOid": oid})
 
         def repository(self, path: str) -> str:
@@ -176,7 +178,7 @@ def running_hub() -> Iterator[Hub]:
                     self.not_found(name, "EntryNotFound" if key in hub.repositories else "RevisionNotFound")
                 else:
                     etag = hashlib.sha256(content).hexdigest()
-                    self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit_name(key))
+                    self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=hub.commit(key))
             elif path.startswith("/api/"):
                 self.describe(path)
             else:
@@ -196,7 +198,7 @@ def running_hub() -> Iterator[Hub]:
                 siblings = [{"rfilename": p, "size": len(c)} for p, c in files.items()]
                 facts = {
                     "id": name.removeprefix("datasets/"),
-                    "sha": commit_name(key),
+                    "sha": hub.commit(key),
                     "siblings": siblings,
                     "tags": [],
                 }

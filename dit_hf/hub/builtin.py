@@ -66,7 +66,8 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
     """
     _check_fits(pipeline, attributes)
     transformer = _transformer(pipeline, attributes)
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    schedule = {name: value for name, value in pipeline.scheduler.config.items() if name != "cosine_s"}
+    scheduler = DDIMScheduler.from_config(schedule)
     export = DiTPipeline(transformer=transformer, vae=_folded_vae(pipeline), scheduler=scheduler)
     labels = _labels(pipeline, attributes)
     if labels is not None:

@@ -255,7 +255,8 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except FileExistsError:
         raise
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = (line.strip().removesuffix(".") for line in str(error).splitlines())
+        reason = next((line for line in lines if line), type(error).__name__)
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise ValueError(f"{repo_id}: the Hub does not know you; log in with `hf auth login`") from error
