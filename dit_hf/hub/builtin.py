@@ -188,7 +188,8 @@ def _fit(inputs: torch.Tensor, outputs: torch.Tensor, ridge: float = 1e-8) -> tu
 def _folded_vae(pipeline: LatentDiTPipeline) -> AutoencoderKL:
     """A copy of the VAE whose latents are the model's own: normalised by channel, scaling factor 1, no shift."""
     own = {"scaling_factor": 1.0, "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
-    vae = AutoencoderKL.from_config(pipeline.vae.config, **own)
+    config = {name: value for name, value in pipeline.vae.config.items() if name != "_name_or_path"}
+    vae = AutoencoderKL.from_config(config, **own)
     vae.load_state_dict(pipeline.vae.state_dict(), strict=False)
     channels = vae.config.latent_channels
     for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):

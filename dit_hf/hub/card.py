@@ -106,11 +106,18 @@ def eval_results(report: Path) -> list[EvalResult]:
     if not report.is_file():
         return []
     content = json.loads(report.read_text(encoding="utf-8"))
-    protocol = {key: value for key, value in content.items() if isinstance(value, str | int | float)}
-    figures = content.get("results", {})
-    values = {metric: figure["value"] if isinstance(figure, dict) else figure for metric, figure in figures.items()}
-    reference = str(protocol.get("reference", "images"))
-    return [EvalResult(TASK, reference, reference, *item, metric_args=protocol) for item in values.items()]
+    protocol, figures = content["protocol"], content["figures"]
+    reference = str(protocol["reference"]["source"])
+    names = {"frechet_distance": content["name"], "kid": "KID", "precision": "precision", "recall": "recall"}
+    steps = {name: protocol[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
+    shared: dict[str, Any] = {
+        "metric_config": protocol["features"]["name"],
+        "metric_args": {"num_samples": protocol["num_samples"], **steps},
+    }
+    return [
+        EvalResult(TASK, reference, reference, metric.replace("_", "-"), figures[metric], metric_name=name, **shared)
+        for metric, name in names.items()
+    ]
 
 
 def is_celeba(training: dict[str, Any]) -> bool:
@@ -141,4 +148,5 @@ def _literal(attributes: dict[str, AttributeValue]) -> str:
 
 def _protocol(result: EvalResult) -> str:
     """How a figure was got, in one line."""
-    return ", ".join(f"{key} {value}" for key, value in (result.metric_args or {}).items())
+    facts = {"reference": result.dataset_name, "features": result.metric_config, **(result.metric_args or {})}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)

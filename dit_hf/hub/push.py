@@ -22,11 +22,12 @@ from ..sampling import draw, load_pipeline
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, new_folder, write_text
 from .builtin import to_builtin
-from .card import example_attributes, training_facts, write_card
+from .card import EVALUATION, example_attributes, training_facts, write_card
 
 SHEET_SIZE = 8
 # Waits before a push is tried again; what the Hub has got by then is not sent again.
 RETRY_SECONDS = (2.0, 10.0, 30.0)
+_EVALUATION = ("evaluation.json", "evaluation.png", "settings.png")
 # What a push replaces as a whole: weights that are not part of it any more go.
 _COMPONENTS = ["transformer/*", "scheduler/*", "vae/*", "evaluation/*"]
 
@@ -180,11 +181,12 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
         shown["sheet"] = "samples.png"
     recipe = without_paths(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     write_text(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    for path in run.glob("evaluation/*"):
-        if path.suffix in (".json", ".md", ".png"):
+    for name in _EVALUATION:  # and not the sheet of nearest pictures, which are others' to share
+        path = run / "evaluation" / name
+        if path.is_file():
             (folder / "evaluation").mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / "evaluation" / path.name)
-    report = folder / "evaluation" / "evaluation.json"
+            shutil.copyfile(path, folder / "evaluation" / name)
+    report = folder / EVALUATION
     if report.is_file():
         content = without_paths(json.loads(report.read_text(encoding="utf-8")))
         write_text(report, json.dumps(content, indent=2) + "\n")

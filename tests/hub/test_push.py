@@ -193,13 +193,13 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
         # Each snippet, and then the pixels of its pipeline.
         draw = "options = {'num_inference_steps': 4, 'guidance_scale': 2.0, 'output_type': 'np'}\n"
         draw += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"
-        draw += "drawn = pipe({}, generator=torch.Generator().manual_seed(0), **options).images\n"
+        draw += "drawn = pipe(ASKED, generator=torch.Generator().manual_seed(0), **options).images\n"
         draw += "numpy.save('pixels.npy', drawn)\n"
         plain, remote = snippets(cards["you/faces"])
         (own,) = snippets(cards["you/own"])
-        python(plain + draw.format(row), tmp_path / "with")
-        python(WITHOUT + remote + draw.format(row), tmp_path / "without")
-        python(WITHOUT + own + draw.format([0]), tmp_path / "own")
+        python(plain + draw.replace("ASKED", str(row)), tmp_path / "with")
+        python(WITHOUT + remote + draw.replace("ASKED", str(row)), tmp_path / "without")
+        python(WITHOUT + own + draw.replace("ASKED", "[0]"), tmp_path / "own")
     for name in ("with", "without", "own"):
         assert (tmp_path / name / "image.png").is_file()
     pipeline, generator = load_pipeline(str(run), "cpu"), torch.Generator().manual_seed(0)
