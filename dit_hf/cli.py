@@ -16,9 +16,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 # verb: module, function, and the arguments that are given without their names.
 VERBS = {
+    "convert": ("dit_hf.hub.convert", "convert", "source"),
     "demo": ("dit_hf.demo", "demo"),
     "evaluate": ("dit_hf.evaluation.evaluate", "evaluate", "model"),
     "prepare-latents": ("dit_hf.data.latents", "prepare_latents"),
+    "push": ("dit_hf.hub.push", "push", "model", "repo_id"),
     "reference": ("dit_hf.evaluation.reference", "reference", "source"),
     "sample": ("dit_hf.sample", "sample", "model"),
     "train": ("dit_hf.training.loop", "train"),
@@ -96,7 +98,8 @@ def _parser(verb: str, function: Any, positional: list[str]) -> OneLineParser:
     else:
         explained = {one.arg_name: one.description for one in docstring_parser.parse(function.__doc__).params}
         for name in positional:
-            parser.add_argument(name, type=str, help=explained[name])
+            optional = inspect.signature(function).parameters[name].default is not inspect.Parameter.empty
+            parser.add_argument(name, type=str, nargs="?" if optional else None, help=explained[name])
         parser.add_function_arguments(function, skip={*positional})
         for action in parser._actions:
             if getattr(action, "_typehint", None) is bool:  # `--flip` alone means true

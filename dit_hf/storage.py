@@ -122,3 +122,16 @@ def disk_errors(place: str) -> Iterator[None]:
         else:
             raise
         raise OSError(f"{place}: {os.strerror(number)}; {what}") from error
+
+
+def shipped_file(name: str) -> Path:
+    """A file that comes with dit_hf: inside the package in a wheel, beside it in a clone.
+
+    Raises:
+        FileNotFoundError: if there is none of that name.
+    """
+    package = Path(__file__).parent
+    for root in (package, package.parent):
+        if (root / name).is_file():
+            return root / name
+    raise FileNotFoundError(f"{name}: no such file")

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 
 AttributeValue = bool | int | str | None
 Attributes = Mapping[str, AttributeValue]
@@ -276,21 +278,33 @@ class LatentDiTPipeline(DiffusionPipeline):
         return {}
 
     def to_json_string(self) -> str:
-        """The index as JSON, so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`."""
+        """The index as JSON, so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`.
+
+        It is that of a [`LatentDiTPipeline`] for those that are made of its parts too, so that it loads everywhere.
+        """
         index = json.loads(super().to_json_string())
-        index["_class_name"] = type(self).__name__
+        index["_class_name"] = LatentDiTPipeline.__name__
         index.pop("_name_or_path", None)
         for name, value in index.items():
-            if isinstance(value, list) and len(value) == 2 and str(value[0]).startswith("dit_hf."):
+            if (
+                isinstance(value, list)
+                and len(value) == 2
+                and str(value[0]).startswith(("dit_hf.", "diffusers_modules."))
+            ):
                 index[name] = ["diffusers", value[1]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the index; the components, saved before it, are not to tell either where they were loaded from."""
-        for path in Path(save_directory).glob("*/config.json"):
-            config = json.loads(path.read_text())
+        """Save the index, and beside it `pipeline.py`, with which it loads where dit_hf is not installed.
+
+        The components, saved before it, are not to tell either where they were loaded from.
+        """
+        for path in Path(save_directory).glob("*/*config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("_name_or_path", None) is not None:
-                path.write_text(json.dumps(config, indent=2) + "\n")
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_text(standalone_source(), encoding="utf-8")
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -475,6 +489,28 @@ class LatentDiTPipeline(DiffusionPipeline):
         """Those of `eta` and `generator` that the scheduler in use takes."""
         known = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+
+
+def standalone_source() -> str:
+    """Transformer, scheduler and pipeline as one module, which loads them where dit_hf is not installed.
+
+    `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` runs it, and it makes the three known to
+    diffusers, as importing dit_hf does. A pipeline that was loaded so saves the same module again.
+    """
+    classes = (LatentDiTTransformer2DModel, CosineLatentScheduler, LatentDiTPipeline)
+    sources = [Path(file).read_text(encoding="utf-8") for file in dict.fromkeys(map(inspect.getfile, classes))]
+    if len(sources) == 1:
+        return sources[0]
+    own = re.compile(r"^(# Copyright.*|from (__future__|\.\S+) import (\([^)]*\)|.*))\n", re.MULTILINE)
+    names = ", ".join(kind.__name__ for kind in classes)
+    return (
+        "# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.\n"
+        "# Written by dit_hf when this pipeline was saved; it is not to be edited.\n"
+        "from __future__ import annotations\n\nimport sys\n\nimport diffusers\n\n"
+        + "\n\n".join(own.sub("", source).strip() + "\n" for source in sources)
+        + '\n\nif "dit_hf" not in sys.modules:  # which has made its own known\n'
+        f"    vars(diffusers).update({{kind.__name__: kind for kind in ({names})}})\n"
+    )
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from ..models.transformer_latent_dit import PRESETS
+from ..storage import shipped_file
 
 
 @dataclass
@@ -239,16 +240,3 @@ def recipe_path(name: str) -> Path:
     if not name or str(Path(name).parent) not in (".", "recipes"):
         raise FileNotFoundError(f"{name!r}: no such file")
     return shipped_file(f"recipes/{Path(name).with_suffix('.yaml').name}")
-
-
-def shipped_file(name: str) -> Path:
-    """A file that comes with dit_hf: inside the package in a wheel, beside it in a clone.
-
-    Raises:
-        FileNotFoundError: if there is none of that name.
-    """
-    package = Path(__file__).parents[1]
-    for root in (package, package.parent):
-        if (root / name).is_file():
-            return root / name
-    raise FileNotFoundError(f"{name}: no such file")

@@ -13,6 +13,7 @@ import yaml
 
 from ..data.reader import LatentReader
 from ..data.vae import load_vae
+from ..hub.card import write_card
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
@@ -75,18 +76,21 @@ def export(
     steps = config.train.max_train_steps
     sheet, mark = f"samples/step-{steps}.png", run / "export.json"
     only_missing = mark.is_file() and json.loads(mark.read_text())["step"] == steps
+    training = facts(run, config, reader, recipe, steps)
     exports: dict[str, Callable[[], None]] = {
         sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
         "loss_curve.png": lambda: report.draw_loss_curve(run),
         "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
-        "README.md": lambda: report.write_card(run, _facts(run, config, reader, pipeline, recipe, sheet)),
+        "README.md": lambda: write_card(
+            run, pipeline, run.name, "pipeline", training, sheet=sheet, curve="loss_curve.png"
+        ),
     }
     for name, transformer in extra.items():
         exports[name] = functools.partial(_save_pretrained, transformer, run / name)
     for name, write in exports.items():
         if not (only_missing and (run / name).exists()):
             write()
-    write_text(mark, json.dumps({"step": steps}) + "\n")
+    write_text(mark, json.dumps({"step": steps, "training": training}, indent=2) + "\n")
 
 
 def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, folder: Path) -> None:
@@ -94,28 +98,21 @@ def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, fol
         saved.save_pretrained(partial)
 
 
-def _facts(
-    run: Path,
-    config: Config,
-    reader: LatentReader,
-    pipeline: LatentDiTPipeline,
-    recipe: dict[str, Any],
-    sheet: str,
-) -> dict[str, Any]:
-    """What the model card says of this run; no path of this machine is among it."""
-    last, steps = report.read_log(run)[-1], config.train.max_train_steps
+def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any], step: int) -> dict[str, Any]:
+    """What the model card says of this run after `step` steps; no path of this machine is among it."""
+    last, settings = report.read_log(run)[-1], reader.info["settings"]
     base = config.model.init_from
     return {
-        "name": run.name,
         "recipe": yaml.safe_dump(recipe, sort_keys=False),
         "pictures": reader.info["counts"]["train"],
-        "source": reader.info["settings"]["source"],
-        "steps": steps,
-        "images_seen": steps * config.train.global_batch_size,
-        "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        **{name: settings[name] for name in ("source", "crop", "resolution", "vae")},
+        "columns": list(reader.info["conditions"]),
+        "steps": step,
+        "max_steps": config.train.max_train_steps,
+        "images_seen": step * config.train.global_batch_size,
         "last_loss": float(last["loss"]),
+        "logging_steps": config.train.logging_steps,
         "validation_loss": float(last["validation_loss"]) if last["validation_loss"] else None,
+        "validation_images": config.train.validation_images,
         "base_model": base if base and not Path(base).exists() else base and Path(base).name,
-        "conditions": list(reader.conditions),
-        "sheet": sheet,
     }

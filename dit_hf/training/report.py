@@ -1,4 +1,4 @@
-"""What a run shows of itself: the log, the curve, the trackers, the card."""
+"""What a run shows of itself: the log, the curve, the trackers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ..storage import write_text
-from .config import shipped_file
 from .objective import NOISE_LEVELS
 
 LOG = "training_log.csv"
@@ -204,14 +202,3 @@ def log_sheet(trackers: list[GeneralTracker], path: Path, step: int) -> None:
             tracker.log_images({"samples": sheet}, step=step)
         elif isinstance(tracker, TensorBoardTracker):
             tracker.log_images({"samples": sheet}, step=step, dataformats="NHWC")
-
-
-def write_card(run: Path, facts: dict[str, Any]) -> None:
-    """Fill the model card's template, `model_card.md`, with the facts of a run, as its `README.md`."""
-    template = shipped_file("model_card.md")
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "latent-diffusion", "diffusion-transformer", "dit_hf"],
-    )
-    write_text(run / "README.md", str(ModelCard.from_template(data, template_path=str(template), **facts)))

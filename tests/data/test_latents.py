@@ -14,7 +14,7 @@ from conftest import tiny_vae
 from datasets import List, Value, load_from_disk
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from filelock import FileLock
-from hub import running_hub
+from local_hub import running_hub
 from PIL import Image, ImageOps
 
 from dit_hf import LatentDiTPipeline, open_images

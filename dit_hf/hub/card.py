@@ -1,0 +1,152 @@
+"""The model card: what a model is, how it is loaded, what it learned from and how good it is, as the Hub reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..data.sources import AVATARS
+from ..pipelines.pipeline_latent_dit import AttributeValue, LatentDiTPipeline
+from ..storage import shipped_file, write_text
+
+EVALUATION = "evaluation/evaluation.json"
+TASK = "unconditional-image-generation"
+TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
+CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+
+
+def write_card(
+    folder: Path,
+    pipeline: LatentDiTPipeline,
+    name: str,
+    source: str,
+    training: dict[str, Any] | None = None,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    **shown: Any,
+) -> None:
+    """Fill the card's template, `model_card.md`, as `folder`'s README.md.
+
+    Args:
+        folder: Where it goes; `evaluation/evaluation.json` there gives it its figures.
+        pipeline: What it describes.
+        name: Its title.
+        source: What the snippets load: a Hub id, or a folder beside the card.
+        training: What is known of the run (`training_facts`); None is nothing.
+        license: See `card_data`.
+        datasets: See `card_data`.
+        shown: `sheet` and `curve`, files beside the card; `revision`, which the snippets load; and `builtin`, what
+            there is to say of an export to diffusers' own pipeline.
+    """
+    training, results = training or {}, eval_results(folder / EVALUATION)
+    facts = {
+        "name": name,
+        "source": source,
+        "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "conditions": list(pipeline.transformer.config.conditions or {}),
+        "example": _literal(example_attributes(pipeline)),
+        "guidance_scale": pipeline.config.guidance_scale,
+        "training": training,
+        "results": [(r.metric_name or r.metric_type, r.metric_value, _protocol(r)) for r in results],
+        "celeba": CELEBA if is_celeba(training) else None,
+        "avatars": training.get("source") == AVATARS,
+        **dict.fromkeys(("sheet", "curve", "revision", "builtin")),
+        **shown,
+    }
+    data = card_data(name, training, results, license, datasets)
+    card = ModelCard.from_template(data, template_path=str(shipped_file("model_card.md")), **facts)
+    write_text(folder / "README.md", str(card))
+
+
+def card_data(
+    name: str,
+    training: dict[str, Any],
+    results: list[EvalResult],
+    license: str | None = None,
+    datasets: list[str] | None = None,
+) -> ModelCardData:
+    """The metadata, in the Hub's words (https://huggingface.co/docs/hub/model-cards).
+
+    Args:
+        name: The model's, in the `model-index`.
+        training: What is known of the run.
+        results: Figures for the `model-index`.
+        license: One of the Hub's identifiers; None is what the data's terms leave, `unknown` where they are not known.
+        datasets: Ids on the Hub; None is the one it was trained on, if it came from there.
+    """
+    source, base = training.get("source"), training.get("base_model")
+    terms: dict[str, Any] = {"license": license or ("apache-2.0" if source == AVATARS else "unknown")}
+    if license is None and is_celeba(training):
+        terms = {"license": "other", "license_name": "celeba-non-commercial-research", "license_link": CELEBA}
+    if is_hub_id(base):
+        terms |= {"base_model": base, "base_model_relation": "finetune"}
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=TAGS,
+        datasets=datasets or ([str(source)] if is_hub_id(source) else None),
+        model_name=name if results else None,
+        eval_results=results or None,
+        **terms,
+    )
+
+
+def training_facts(run: Path) -> dict[str, Any]:
+    """What a run has written down of itself for the card, in `export.json`; nothing if it has not."""
+    mark = run / "export.json"
+    return json.loads(mark.read_text(encoding="utf-8")).get("training", {}) if mark.is_file() else {}
+
+
+def eval_results(report: Path) -> list[EvalResult]:
+    """The figures of an evaluation's report for the card's `model-index`; none where there is no report."""
+    if not report.is_file():
+        return []
+    content = json.loads(report.read_text(encoding="utf-8"))
+    protocol, figures = content["protocol"], content["figures"]
+    reference = str(protocol["reference"]["source"])
+    names = {"frechet_distance": content["name"], "kid": "KID", "precision": "precision", "recall": "recall"}
+    steps = {name: protocol[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
+    shared: dict[str, Any] = {
+        "metric_config": protocol["features"]["name"],
+        "metric_args": {"num_samples": protocol["num_samples"], **steps},
+    }
+    return [
+        EvalResult(TASK, reference, reference, metric.replace("_", "-"), figures[metric], metric_name=name, **shared)
+        for metric, name in names.items()
+    ]
+
+
+def is_celeba(training: dict[str, Any]) -> bool:
+    """Whether the pictures are CelebA's or CelebA-HQ's, whose terms allow non-commercial research only."""
+    source, crop = str(training.get("source", "")).lower(), str(training.get("crop", ""))
+    drawn = source == AVATARS
+    return not drawn and ("celeb" in source or "celeba" in crop or "5_o_Clock_Shadow" in training.get("columns", []))
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether it reads like `OWNER/NAME`."""
+    return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]:
+    """Something that the pipeline can be asked for; nothing, if it is unconditional."""
+    for name, values in (pipeline.transformer.config.conditions or {}).items():
+        labels = pipeline.config.condition_labels.get(name)
+        return {name: labels[0] if labels else True if values == 2 else 0}
+    return {}
+
+
+def _literal(attributes: dict[str, AttributeValue]) -> str:
+    """As it is written in a program; empty if nothing is asked for."""
+    items = [f"{json.dumps(k)}: {json.dumps(v) if isinstance(v, str) else v}" for k, v in attributes.items()]
+    return f"{{{', '.join(items)}}}" if items else ""
+
+
+def _protocol(result: EvalResult) -> str:
+    """How a figure was got, in one line."""
+    facts = {"reference": result.dataset_name, "features": result.metric_config, **(result.metric_args or {})}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)

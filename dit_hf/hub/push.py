@@ -1,0 +1,271 @@
+"""`dit-hf push`: a model as a repository that everyone can load, in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from PIL import Image
+
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..sampling import draw, load_pipeline
+from ..sheets import draw_sheet, save_sheet
+from ..storage import disk_errors, new_folder, write_text
+from .builtin import to_builtin
+from .card import EVALUATION, example_attributes, training_facts, write_card
+
+SHEET_SIZE = 8
+# Waits before a push is tried again; what the Hub has got by then is not sent again.
+RETRY_SECONDS = (2.0, 10.0, 30.0)
+_EVALUATION = ("evaluation.json", "evaluation.png", "settings.png")
+# What a push replaces as a whole: weights that are not part of it any more go.
+_COMPONENTS = ["transformer/*", "scheduler/*", "vae/*", "evaluation/*"]
+
+
+def push(
+    model: str,
+    repo_id: str | None = None,
+    output_dir: str | None = None,
+    builtin: bool = False,
+    attributes: dict[str, bool | int | str] | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Share a model: weights, card, sheet, recipe, log and evaluation, as a repository of the Hub or a folder.
+
+    Args:
+        model: the folder of a run or of a pipeline, or a Hub id.
+        repo_id: the repository (`OWNER/NAME`); it is made if it is not there.
+        output_dir: write the repository to this folder (too).
+        builtin: as diffusers' own `DiTPipeline`, which loads without dit_hf and without code of ours.
+        attributes: what `builtin` is to draw of a model with several conditions, e.g. '{"Smiling": true}'.
+        private: make the repository private if it is a new one.
+        revision: push to this branch, which is made if it is not there.
+        license: one of the Hub's identifiers, e.g. `apache-2.0`; by default what the data's terms leave.
+        datasets: ids of the data on the Hub.
+        max_shard_size: weights are stored in files of at most this size.
+        overwrite: write over what is there even if it is another model, or none.
+
+    Raises:
+        FileExistsError: if the folder or the repository holds something else and `overwrite` was not asked for.
+        ValueError: if there is no such model, it does not fit `builtin`, or the Hub does not take it.
+        OSError: if the disk is full, or the Hub cannot be reached.
+    """
+    if repo_id is None and output_dir is None:
+        raise ValueError("where to? Name a repository (dit-hf push MODEL OWNER/NAME) or a folder (--output_dir)")
+    if attributes is not None and not builtin:
+        raise ValueError("--attributes is for --builtin; other exports can be asked for any attributes")
+    folder = Path(output_dir) if output_dir is not None else None
+    if folder is not None and folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
+    pipeline = load_pipeline(model, "cpu")
+    shown: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
+        with disk_errors(str(folder)), new_folder(folder) as partial:
+            name = (repo_id or str(folder)).rsplit("/", 1)[-1]
+            export = to_builtin(pipeline, attributes) if builtin else None
+            write_repository(partial, pipeline, model, name, repo_id or ".", max_shard_size, export, **shown)
+        if output_dir is not None:
+            print(f"{folder} holds the repository", flush=True)
+        if repo_id is not None:
+            print(f"{model} is now {upload(folder, repo_id, private, revision, overwrite)}", flush=True)
+
+
+def write_repository(
+    folder: Path,
+    pipeline: LatentDiTPipeline,
+    model: str,
+    name: str,
+    source: str,
+    max_shard_size: str = "5GB",
+    export: Any = None,
+    training: dict[str, Any] | None = None,
+    **shown: Any,
+) -> None:
+    """Fill `folder` with what is pushed: no optimizer state, and no path of this machine.
+
+    Args:
+        folder: An empty one.
+        pipeline: The model.
+        model: Where it came from; if that is a run, its recipe, log, curve, sheet and evaluation are taken too.
+        name: The card's title.
+        source: What the card's snippets load.
+        max_shard_size: Of the files of weights.
+        export: A [`BuiltinExport`] that is saved instead.
+        training: What the card says of the training; None is what the run has written down.
+        shown: Further options of `write_card`.
+    """
+    saved = pipeline if export is None else export.pipeline
+    saved.save_pretrained(folder, max_shard_size=max_shard_size)
+    run = run_folder(model)
+    if run is not None:
+        training = training if training is not None else training_facts(run)
+        shown |= _copy_run(run, folder)
+    if "sheet" not in shown and pipeline.vae is not None:
+        _draw_sheet(pipeline, folder / "samples.png")
+        shown["sheet"] = "samples.png"
+    if export is not None:
+        shown["builtin"] = export.facts()
+    write_card(folder, pipeline, name, source, training, **shown)
+
+
+def run_folder(model: str) -> Path | None:
+    """The run's folder that `model` is, or whose `pipeline/` it is; None if it is neither."""
+    for folder in (Path(model), Path(model).absolute().parent):
+        if (folder / "config.yaml").is_file() and (folder / "training_log.csv").is_file():
+            return folder
+    return None
+
+
+def upload(
+    folder: Path, repo_id: str, private: bool = False, revision: str | None = None, overwrite: bool = False
+) -> str:
+    """Make `folder` the newest commit of a repository; returns its address.
+
+    All of it is one commit: a push that is cut changes nothing, and one that is called again sends only those large
+    files that the Hub has not got yet.
+
+    Raises:
+        FileExistsError: if the repository holds another model, or none, and `overwrite` is False.
+        ValueError: if the Hub refuses.
+        OSError: if it cannot be reached, or the connection breaks again and again.
+    """
+    api = HfApi()
+
+    def attempt() -> str:
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if not overwrite:
+            _check_same_model(api, folder, repo_id, revision)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload a model by dit_hf",
+            delete_patterns=_COMPONENTS,
+        )
+        return str(url)
+
+    with _hub_errors(repo_id):
+        return _with_retries(attempt)
+
+
+def _copy_run(run: Path, folder: Path) -> dict[str, str]:
+    """Copy what a run tells of itself; returns what the card shows of it."""
+    shown = {}
+    for name in ("training_log.csv", "loss_curve.png"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    if (folder / "loss_curve.png").is_file():
+        shown["curve"] = "loss_curve.png"
+    sheets = sorted(run.glob("samples/step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+    if sheets:
+        shutil.copyfile(sheets[-1], folder / "samples.png")
+        shown["sheet"] = "samples.png"
+    recipe = without_paths(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    write_text(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    for name in _EVALUATION:  # and not the sheet of nearest pictures, which are others' to share
+        path = run / "evaluation" / name
+        if path.is_file():
+            (folder / "evaluation").mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / "evaluation" / name)
+    report = folder / EVALUATION
+    if report.is_file():
+        content = without_paths(json.loads(report.read_text(encoding="utf-8")))
+        write_text(report, json.dumps(content, indent=2) + "\n")
+    return shown
+
+
+def without_paths(value: Any) -> Any:
+    """The value with every text that is a path out of the working folder shortened to its last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "..")):
+        return Path(value).name
+    return value
+
+
+def _draw_sheet(pipeline: LatentDiTPipeline, path: Path) -> None:
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    example = example_attributes(pipeline)
+    images = draw(pipeline, range(SHEET_SIZE), [example, {}] if example else None, seed=0)
+    save_sheet(draw_sheet([Image.fromarray(image) for image in images], 4, min_side=96), path)
+
+
+def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
+    """Whether the repository holds nothing yet, or this very model: one of the same architecture and conditions."""
+    files = api.list_repo_files(repo_id, revision=revision)
+    if set(files) <= {".gitattributes"}:
+        return
+    name = "transformer/config.json"
+    if name in files:
+        there = json.loads(Path(api.hf_hub_download(repo_id, name, revision=revision)).read_text(encoding="utf-8"))
+        here = json.loads((folder / name).read_text(encoding="utf-8"))
+        if {**there, "_diffusers_version": None} == {**here, "_diffusers_version": None}:
+            return
+    what = "another model" if "model_index.json" in files else "something else"
+    raise FileExistsError(
+        f"{repo_id}{f' (branch {revision})' if revision else ''} holds {what} already; name another repository or "
+        "another --revision, or give --overwrite true"
+    )
+
+
+def _with_retries(attempt: Callable[[], str]) -> str:
+    """What `attempt` returns, tried again where the connection was at fault."""
+    for wait in RETRY_SECONDS:
+        try:
+            return attempt()
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            time.sleep(wait)
+    return attempt()
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it may go away by itself: the network's errors and the Hub's own, not what it refuses."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return not isinstance(error, ValueError | FileExistsError | FileNotFoundError | OfflineModeIsEnabled)
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """What goes wrong with the Hub, in one line that says what to do."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except Exception as error:
+        lines = (line.strip().removesuffix(".") for line in str(error).splitlines())
+        reason = next((line for line in lines if line), type(error).__name__)
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+            raise ValueError(f"{repo_id}: the Hub does not know you; log in with `hf auth login`") from error
+        if status == 403:
+            raise ValueError(f"{repo_id}: your token may not write there ({reason})") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"{repo_id}: {reason}") from error
+        raise OSError(
+            f"{repo_id}: {reason}; nothing was changed there, and a second call sends only what is missing"
+        ) from error

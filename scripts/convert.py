@@ -1,0 +1,8 @@
+"""`python scripts/convert.py ...` is `dit-hf convert ...`."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`python scripts/push.py ...` is `dit-hf push ...`."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["push", *sys.argv[1:]]))

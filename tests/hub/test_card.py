@@ -1,0 +1,177 @@
+"""The card: metadata in the Hub's words, figures with their protocol, terms of the data."""
+
+import json
+import re
+
+import pytest
+import yaml
+from conftest import tiny_pipeline
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
+from test_push import snippets
+
+from dit_hf import LatentDiTPipeline
+from dit_hf.hub.card import card_data, example_attributes, is_hub_id, write_card
+from dit_hf.hub.push import run_folder, without_paths, write_repository
+from dit_hf.sampling import load_pipeline
+from dit_hf.training.loop import train
+
+# What the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
+KEYS = {
+    *("library_name", "license", "license_name", "license_link", "pipeline_tag", "tags", "datasets"),
+    *("base_model", "base_model_relation", "model-index"),
+}
+LICENSES = {"apache-2.0", "other", "unknown", "mit"}
+TRAINING = {
+    "recipe": "optim: {}\n",
+    "pictures": 1234,
+    "source": "celeba",
+    "crop": "celeba-178",
+    "resolution": "256",
+    "vae": "a/vae",
+    "columns": ["Male", "5_o_Clock_Shadow"],
+    "steps": 10,
+    "max_steps": 20,
+    "images_seen": 80,
+    "last_loss": 0.5,
+    "logging_steps": 5,
+    "validation_loss": 0.25,
+    "validation_images": 50,
+    "base_model": None,
+}
+FIGURES = {"frechet_distance": 12.5, "kid": 0.01, "precision": 0.75, "recall": 0.5}
+
+
+def report():
+    """What `dit-hf evaluate` writes, shortened."""
+    reference = {"source": "celeba", "pictures": 1000, "resolution": "256", "split": "validation"}
+    protocol = {"num_samples": 512, "num_inference_steps": 25, "guidance_scale": 2.0, "seed": 0}
+    protocol |= {"features": {"name": "efficientnet-lite0"}, "reference": reference | {"pixels_sha256": "ab"}}
+    figures = FIGURES | {"num_samples": 512}
+    other = {"floor": {"vae": figures, "real": figures}, "attributes": None, "settings": []}
+    return {"name": "FD-512", "protocol": protocol, "figures": figures, "path": "/home/me/x", **other}
+
+
+def write_evaluation(folder):
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(report()))
+
+
+def read_metadata(folder):
+    text = (folder / "README.md").read_text()
+    return text, yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
+
+
+def test_metadata_is_the_hubs_and_round_trips(tmp_path):
+    write_evaluation(tmp_path)
+    pipeline = tiny_pipeline()
+    write_card(tmp_path, pipeline, "faces", "you/faces", {**TRAINING, "base_model": "you/earlier"})
+    text, metadata = read_metadata(tmp_path)
+    assert set(metadata) <= KEYS
+    assert metadata["library_name"] == "diffusers"
+    assert metadata["pipeline_tag"] == "unconditional-image-generation"
+    assert metadata["license"] == "other"
+    assert re.fullmatch(r"[a-z0-9-.]+", metadata["license_name"])
+    assert metadata["license_link"].startswith("https://")
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("you/earlier", "finetune")
+    assert {"diffusers", "dit_hf"} <= set(metadata["tags"])
+    assert "datasets" not in metadata
+    # Through huggingface_hub's own classes, and back.
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict() == metadata
+    assert [type(result) for result in card.data.eval_results] == [EvalResult] * 4
+    assert card.data.model_name == "faces"
+    (model,) = metadata["model-index"]
+    (entry,) = model["results"]
+    assert entry["task"] == {"type": "unconditional-image-generation"}
+    assert set(entry["dataset"]) <= {"type", "name", "config", "split", "revision", "args"}
+    assert [metric["value"] for metric in entry["metrics"]] == list(FIGURES.values())
+    assert entry["metrics"][0]["name"] == "FD-512"
+    for metric in entry["metrics"]:
+        assert metric["args"]["num_samples"] == 512  # no figure without its protocol
+    assert "| FD-512 | 12.5 | reference celeba" in text
+
+
+@pytest.mark.parametrize(
+    ("training", "options", "expected"),
+    [
+        ({"source": "avatars", "columns": ["5_o_Clock_Shadow"]}, {}, {"license": "apache-2.0"}),
+        ({"source": "mine"}, {}, {"license": "unknown"}),
+        ({"source": "mine"}, {"license": "mit", "datasets": ["a/b"]}, {"license": "mit", "datasets": ["a/b"]}),
+        ({"source": "you/flowers"}, {}, {"license": "unknown", "datasets": ["you/flowers"]}),
+        ({"source": "pics", "crop": "celeba-140"}, {}, {"license": "other"}),
+        ({"source": "pics", "columns": ["5_o_Clock_Shadow"]}, {}, {"license": "other"}),
+        ({"source": "CelebAMask-HQ", "base_model": "earlier"}, {}, {"license": "other"}),
+        ({}, {}, {"license": "unknown"}),
+    ],
+)
+def test_terms_and_data_sets(training, options, expected):
+    data = card_data("x", training, [], **options).to_dict()
+    assert {key: data[key] for key in expected} == expected
+    assert data["license"] in LICENSES
+    assert ("license_name" in data) == (data["license"] == "other")
+    assert "base_model" not in data
+    assert ("datasets" in data) == ("datasets" in expected)
+
+
+@pytest.mark.parametrize(
+    ("training", "says", "says_not"),
+    [
+        (TRAINING, ["non-commercial research only", "real people", "of 20", "up to 50 held-out"], ["Avataaars"]),
+        ({**TRAINING, "source": "avatars", "crop": "none"}, ["Avataaars"], ["non-commercial", "annotators"]),
+        ({}, ["said where they come from", "not measured"], ["## Training", "pictures of `"]),
+    ],
+)
+def test_what_the_card_says_of_the_data(tmp_path, training, says, says_not):
+    write_card(tmp_path, tiny_pipeline(), "faces", "you/faces", training)
+    text = (tmp_path / "README.md").read_text()
+    assert all(phrase in text for phrase in says)
+    assert not any(phrase in text for phrase in says_not)
+    assert "{{" not in text
+    assert "None" not in text
+
+
+def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp_path, monkeypatch):
+    config.data.conditions = ["Male", "Smiling"]
+    run = train(config)
+    write_repository(tmp_path / "repository", load_pipeline(str(run), "cpu"), str(run), "faces", ".")
+    for folder, sheet in ((run, "samples/step-8.png"), (tmp_path / "repository", "samples.png")):
+        monkeypatch.chdir(folder)
+        text = (folder / "README.md").read_text()
+        for code in snippets(text):
+            names: dict = {}
+            exec(code, names)
+            assert Image.open("image.png").size == (16, 16)
+            assert type(names["pipe"]).__name__ == "LatentDiTPipeline"
+        assert f"![samples]({sheet})" in text
+        for picture in re.findall(r"!\[\w+\]\(([^)]*)\)", text):
+            Image.open(folder / picture).verify()
+        assert 'pipe({"Male": True}, num_inference_steps=25)' in text
+        assert re.search(r"\| steps \| 8 \|", text)
+        recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+        assert recipe["optim"]["learning_rate"] == config.optim.learning_rate
+
+
+def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
+    run = train(config)
+    write_evaluation(run)
+    (run / "evaluation" / "neighbours.png").write_bytes(b"pictures of the data")
+    pipeline = load_pipeline(str(run), "cpu")
+    assert run_folder(str(run)) == run_folder(str(run / "pipeline")) == run
+    assert run_folder(str(tmp_path)) is None
+    write_repository(tmp_path / "out", pipeline, str(run / "pipeline"), "faces", "you/faces")
+    assert [path.name for path in (tmp_path / "out" / "evaluation").iterdir()] == ["evaluation.json"]
+    assert json.loads((tmp_path / "out" / "evaluation" / "evaluation.json").read_text())["path"] == "x"
+    assert "| FD-512 | 12.5 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_small_parts():
+    told = {"a": ["/home/me/x", "b/c", 1], "d": "../up", "e": "~/f"}
+    assert without_paths(told) == {"a": ["x", "b/c", 1], "d": "up", "e": "f"}
+    assert all(is_hub_id(name) for name in ("a/b", "you/x-1.0"))
+    assert not any(is_hub_id(name) for name in ("a/b/c", "/a", "./a", "a", None))
+    pipeline = tiny_pipeline()
+    assert example_attributes(pipeline) == {"Smiling": True}
+    unconditional = LatentDiTPipeline(**{**pipeline.components, "condition_labels": {}})
+    unconditional.transformer.register_to_config(conditions=None)
+    assert example_attributes(unconditional) == {}

@@ -1,0 +1,219 @@
+"""Pushed to a small Hub from one process, loaded in others."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_pipeline
+from huggingface_hub import ModelCard, constants
+from local_hub import running_hub
+from safetensors import safe_open
+from test_layout import WITHOUT, assert_no_leaks
+
+from dit_hf.cli import main
+from dit_hf.hub import push as push_module
+from dit_hf.sampling import load_pipeline
+from dit_hf.training.loop import train
+
+SETTINGS = {"num_inference_steps": 2, "output_type": "np"}
+
+
+@pytest.fixture
+def run(config):
+    """A finished run of 8 steps."""
+    return train(config)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that this process talks to."""
+    with running_hub() as hub:
+        for name, value in hub.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(push_module, "RETRY_SECONDS", (0.0, 0.0))
+        yield hub
+
+
+def push(capsys, *args):
+    """Exit code, and the last line of what was said."""
+    code = main(["push", *map(str, args)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, (captured.err if code else captured.out).splitlines()[-1]
+
+
+def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys):
+    code, said = push(capsys, run, "--output_dir", tmp_path / "out")
+    assert (code, said) == (0, f"{tmp_path / 'out'} holds the repository")
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {
+        *("README.md", "samples.png", "loss_curve.png", "training_log.csv", "config.yaml"),
+        *("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "transformer/config.json"),
+        *("transformer/diffusion_pytorch_model.safetensors", "vae/config.json"),
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert_no_leaks(tmp_path / "out")
+    assert str(tmp_path) not in (tmp_path / "out" / "config.yaml").read_text()
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["latents"] == "latents"
+    code, said = push(capsys, run, "--output_dir", tmp_path / "out")
+    assert code == 1
+    assert "is not empty; name a new folder, or give --overwrite true" in said
+
+
+def test_large_weights_are_sharded(folder, tmp_path, capsys):
+    assert push(capsys, folder, "--output_dir", tmp_path / "out", "--max_shard_size", "60KB")[0] == 0
+    assert len(list((tmp_path / "out" / "transformer").glob("*-of-*.safetensors"))) > 1
+    again, before = load_pipeline(str(tmp_path / "out"), "cpu"), load_pipeline(str(folder), "cpu")
+    options = {**SETTINGS, "batch_size": 2}
+    images = [p(generator=torch.Generator().manual_seed(0), **options).images for p in (again, before)]
+    assert np.array_equal(*images)
+
+
+def test_options_of_the_repository(hub, folder, capsys):
+    assert push(capsys, folder, "you/faces", "--private")[0] == 0
+    assert hub.private["you/faces"] is True
+    before = dict(hub.repositories["you/faces"])
+    assert push(capsys, folder, "you/faces", "--revision", "new", "--license", "mit", "--datasets", "[a/b]")[0] == 0
+    assert hub.repositories["you/faces"] == before
+    card = ModelCard(hub.repositories["you/faces@new"]["README.md"].decode(), ignore_metadata_errors=False)
+    assert (card.data.license, card.data.datasets) == ("mit", ["a/b"])
+    assert card.text.count('revision="new"') == 2
+
+
+def test_a_push_that_is_cut_changes_nothing_and_goes_on_where_it_was(hub, folder, capsys):
+    hub.broken = {"POST */commit/*"}
+    code, said = push(capsys, folder, "you/faces")
+    assert code == 1
+    assert said.startswith("dit-hf push: error: you/faces: ")
+    assert said.endswith("nothing was changed there, and a second call sends only what is missing")
+    assert set(hub.repositories["you/faces"]) == {".gitattributes"}
+    assert len(hub.stored) == 3  # two files of weights and the sheet have arrived
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3  # and were sent once, in three attempts
+    hub.broken, hub.requests = set(), []
+    assert push(capsys, folder, "you/faces")[0] == 0
+    assert not any(request.startswith("PUT") for request in hub.requests)
+    assert "model_index.json" in hub.repositories["you/faces"]
+
+
+def test_what_the_hub_refuses_is_one_line(hub, folder, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, said = push(capsys, folder, "you/faces")
+    assert (code, said) == (1, "dit-hf push: error: you/faces: the Hub does not know you; log in with `hf auth login`")
+    monkeypatch.delenv("HF_TOKEN")
+    assert push(capsys, folder, "you/faces") == (code, said)
+    assert hub.repositories == {}
+    code, said = push(capsys, folder, "no such/name!")
+    assert code == 1
+    assert "no such/name!" in said
+    code, said = push(capsys, folder)
+    assert code == 1
+    assert "where to?" in said
+    code, said = push(capsys, folder, "you/faces", "--attributes", '{"Smiling": true}')
+    assert code == 1
+    assert "--attributes is for --builtin" in said
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push(capsys, folder, "you/faces")[0] == 1
+
+
+def test_other_content_is_not_overwritten_unasked(hub, folder, tmp_path, capsys):
+    hub.repositories["you/notes"] = {"README.md": b"mine", "transformer/config.json": b"{}"}
+    code, said = push(capsys, folder, "you/notes")
+    assert code == 1
+    assert "you/notes holds something else already" in said
+    assert hub.repositories["you/notes"] == {"README.md": b"mine", "transformer/config.json": b"{}"}
+    # The same model may come again, leaving nothing of what it was; another may not.
+    assert push(capsys, folder, "you/faces", "--max_shard_size", "60KB")[0] == 0
+    assert push(capsys, folder, "you/faces")[0] == 0
+    assert not any("-of-" in name for name in hub.repositories["you/faces"])
+    before = dict(hub.repositories["you/faces"])
+    row = ["--builtin", "--attributes", '{"Smiling": true}']
+    code, said = push(capsys, folder, "you/faces", *row)
+    assert code == 1
+    assert "you/faces holds another model already; name another repository or another --revision" in said
+    assert hub.repositories["you/faces"] == before
+    assert push(capsys, folder, "you/faces", *row, "--overwrite")[0] == 0
+    assert json.loads(hub.repositories["you/faces"]["model_index.json"])["_class_name"] == "DiTPipeline"
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path):
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))"
+    code = f"{limit}; from dit_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "push", str(folder), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        f"dit-hf push: error: {tmp_path / 'out'}: File too large; make room"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def snippets(card):
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, tmp_path):
+    """With dit_hf, without it, and as diffusers' own; each by running the snippet of the card as it stands."""
+    row = {"Male": True}
+    with running_hub() as hub:
+        environment = {**os.environ, **hub.environment()}
+
+        def python(code, cwd, *args):
+            cwd.mkdir(exist_ok=True)
+            cache = {"HF_HOME": str(cwd / "cache")}
+            command = [sys.executable, "-c", code, *map(str, args)]
+            done = subprocess.run(
+                command, env=environment | cache, cwd=cwd, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        code = "import sys; from dit_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+        python(code, tmp_path / "push", "push", run, "you/faces")
+        python(code, tmp_path / "push", "push", run, "you/own", "--builtin", "--attributes", json.dumps(row))
+        cards = {name: files["README.md"].decode() for name, files in hub.repositories.items()}
+        # Each snippet, and then the pixels of its pipeline.
+        draw = "options = {'num_inference_steps': 4, 'guidance_scale': 2.0, 'output_type': 'np'}\n"
+        draw += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"
+        draw += "drawn = pipe(ASKED, generator=torch.Generator().manual_seed(0), **options).images\n"
+        draw += "numpy.save('pixels.npy', drawn)\n"
+        plain, remote = snippets(cards["you/faces"])
+        (own,) = snippets(cards["you/own"])
+        python(plain + draw.replace("ASKED", str(row)), tmp_path / "with")
+        python(WITHOUT + remote + draw.replace("ASKED", str(row)), tmp_path / "without")
+        python(WITHOUT + own + draw.replace("ASKED", "[0]"), tmp_path / "own")
+    for name in ("with", "without", "own"):
+        assert (tmp_path / name / "image.png").is_file()
+    pipeline, generator = load_pipeline(str(run), "cpu"), torch.Generator().manual_seed(0)
+    here = pipeline(row, generator=generator, num_inference_steps=4, guidance_scale=2.0, output_type="np").images
+    assert np.array_equal(np.load(tmp_path / "with" / "pixels.npy"), here)
+    assert np.array_equal(np.load(tmp_path / "without" / "pixels.npy"), here)
+    difference = np.abs(np.load(tmp_path / "own" / "pixels.npy") - here).max()
+    assert difference < 0.05
+    for files in hub.repositories.values():
+        for name, content in files.items():
+            assert str(tmp_path).encode() not in content, name
+            assert b"hf_test" not in content, name
+            if name.endswith(".safetensors"):
+                (tmp_path / "weights").write_bytes(content)
+                with safe_open(tmp_path / "weights", "pt") as weights:
+                    assert weights.metadata() == {"format": "pt"}
+    shutil.rmtree(tmp_path)

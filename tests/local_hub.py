@@ -1,0 +1,214 @@
+"""A small Hub on this machine: what `create_repo`, `upload_folder`, `snapshot_download` and `from_pretrained` need."""
+
+import base64
+import contextlib
+import fnmatch
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_test"
+
+
+class Hub:
+    """Repositories as files in memory: `repositories["datasets/you/x"]["README.md"]` is bytes.
+
+    Branches other than main are `repositories["you/x@name"]`. Large files come by LFS, as on the Hub: `stored` holds
+    their content by SHA-256 whether they are in a commit or not.
+
+    Attributes:
+        broken: Patterns of requests (`POST /api/...`) to which the connection is closed without an answer.
+        requests: All that were made.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.stored: dict[str, bytes] = {}
+        self.broken: set[str] = set()
+        self.requests: list[str] = []
+        self.endpoint = ""
+
+    def environment(self, token: str = TOKEN) -> dict[str, str]:
+        """What a process needs in its environment to talk to this Hub."""
+        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+    def key(self, name: str, revision: str) -> str:
+        """Of `repositories`, by a branch or by the name of its commit."""
+        keys = [key for key in self.repositories if key.partition("@")[0] == name]
+        by_commit = {self.commit(key): key for key in keys}
+        return by_commit.get(revision, name if revision == "main" else f"{name}@{revision}")
+
+    def commit(self, key: str) -> str:
+        """The name of a branch's newest commit (the only one that is kept), which changes with its content."""
+        digest = hashlib.sha1(key.encode())
+        for path, content in sorted(self.repositories[key].items()):
+            digest.update(path.encode() + hashlib.sha1(content).digest())
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def running_hub() -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args) -> None:
+            pass
+
+        def answer(self, status: int, content: dict | list | bytes, **headers: str) -> None:
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def not_found(self, name: str, what: str) -> None:
+            code = what if any(key.partition("@")[0] == name for key in hub.repositories) else "RepoNotFound"
+            self.answer(404, {"error": f"{code} {name}"}, X_Error_Code=code)
+
+        def is_broken(self) -> bool:
+            request = f"{self.command} {urlsplit(self.path).path}"
+            hub.requests.append(request)
+            self.close_connection = any(fnmatch.fnmatch(request, pattern) for pattern in hub.broken)
+            return self.close_connection
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+
+        def do_PUT(self) -> None:
+            content = self.body()
+            if not self.is_broken():
+                oid = self.path.removeprefix("/store/")
+                if hashlib.sha256(content).hexdigest() != oid:
+                    self.answer(400, {"error": "other content than announced"})
+                    return
+                hub.stored[oid] = content
+                self.answer(200, b"")
+
+        def do_POST(self) -> None:
+            body, path = self.body(), unquote(urlsplit(self.path).path)
+            if self.is_broken():
+                return
+            if path == "/api/validate-yaml":
+                self.answer(200, {"errors": [], "warnings": []})
+            elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self.answer(401, {"error": "Invalid credentials in Authorization header"})
+            elif path == "/api/repos/create":
+                self.create(json.loads(body))
+            elif path.endswith(".git/info/lfs/objects/batch"):
+                objects = [self.lfs(wanted) for wanted in json.loads(body)["objects"]]
+                self.answer(200, {"transfer": "basic", "objects": objects})
+            elif "/branch/" in path:
+                name, _, branch = self.repository(path).partition("/branch/")
+                hub.repositories.setdefault(f"{name}@{branch}", dict(hub.repositories[name]))
+                self.answer(200, {})
+            elif "/preupload/" in path:
+                name, _, revision = self.repository(path).partition("/preupload/")
+                if hub.key(name, revision) not in hub.repositories:
+                    self.not_found(name, "RevisionNotFound")
+                    return
+                files = [f["path"] for f in json.loads(body)["files"]]
+                modes = ["lfs" if p.endswith((".safetensors", ".png")) else "regular" for p in files]
+                answers = zip(files, modes, strict=True)
+                self.answer(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in answers]})
+            elif "/commit/" in path:
+                self.commit(*self.repository(path).split("/commit/"), body)
+            else:
+                self.answer(404, {"error": path})
+
+        def create(self, wanted: dict) -> None:
+            owner, kind = wanted.get("organization") or "you", wanted.get("type", "model")
+            prefix, name = "datasets/" if kind == "dataset" else "", f"{owner}/{wanted['name']}"
+            url = {"url": f"{hub.endpoint}/{prefix}{name}", "name": name}
+            if prefix + name in hub.repositories:
+                self.answer(409, {"error": "You already created this repo", **url})
+                return
+            hub.repositories[prefix + name] = {".gitattributes": b"*.safetensors filter=lfs"}
+            hub.private[name] = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+            self.answer(200, url)
+
+        def lfs(self, wanted: dict) -> dict:
+            upload = {"upload": {"href": f"{hub.endpoint}/store/{wanted['oid']}", "header": {}}}
+            return wanted if wanted["oid"] in hub.stored else {**wanted, "actions": upload}
+
+        def commit(self, name: str, revision: str, body: bytes) -> None:
+            repository = hub.repositories[hub.key(name, revision)]
+            for entry in map(json.loads, body.splitlines()):
+                value = entry["value"]
+                if entry["key"] == "file":
+                    repository[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    repository[value["path"]] = hub.stored[value["oid"]]
+                elif entry["key"] == "deletedFile":
+                    del repository[value["path"]]
+            oid = hub.commit(hub.key(name, revision))
+            self.answer(200, {"commitUrl": f"{hub.endpoint}/{name}/commit/{oid}", "commitOid": oid})
+
+        def repository(self, path: str) -> str:
+            return path.removeprefix("/api/").removeprefix("models/")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if self.is_broken():
+                return
+            if path == "/api/whoami-v2":
+                self.answer(200, {"name": "you", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+            elif "/resolve/" in path:
+                name, _, rest = path[1:].partition("/resolve/")
+                key = hub.key(name, rest.partition("/")[0])
+                content = hub.repositories.get(key, {}).get(rest.partition("/")[2])
+                if content is None:
+                    self.not_found(name, "EntryNotFound" if key in hub.repositories else "RevisionNotFound")
+                else:
+                    etag = hashlib.sha256(content).hexdigest()
+                    self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=hub.commit(key))
+            elif path.startswith("/api/"):
+                self.describe(path)
+            else:
+                self.answer(404, b"", X_Error_Code="RepoNotFound")
+
+        def describe(self, path: str) -> None:
+            kind = "/tree/" if "/tree/" in path else "/revision/"
+            name, _, revision = self.repository(path).partition(kind)
+            key = hub.key(name, revision.partition("/")[0] or "main")
+            files = hub.repositories.get(key)
+            if files is None:
+                self.not_found(name, "RevisionNotFound")
+            elif kind == "/tree/":
+                listed = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files.items()]
+                self.answer(200, listed)
+            else:
+                siblings = [{"rfilename": p, "size": len(c)} for p, c in files.items()]
+                facts = {
+                    "id": name.removeprefix("datasets/"),
+                    "sha": hub.commit(key),
+                    "siblings": siblings,
+                    "tags": [],
+                }
+                self.answer(200, {**facts, "private": False, "disabled": False, "downloads": 0, "likes": 0})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
