@@ -19,7 +19,11 @@ VERBS = {
     "prepare-latents": ("dit_hf.data.latents", "prepare_latents"),
     "train": ("dit_hf.training.loop", "train"),
     "train-autoencoder": ("dit_hf.training.autoencoder", "train_autoencoder"),
+    "app": ("dit_hf.app", "app"),
 }
+
+# Verbs whose first arguments have no name: `dit-hf app MODEL`.
+POSITIONAL = {"app"}
 
 
 class OneLineParser(ArgumentParser):
@@ -90,7 +94,7 @@ def _parser(verb: str, function: Any) -> OneLineParser:
         parser.add_argument("--config", action="config", help="A recipe (YAML).")
         parser.add_class_arguments(Config)
     else:
-        parser.add_function_arguments(function)
+        parser.add_function_arguments(function, as_positional=verb in POSITIONAL)
         for action in parser._actions:
             if getattr(action, "_typehint", None) is bool:  # `--flip` alone means true
                 action.nargs, action.const = "?", True
