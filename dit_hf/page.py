@@ -11,40 +11,41 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from .pipelines.pipeline_latent_dit import Attributes, AttributeValue
-from .studio import Control, Settings, Studio, union
+from .pipelines.pipeline_latent_dit import AttributeValue
+from .studio import Control, Settings, Studio, read_image, union
 
-MAX_IMAGES = 16
+NUM_IMAGES, MAX_IMAGES = 8, 16
 # Pictures are shown to be painted on at this size at least; the pixels of a small one are too few for a brush.
 CANVAS = 512
 GENERATE, CHANGE, INPAINT = "generate", "change", "inpaint"
-VARY, EDIT = "Draw it again", "Change its attributes"
+VARY, EDIT = "Draw again", "Change attributes"
 ACCENT = "#e0457b"
 
 # All fonts are the machine's own, so that the page needs no network.
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO = ["ui-monospace", "monospace"]
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-.title h1 { font-size: 1.35rem; margin: 0; }
-.title p { color: var(--body-text-color-subdued); margin: 0; }
-.choice { padding: 3px 10px !important; border: none !important; box-shadow: none !important; }
+.gradio-container > main { max-width: 1280px; width: 100%; margin: 0 auto; }
+.title h1 { font-size: 1.4rem; margin: 0; }
+.title p, .hint p { color: var(--body-text-color-subdued); margin: 0; }
+.form:has(> fieldset.choice) { border: none; }
+fieldset.choice { display: flex; align-items: center; padding: 2px 0 !important; border: none !important; }
+fieldset.choice > span { flex: 1; margin: 0; font-size: 0.9rem; }
+fieldset.choice > .wrap { flex: none; flex-wrap: nowrap; gap: 0; border-radius: 6px; overflow: hidden; }
+fieldset.choice label { padding: 2px 11px; border-radius: 0; box-shadow: none; font-size: 0.85rem; }
+fieldset.choice label { background: var(--border-color-primary); color: var(--body-text-color-subdued); }
+fieldset.choice label.selected { background: var(--neutral-400); color: white; }
+fieldset.choice label.selected:not(:first-child) { background: var(--primary-500); }
+fieldset.choice label:has(:focus-visible) { outline: 2px solid var(--primary-500); outline-offset: -2px; }
+fieldset.choice input { position: absolute; opacity: 0; width: 0; }
+fieldset.choice label > span { margin: 0; }
+#how .wrap { gap: 6px; flex-wrap: nowrap; }
+#how label { padding: 5px 10px; font-size: 0.9rem; }
+#upload img { width: 100%; object-fit: contain; }
+.gallery { min-height: 440px; }
 """
 
 Data = dict[Any, Any]
-
-
-class Upload(gr.Image):
-    """A picture to upload, of which only the path is handed on once it has been seen to be one."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        """As `gr.Image`'s, but what cannot be opened is said in words."""
-        try:
-            return super().preprocess(payload)
-        except Exception as error:  # broken bytes make decoders raise anything
-            name = getattr(payload, "orig_name", None) or "this file"
-            raise _message(f"{name} is no picture that can be opened; take a PNG or JPEG") from error
 
 
 @dataclass
@@ -85,9 +86,9 @@ def build_page(studio: Studio, name: str) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 panel = _panel(studio)
             with gr.Column(scale=5, min_width=420), gr.Tabs(selected=GENERATE) as tabs:
-                with gr.Tab("New faces", id=GENERATE):
+                with gr.Tab("New pictures", id=GENERATE):
                     to_change, to_inpaint, drawn, selected = _generate_tab(panel)
-                with gr.Tab("Change a face", id=CHANGE):
+                with gr.Tab("Change a picture", id=CHANGE):
                     upload = _change_tab(panel)
                 with gr.Tab("Paint anew", id=INPAINT):
                     editor = _inpaint_tab(panel)
@@ -95,8 +96,8 @@ def build_page(studio: Studio, name: str) -> gr.Blocks:
         def chosen(gallery: list[tuple[str, str]] | None, index: int) -> Image.Image:
             with _readable():
                 if not gallery:
-                    raise ValueError("draw some faces first, then choose one")
-                return studio.read_image(gallery[min(index, len(gallery) - 1)][0])
+                    raise ValueError("draw some pictures first, then choose one")
+                return read_image(gallery[min(index, len(gallery) - 1)][0])
 
         def change(gallery: list[tuple[str, str]] | None, index: int) -> tuple[gr.Tabs, Image.Image]:
             return gr.Tabs(selected=CHANGE), chosen(gallery, index)
@@ -111,7 +112,23 @@ def build_page(studio: Studio, name: str) -> gr.Blocks:
 
 def look() -> dict[str, Any]:
     """Theme and styles, as options of `gr.Blocks.launch`."""
-    theme = gr.themes.Soft(primary_hue="rose", neutral_hue="slate", font=FONT, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(primary_hue="rose", neutral_hue="slate", font=FONT, font_mono=MONO).set(
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_shadow="none",
+        **{
+            f"block_{part}_{what}": value
+            for part in ("label", "title")
+            for what, value in (
+                ("background_fill", "none"),
+                ("background_fill_dark", "none"),
+                ("text_color", "*body_text_color"),
+                ("text_color_dark", "*body_text_color"),
+                ("text_weight", "500"),
+            )
+        },
+        block_title_padding="0",
+    )
     return {"theme": theme, "css": CSS, "footer_links": []}
 
 
@@ -128,7 +145,7 @@ def _panel(studio: Studio) -> Panel:
                     if control.group == group:
                         attributes[control.name] = _choice(control)
     with gr.Accordion("Sampling"):
-        num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures")
+        num_images = gr.Slider(1, MAX_IMAGES, NUM_IMAGES, step=1, label="Pictures")
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
             new_seed = gr.Checkbox(True, label="New each time", min_width=110)
@@ -142,10 +159,14 @@ def _panel(studio: Studio) -> Panel:
 
         def summarize(data: Data) -> str:
             asked = panel.asked(data)
-            return _summary([_words(control, asked[control.name]) for control in studio.controls if control.name in asked])
+            return _summary(
+                [_words(control, asked[control.name]) for control in studio.controls if control.name in asked]
+            )
 
         choices = list(attributes.values())
-        gr.on([choice.change for choice in choices], summarize, {*choices}, summary, queue=False, show_progress="hidden")
+        gr.on(
+            [choice.change for choice in choices], summarize, {*choices}, summary, queue=False, show_progress="hidden"
+        )
         clear.click(lambda: [0] * len(choices), None, choices, queue=False, show_progress="hidden")
     return panel
 
@@ -168,7 +189,7 @@ def _summary(words: list[str]) -> str:
 
 def _generate_tab(panel: Panel) -> tuple[gr.Button, gr.Button, gr.Gallery, gr.State]:
     button = gr.Button("Draw", variant="primary", elem_id="draw")
-    gallery = _gallery("Drawn", columns=4)
+    gallery = _gallery("drawn", columns=4)
     with gr.Row():
         to_change = gr.Button("Change the chosen one", size="sm")
         to_inpaint = gr.Button("Paint on the chosen one", size="sm")
@@ -189,17 +210,25 @@ def _generate_tab(panel: Panel) -> tuple[gr.Button, gr.Button, gr.Gallery, gr.St
 
 def _change_tab(panel: Panel) -> gr.Image:
     studio = panel.studio
+    gr.Markdown("A picture drawn again out of noise, or with the attributes on the left changed.", elem_classes="hint")
     with gr.Row():
         with gr.Column(scale=2):
-            upload = Upload(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="A face", height=320)
-            how = gr.Radio([VARY, EDIT], value=VARY, show_label=False, container=False, visible=bool(studio.controls))
-            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="1 keeps nothing of the face")
+            upload = _upload(studio)
+            how = gr.Radio(
+                [VARY, EDIT],
+                value=VARY,
+                show_label=False,
+                container=False,
+                elem_id="how",
+                visible=bool(studio.controls),
+            )
+            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="1 keeps nothing of the picture")
             amount = gr.Slider(
                 *(0.1, 3, 1), step=0.1, label="Amount", info="of what is asked for on the left", visible=False
             )
             button = gr.Button("Change", variant="primary", elem_id="change")
         with gr.Column(scale=3):
-            gallery = _gallery("Changed", columns=3)
+            gallery = _gallery("changed", columns=3)
 
     def switch(how: str) -> tuple[gr.Slider, gr.Slider]:
         return gr.Slider(visible=how == VARY), gr.Slider(visible=how == EDIT)
@@ -207,11 +236,11 @@ def _change_tab(panel: Panel) -> gr.Image:
     def change(data: Data, progress: gr.Progress = gr.Progress()) -> tuple[list[tuple[Image.Image, str]], int]:  # noqa: B008
         with _readable():
             if data[upload] is None:
-                raise ValueError("upload a face first, or draw one and choose it")
-            image = studio.read_image(data[upload])
+                raise ValueError("upload a picture first, or draw one and choose it")
+            image = read_image(data[upload])
             settings, asked, on_step = panel.settings(data), panel.asked(data), _steps(progress)
             if data[how] == EDIT:
-                progress(0, desc="finding the noise that gives this face")
+                progress(0, desc="finding the noise that gives this picture")
                 images = studio.edit(image, asked, data[amount], settings, on_step)
             else:
                 images = studio.vary(image, asked, data[strength], settings, on_step)
@@ -224,22 +253,24 @@ def _change_tab(panel: Panel) -> gr.Image:
 
 def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
     studio = panel.studio
+    gr.Markdown("Paint over the part of a picture that is to be drawn anew; the rest stays.", elem_classes="hint")
     with gr.Row():
         with gr.Column(scale=3):
             editor = gr.ImageEditor(
                 type="pil",
                 image_mode="RGBA",
                 sources=["upload", "clipboard"],
-                label="Upload a face, and paint over what is to be drawn anew",
+                show_label=False,
+                elem_id="editor",
                 brush=gr.Brush(default_size=48, colors=[ACCENT], color_mode="fixed"),
                 layers=False,
                 transforms=[],
                 canvas_size=(CANVAS, CANVAS),
-                height=CANVAS + 120,
+                height=CANVAS + 60,
             )
             button = gr.Button("Paint anew", variant="primary", elem_id="inpaint")
         with gr.Column(scale=2):
-            gallery = _gallery("Painted anew", columns=2)
+            gallery = _gallery("painted", columns=2)
 
     def upload(value: dict[str, Any]) -> Image.Image:
         with _readable():
@@ -249,8 +280,8 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
         with _readable():
             value = data[editor] or {}
             image = value.get("background")
-            if image is None or image.getbbox() is None:
-                raise ValueError("upload a face first, or draw one and choose it")
+            if image is None:
+                raise ValueError("there is no picture to paint on: upload a PNG or JPEG, or draw one and choose it")
             settings, mask = panel.settings(data), union(value["layers"], image.size)
             asked, image = panel.asked(data), image.convert("RGB")
             return studio.inpaint(image, mask, asked, settings, _steps(progress)), settings.seed
@@ -258,6 +289,35 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
     editor.upload(upload, editor, editor, show_progress="hidden")
     _on_click(button, inpaint, {*panel.inputs, editor}, [gallery, panel.seed])
     return editor
+
+
+def _upload(studio: Studio) -> gr.Image:
+    """Where a picture is uploaded; shown as the model sees it."""
+    upload = gr.Image(
+        type="filepath",
+        image_mode=None,
+        format="png",
+        sources=["upload", "clipboard"],
+        label="A picture",
+        height=320,
+        elem_id="upload",
+    )
+    opened = upload.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        try:
+            return opened(payload)
+        except Exception as error:  # broken bytes make decoders raise anything
+            name = getattr(payload, "orig_name", None) or "this file"
+            raise _message(f"{name} is no picture that can be opened; take a PNG or JPEG") from error
+
+    def fit(path: str) -> Image.Image:
+        with _readable():
+            return studio.fit(read_image(path))
+
+    upload.preprocess = preprocess  # type: ignore[method-assign]  # it is called before any of the page's own code is
+    upload.upload(fit, upload, upload, show_progress="hidden")
+    return upload
 
 
 def _canvas(studio: Studio, image: Image.Image) -> Image.Image:
@@ -269,8 +329,15 @@ def _canvas(studio: Studio, image: Image.Image) -> Image.Image:
 
 def _gallery(label: str, columns: int) -> gr.Gallery:
     return gr.Gallery(
-        label=label, columns=columns, format="png", object_fit="contain", height="auto", interactive=False,
+        label=label,
+        show_label=False,
+        columns=columns,
+        format="png",
+        height="auto",
+        interactive=False,
         buttons=["download", "download_all", "fullscreen"],
+        elem_id=label,
+        elem_classes="gallery",
     )
 
 
@@ -296,4 +363,4 @@ def _readable() -> Iterator[None]:
 
 
 def _message(text: str) -> gr.Error:
-    return gr.Error(text, duration=None, print_exception=False)
+    return gr.Error(text, print_exception=False)

@@ -105,30 +105,20 @@ class Studio:
             )
         )
 
-    def read_image(self, path: str, name: str = "this file") -> Image.Image:
-        """An uploaded picture of any kind, the way up that its EXIF says, in RGB.
-
-        Raises:
-            ValueError: if it is no picture, or a broken one.
-        """
-        return decode_image({"id": name, "image": {"path": path}}, Geometry(None, "none"))
-
     def fit(self, image: Image.Image) -> Image.Image:
         """What the model sees of a picture: its centre, at the model's size."""
         return Geometry(self.resolution, "center").fit(image)
 
     def generate(self, asked: Attributes, settings: Settings, on_step: OnStep) -> list[Image.Image]:
         """New pictures."""
-        return self.text2img(asked or None, settings.num_images, **_options(settings, on_step)).images
+        return self.text2img(asked or None, settings.num_images, **_options(settings, on_step))[0]
 
     def vary(
         self, image: Image.Image, asked: Attributes, strength: float, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
         """A picture drawn anew from `strength` noise, in several ways."""
         options = _options(settings, on_step)
-        return self.img2img(
-            asked or None, image, strength, num_images_per_prompt=settings.num_images, **options
-        ).images
+        return self.img2img(asked or None, image, strength, num_images_per_prompt=settings.num_images, **options)[0]
 
     def edit(
         self, image: Image.Image, change: Attributes, strength: float, settings: Settings, on_step: OnStep
@@ -142,7 +132,7 @@ class Studio:
             raise ValueError("choose at least one attribute to change")
         options = _options(settings, on_step)
         del options["generator"]  # nothing is drawn by chance
-        return self.editing(None, image, change, strength, **options).images
+        return self.editing(None, image, change, strength, **options)[0]
 
     def inpaint(
         self, image: Image.Image, mask: Image.Image, asked: Attributes, settings: Settings, on_step: OnStep
@@ -155,9 +145,16 @@ class Studio:
         if mask.getbbox() is None:
             raise ValueError("paint over the part that is to be drawn anew")
         options = _options(settings, on_step)
-        return self.inpainting(
-            asked or None, image, mask, num_images_per_prompt=settings.num_images, **options
-        ).images
+        return self.inpainting(asked or None, image, mask, num_images_per_prompt=settings.num_images, **options)[0]
+
+
+def read_image(path: str) -> Image.Image:
+    """An uploaded picture of any kind, the way up that its EXIF says, in RGB.
+
+    Raises:
+        ValueError: if it is no picture, or a broken one.
+    """
+    return decode_image({"id": "this file", "image": {"path": path}}, Geometry(None, "none"))
 
 
 def union(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
@@ -190,4 +187,5 @@ def _options(settings: Settings, on_step: OnStep) -> dict[str, Any]:
         "guidance_scale": settings.guidance_scale,
         "generator": generators(settings.seed, range(settings.num_images)),
         "callback_on_step_end": callback,
+        "return_dict": False,
     }
