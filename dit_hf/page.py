@@ -43,6 +43,7 @@ fieldset.choice label > span { margin: 0; }
 #how label { padding: 5px 10px; font-size: 0.9rem; }
 #upload img { width: 100%; object-fit: contain; }
 .gallery { min-height: 440px; }
+.gallery .grid-wrap { max-height: none; }
 """
 
 Data = dict[Any, Any]
@@ -316,7 +317,7 @@ def _upload(studio: Studio) -> gr.Image:
             return studio.fit(read_image(path))
 
     upload.preprocess = preprocess  # type: ignore[method-assign]  # it is called before any of the page's own code is
-    upload.upload(fit, upload, upload, show_progress="hidden")
+    upload.upload(fit, upload, upload, show_progress="hidden").failure(lambda: None, None, upload)
     return upload
 
 

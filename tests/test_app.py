@@ -134,6 +134,7 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
             # 3. What is no picture gets a message.
             page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")
             expect(page.get_by_text("bad.png is no picture that can be opened").first).to_be_visible()
+            expect(page.locator("#upload img")).to_have_count(0)
             page.screenshot(path=tmp_path / "change.png")
             # 4. Painting: without a stroke a message, with one new pictures.
             page.get_by_role("tab", name="New pictures").click()
