@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 # verb: module, function, and the arguments that are given without their names.
 VERBS = {
+    "app": ("dit_hf.app", "app", "model"),
     "convert": ("dit_hf.hub.convert", "convert", "source"),
     "demo": ("dit_hf.demo", "demo"),
     "evaluate": ("dit_hf.evaluation.evaluate", "evaluate", "model"),

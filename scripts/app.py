@@ -1,0 +1,8 @@
+"""`python scripts/app.py ...` is `dit-hf app`."""
+
+import sys
+
+from dit_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["app", *sys.argv[1:]]))
