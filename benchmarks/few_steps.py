@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50, 250])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--work", type=Path, default=Path("runs/few-steps"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/few_steps.json"))
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/few_steps.png"))
     options = parser.parse_args()
     pictures, labels = avatars(UNSEEN, options.num_images)
     net, rows = load_features("efficientnet-lite0"), rows_of(labels)
-    work = options.work / f"{Path(options.model).name}-{options.num_images}"
+    work = options.work / f"{Path(options.model).name}-{options.num_images}-{options.dtype}"
 
     def real(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         return pictures[places], np.asarray(places)
@@ -62,7 +63,7 @@ def main() -> None:
     for sampler in options.samplers:
         for steps in options.steps:
             identity = {"sampler": sampler, "steps": steps}
-            pipeline = pipeline_with(options.model, sampler)
+            pipeline = pipeline_with(options, sampler)
 
             def drawn(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
                 return draw(pipeline, places, rows, 0, num_inference_steps=steps), np.asarray(places)  # noqa: B023
@@ -81,7 +82,8 @@ def main() -> None:
         "model": Path(options.model).name,
         "features": net.label,
         "num_images": options.num_images,
-        "guidance_scale": pipeline_with(options.model, "DDIM").config.guidance_scale,
+        "dtype": options.dtype,
+        "guidance_scale": pipeline_with(options, "DDIM").config.guidance_scale,
         "reference": f"avatars 0 to {options.num_images - 1} of seed {UNSEEN}",
         "table": table,
     }
@@ -91,10 +93,11 @@ def main() -> None:
         plot(result, options.plot)
 
 
-def pipeline_with(model: str, sampler: str) -> Any:
-    pipeline, (name, options) = load_pipeline(model), SAMPLERS[sampler]
+def pipeline_with(options: argparse.Namespace, sampler: str) -> Any:
+    pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    name, settings = SAMPLERS[sampler]
     if name is not None:
-        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
     return pipeline
 
 

@@ -23,6 +23,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 
+# Latents are decoded so many at a time: the VAE needs far more memory for an image than the transformer.
+DECODE_BATCH = 16
+
 AttributeValue = bool | int | str | None
 Attributes = Mapping[str, AttributeValue]
 
@@ -224,7 +227,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         """Images of the model's normalised latents [batch, channels, height, width], as `output_type` says."""
         mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
-        return self.image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
+        pixels = torch.cat([self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)])
+        return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
     def interpolate(
@@ -265,7 +269,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for {batch_size} images")
         size, channels = self.transformer.config.sample_size, self.transformer.config.in_channels
         shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
-        return randn_tensor(shape, generator, device=self._execution_device, dtype=self.transformer.dtype)
+        return randn_tensor(shape, generator, device=self._execution_device, dtype=torch.float32)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -365,7 +369,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         if latents.ndim != 4 or latents.shape[:2] != (batch, channels):
             expected = f"[{batch}, {channels}, height, width]"
             raise ValueError(f"latents has shape {list(latents.shape)}; expected {expected}")
-        return latents.to(device=device, dtype=self.transformer.dtype)
+        return latents.to(device=device, dtype=torch.float32)
 
     @staticmethod
     def _rows(
@@ -466,13 +470,16 @@ class LatentDiTPipeline(DiffusionPipeline):
     def _run(
         self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, condition_ids: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """A prediction for each entry of `condition_ids`."""
+        """A prediction for each entry of `condition_ids`.
+
+        The model may be half precision; latents, guidance and steps stay in float32, which costs nothing beside it.
+        """
         count, device = len(condition_ids), model_input.device
         inputs = torch.cat([model_input] * count)
         ids, timesteps = torch.cat(condition_ids), timestep.to(device).expand(len(inputs))
         with transformer.cache_context("cond_uncond"):
             output = transformer(inputs.to(transformer.dtype), timesteps, ids, return_dict=False)[0]
-        return list(output[:, : transformer.config.in_channels].chunk(count))
+        return list(output[:, : transformer.config.in_channels].to(model_input.dtype).chunk(count))
 
     @staticmethod
     def _rescale(guided: torch.Tensor, asked: torch.Tensor, rescale: float) -> torch.Tensor:

@@ -71,7 +71,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
         if not edit:
             raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
-        known = self.encode_images(image).to(self.transformer.dtype)
+        known = self.encode_images(image)
         rows, known = self._match(attributes, known, 1)
         edits, known = self._match(edit, known, 1)
         rows = rows * len(edits) if len(rows) == 1 else rows
@@ -104,7 +104,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         of a `strength` below 1, [`LatentDiTImg2ImgPipeline`]'s level of noise instead.
         """
         self._check_image_inputs(image, strength)
-        rows, known = self._match(attributes, self.encode_images(image).to(self.transformer.dtype), 1)
+        rows, known = self._match(attributes, self.encode_images(image), 1)
         with self._own_scheduler():
             return self._invert(known, rows, num_inference_steps, strength)
 

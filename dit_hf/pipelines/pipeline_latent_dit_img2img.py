@@ -62,7 +62,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         # 1. Check inputs.
         self._check_image_inputs(image, strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
-        known = self.encode_images(image).to(self.transformer.dtype)
+        known = self.encode_images(image)
         rows, known = self._match(attributes, known, num_images_per_prompt)
         guidance = self._prepare_guidance(rows, attributes is not None, guidance_scale, **guidance_options)
 

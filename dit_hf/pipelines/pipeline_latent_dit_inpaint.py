@@ -73,7 +73,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         self._check_image_inputs(image, strength)
         self._check_jumps(mask_image, jump_length, jump_n_sample)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
-        known = self.encode_images(image).to(self.transformer.dtype)
+        known = self.encode_images(image)
         mask = self._masks(mask_image, known)
         rows, known = self._match(attributes, known, num_images_per_prompt)
         each = len(known) // len(mask)
