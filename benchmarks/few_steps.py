@@ -1,7 +1,8 @@
-"""Quality against steps: Fréchet distance to avatars of another seed, for our DDIM and for stock schedulers.
+"""Quality against steps: Fréchet distance to avatars of another seed, for our scheduler and for stock ones.
 
 python benchmarks/few_steps.py MODEL [--num_images 500] [--work DIR] [--json FILE] [--plot FILE]
-python benchmarks/few_steps.py MODEL --num_images 2000 --samplers DDIM --steps 20 250       (hours on 2 cores)
+python benchmarks/few_steps.py MODEL --num_images 2000 \\
+    --samplers 'DPM-Solver++ 2M (default)' --steps 20 250                                (an hour on 2 cores)
 
 MODEL was trained on avatars at 64 px. All draw from the same noises, asked for the attributes of the avatars they are
 compared with. What was drawn is kept in DIR, so that a call that was killed goes on; several calls, or
@@ -25,16 +26,18 @@ from machine import machine
 from manipulation import UNSEEN, rows_of
 from matplotlib.figure import Figure
 
+from dit_hf import CosineLatentScheduler
 from dit_hf.evaluation.collect import collect, ranks
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
+from dit_hf.sample import SCHEDULER_SETTINGS
 from dit_hf.sampling import draw, load_pipeline
 
-SAMPLERS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "DDIM": (None, {}),
-    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
+SAMPLERS = {
+    "DDIM": (CosineLatentScheduler, {"solver_order": 1}),
+    "DPM-Solver++ 2M (default)": (CosineLatentScheduler, {}),
+    "UniPC": (diffusers.UniPCMultistepScheduler, {}),
+    "Heun": (diffusers.HeunDiscreteScheduler, SCHEDULER_SETTINGS["HeunDiscreteScheduler"]),
 }
 BATCH = 50
 
@@ -95,9 +98,8 @@ def main() -> None:
 
 def pipeline_with(options: argparse.Namespace, sampler: str) -> Any:
     pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
-    name, settings = SAMPLERS[sampler]
-    if name is not None:
-        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
+    scheduler, settings = SAMPLERS[sampler]
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
     return pipeline
 
 

@@ -21,7 +21,13 @@ from machine import machine
 from PIL import Image
 from torch import nn
 
-from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTPipeline
+from dit_hf import (
+    CosineLatentScheduler,
+    LatentDiTEditPipeline,
+    LatentDiTImg2ImgPipeline,
+    LatentDiTInpaintPipeline,
+    LatentDiTPipeline,
+)
 from dit_hf.data.avatars import ATTRIBUTES
 from dit_hf.sampling import batches, draw, load_pipeline, to_uint8
 from dit_hf.sheets import draw_sheet, save_sheet
@@ -91,8 +97,13 @@ def reconstruction(pipeline: LatentDiTPipeline, pictures: np.ndarray, labels: np
     untouched = changing(rows, image=given, strength=0.0, output_type="pt").images
     options = {"num_inference_steps": 50, "guidance_scale": 1.0, "output_type": "pt"}
     noise = editing_.invert(given, rows, 50)
+    kept, pipeline.scheduler = (
+        pipeline.scheduler,
+        CosineLatentScheduler.from_config(pipeline.scheduler.config, solver_order=1),
+    )
     returned = pipeline(rows, latents=noise, **options).images
     unknown = pipeline(None, len(given), latents=editing_.invert(given, None, 50), **options).images
+    pipeline.scheduler = kept
     real = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
     return {
         "pictures": len(given),

@@ -21,6 +21,7 @@ from .pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from .pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from .sampling import draw, generators, load_pipeline, to_uint8
+from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .series import Series, write_series
 from .storage import disk_errors
 
@@ -43,6 +44,8 @@ _MODES_OF = {
     "num_frames": ("interpolate",),
     "eta": ("generate", "img2img", "inpaint", "interpolate"),
 }
+# What stock schedulers need beside the config: by timesteps, Heun's first step spans nearly all of the noise levels.
+SCHEDULER_SETTINGS = {"HeunDiscreteScheduler": {"use_exponential_sigmas": True}}
 _NEEDED = {"img2img": ("image",), "inpaint": ("image", "mask_image"), "edit": ("image", "edit")}
 _PATHS = ("model", "image", "mask_image", "guidance_model")
 
@@ -154,7 +157,8 @@ def _open_pipeline(
         known = sorted(one.__name__ for one in loaded.scheduler.compatibles)
         if scheduler not in known:
             raise ValueError(f"--scheduler {scheduler} is unknown; known are {', '.join(known)}")
-        loaded.scheduler = getattr(diffusers, scheduler).from_config(loaded.scheduler.config)
+        settings = SCHEDULER_SETTINGS.get(scheduler, {})
+        loaded.scheduler = getattr(diffusers, scheduler).from_config(loaded.scheduler.config, **settings)
     pipeline = _PIPELINES[mode](**loaded.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -222,6 +226,8 @@ def _film(
     if pictures:
         inverting = LatentDiTEditPipeline(**pipeline.components)
         call = {"num_inference_steps": 50, "guidance_scale": 1.0, **call}
+        # The noises give the pictures back by the steps that they were found by.
+        pipeline.scheduler = CosineLatentScheduler.from_config(pipeline.scheduler.config, solver_order=1)
         noises = inverting.invert([_open_picture(p) for p in pictures], attributes, call["num_inference_steps"])
     else:
         noises = torch.cat([pipeline.draw_noise(1, one) for one in generators(seed, range(num_noises))])

@@ -7,7 +7,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from torch import nn
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
@@ -67,7 +67,8 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
     _check_fits(pipeline, attributes)
     transformer = _transformer(pipeline, attributes)
     schedule = {name: value for name, value in pipeline.scheduler.config.items() if name != "cosine_s"}
-    scheduler = DDIMScheduler.from_config(schedule)
+    stock = DPMSolverMultistepScheduler if schedule.get("solver_order", 1) == 2 else DDIMScheduler
+    scheduler = stock.from_config(schedule)
     export = DiTPipeline(transformer=transformer, vae=_folded_vae(pipeline), scheduler=scheduler)
     labels = _labels(pipeline, attributes)
     if labels is not None:

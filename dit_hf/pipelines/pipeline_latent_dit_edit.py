@@ -26,7 +26,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     An image is inverted under its own attributes to the noise that gives it, from which it is sampled again, led from
     its own attributes to those asked for. Made of the parts of a [`LatentDiTPipeline`]:
     `LatentDiTEditPipeline(**pipe.components)`, or by `LatentDiTEditPipeline.from_pipe(pipe)` and `from_pretrained`.
-    Works by its own [`CosineLatentScheduler`], whatever scheduler the pipeline has.
+    Works by DDIM, whatever scheduler the pipeline has.
     """
 
     @torch.no_grad()
@@ -100,8 +100,8 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     ) -> torch.Tensor:
         """The noise, [images, channels, height, width], that as `latents` of a call gives the images back.
 
-        So it does with the same attributes and number of steps, `guidance_scale=1` and a [`CosineLatentScheduler`];
-        of a `strength` below 1, [`LatentDiTImg2ImgPipeline`]'s level of noise instead.
+        So it does with the same attributes and number of steps, `guidance_scale=1` and a [`CosineLatentScheduler`] of
+        `solver_order=1`; of a `strength` below 1, [`LatentDiTImg2ImgPipeline`]'s level of noise instead.
         """
         self._check_image_inputs(image, strength)
         rows, known = self._match(attributes, self.encode_images(image), 1)
@@ -141,9 +141,9 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
 
     @contextlib.contextmanager
     def _own_scheduler(self) -> Iterator[None]:
-        """Steps by a [`CosineLatentScheduler`] of the same schedule, which can be reversed."""
+        """Steps by DDIM on the same schedule, which can be reversed."""
         kept: Any = self.scheduler
-        self.scheduler = CosineLatentScheduler.from_config(kept.config)
+        self.scheduler = CosineLatentScheduler.from_config(kept.config, solver_order=1)
         try:
             yield
         finally:

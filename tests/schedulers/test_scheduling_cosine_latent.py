@@ -76,12 +76,63 @@ def test_noise_and_velocity_are_diffusers():
 @pytest.mark.parametrize("steps", [1, 25, 50, 500])
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_ddim_is_diffusers_over_a_full_loop(prediction_type, steps):
-    scheduler = CosineLatentScheduler(prediction_type=prediction_type)
+    scheduler = CosineLatentScheduler(prediction_type=prediction_type, solver_order=1)
     assert (loop(scheduler, steps) - loop(ddim_like(scheduler), steps)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 500])
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_the_second_order_is_diffusers_dpm_solver_over_a_full_loop(prediction_type, steps):
+    scheduler = CosineLatentScheduler(prediction_type=prediction_type)
+    stock = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    assert stock.config.solver_order == 2
+    assert (loop(scheduler, steps) - loop(stock, steps)).abs().max() < 2e-4
+
+
+def gaussian(scheduler):
+    """The perfect denoiser of N(0.5, 0.6^2), in closed form."""
+
+    def denoiser(sample, t):
+        alpha, sigma = scheduler.levels(torch.as_tensor(float(t)))
+        clean = 0.5 + alpha * 0.36 / (alpha**2 * 0.36 + sigma**2) * (sample - alpha * 0.5)
+        eps = (sample - alpha * clean) / sigma
+        velocity = alpha * eps - sigma * clean
+        return {"sample": clean, "epsilon": eps, "v_prediction": velocity}[scheduler.config.prediction_type]
+
+    return denoiser
+
+
+def test_the_second_order_ends_far_nearer_to_the_distribution_in_the_same_steps():
+    errors = []
+    for order in (1, 2):
+        scheduler = CosineLatentScheduler(solver_order=order)
+        out = loop(scheduler, 20, gaussian(scheduler), noise((16, 4, 32, 32)))
+        errors.append(abs(out.std().item() - 0.6))
+    assert errors[1] < errors[0] / 4
+
+
+def test_a_step_that_does_not_follow_the_last_is_of_the_first_order():
+    """After a jump, and where a loop begins anew, nothing of before counts."""
+    scheduler, ddim = CosineLatentScheduler(), CosineLatentScheduler(solver_order=1)
+    for one in (scheduler, ddim):
+        one.set_timesteps(10)
+
+    def step(one, place, seed):
+        return one.step(noise(seed=seed), one.timesteps[place], noise(seed=9)).prev_sample
+
+    for place in (0, 1, 2):
+        step(scheduler, place, place)
+    assert not torch.equal(step(scheduler, 3, 3), step(ddim, 3, 3))
+    assert torch.equal(step(scheduler, 1, 4), step(ddim, 1, 4))  # back
+    assert torch.equal(step(scheduler, 5, 5), step(ddim, 5, 5))  # further on
+    scheduler.set_timesteps(10)
+    assert torch.equal(step(scheduler, 6, 6), step(ddim, 6, 6))  # anew
+    step(scheduler, 8, 7)
+    assert torch.equal(step(scheduler, 9, 8), step(ddim, 9, 8))  # to the clean latent
+
+
 def test_stochastic_ddim_is_diffusers_over_a_full_loop():
-    scheduler = CosineLatentScheduler()
+    scheduler = CosineLatentScheduler(solver_order=1)
     ours = loop(scheduler, 25, eta=1.0, generator=torch.Generator().manual_seed(3))
     theirs = loop(ddim_like(scheduler), 25, eta=1.0, generator=torch.Generator().manual_seed(3))
     assert (ours - theirs).abs().max() < 1e-4
@@ -91,7 +142,7 @@ CHECKSUM = (211.2720, 0.4126)
 
 
 def test_full_loop_checksum():
-    out = loop(CosineLatentScheduler(prediction_type="v_prediction"), 20)
+    out = loop(CosineLatentScheduler(prediction_type="v_prediction", solver_order=1), 20)
     assert out.abs().sum().item() == pytest.approx(CHECKSUM[0], rel=1e-3)
     assert out.abs().mean().item() == pytest.approx(CHECKSUM[1], rel=1e-3)
 
@@ -118,19 +169,12 @@ def test_timesteps_are_trailing_and_evenly_spaced():
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("stock", [None, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_stock_schedulers_sample_the_same_model(stock, prediction_type):
-    """A perfect denoiser of N(0.5, 0.6^2) is known in closed form; every sampler must end near that distribution."""
+    """Every sampler must end near the distribution that the denoiser is of."""
     scheduler = CosineLatentScheduler(prediction_type=prediction_type)
-
-    def denoiser(sample, t):
-        alpha, sigma = scheduler.levels(torch.as_tensor(float(t)))
-        clean = 0.5 + alpha * 0.36 / (alpha**2 * 0.36 + sigma**2) * (sample - alpha * 0.5)
-        eps = (sample - alpha * clean) / sigma
-        return {"sample": clean, "epsilon": eps, "v_prediction": alpha * eps - sigma * clean}[prediction_type]
-
     sampler = stock.from_config(scheduler.config) if stock else scheduler
     sampler.set_timesteps(50)
     start = noise((16, 4, 32, 32)) * sampler.init_noise_sigma
-    out = loop(sampler, 50, denoiser, start)
+    out = loop(sampler, 50, gaussian(scheduler), start)
     assert out.mean().item() == pytest.approx(0.5, abs=0.03)
     assert out.std().item() == pytest.approx(0.6, abs=0.03)
 
@@ -157,6 +201,7 @@ def test_other_betas_can_be_brought_along():
         (lambda: CosineLatentScheduler(prediction_type="flow"), "prediction_type"),
         (lambda: CosineLatentScheduler(clip_sample=True), "clip_sample=False"),
         (lambda: CosineLatentScheduler(10, trained_betas=[0.1]), "10 numbers"),
+        (lambda: CosineLatentScheduler(solver_order=3), "solver_order=3 must be 1"),
         (lambda: CosineLatentScheduler().set_timesteps(501), "between 1 and 500"),
         (lambda: CosineLatentScheduler().step(noise(), 3, noise()), "set_timesteps"),
         (lambda: loop(CosineLatentScheduler(), 5, eta=2.0), "eta=2.0"),
