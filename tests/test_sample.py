@@ -126,6 +126,14 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
         sample(model, str(tmp_path / "cache"), attributes=str(latents), **options)
 
 
+def test_a_stock_scheduler_and_half_precision(model, tmp_path):
+    options = {"num_images": 2, "num_inference_steps": 10, "attributes": {"class": "owl"}}
+    for scheduler in ("HeunDiscreteScheduler", "UniPCMultistepScheduler"):
+        full = pixels(sample(model, str(tmp_path / scheduler), scheduler=scheduler, **options))
+        half = sample(model, str(tmp_path / f"{scheduler}-half"), scheduler=scheduler, dtype="bfloat16", **options)
+        assert 0 < np.abs(pixels(half) - full).mean() < 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 
 from dit_hf import CosineLatentScheduler
+from dit_hf.sample import SCHEDULER_SETTINGS
 
 TYPES = ["sample", "epsilon", "v_prediction"]
 
@@ -177,6 +178,18 @@ def test_stock_schedulers_sample_the_same_model(stock, prediction_type):
     out = loop(sampler, 50, gaussian(scheduler), start)
     assert out.mean().item() == pytest.approx(0.5, abs=0.03)
     assert out.std().item() == pytest.approx(0.6, abs=0.03)
+
+
+def test_heun_needs_the_settings_that_sample_gives_it():
+    """By timesteps its first step spans nearly all noise levels, and what comes out is far too wide."""
+    scheduler, widths = CosineLatentScheduler(), []
+    for settings in ({}, SCHEDULER_SETTINGS["HeunDiscreteScheduler"]):
+        heun = HeunDiscreteScheduler.from_config(scheduler.config, **settings)
+        heun.set_timesteps(25)
+        start = noise((16, 4, 32, 32)) * heun.init_noise_sigma
+        widths.append(loop(heun, 25, gaussian(scheduler), start).std().item())
+    assert widths[0] > 0.7
+    assert widths[1] == pytest.approx(0.6, abs=0.02)
 
 
 def test_config_survives_saving(tmp_path):
