@@ -30,7 +30,7 @@ from .metrics import NEIGHBOURS, Gaussian, measure
 from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
 from .pictures import Pictures, open_pictures, reconstructed
 from .reference import INFO, Reference, load_reference, make_reference, versions
-from .report import REPORT, figure_name, markdown, write_report
+from .report import REPORT, figure_name, fill_card, markdown, write_report
 
 MIN_SAMPLES = 16
 
@@ -56,7 +56,7 @@ def evaluate(
 
     Under `accelerate launch` or `torchrun` every rank draws its part. Conditional models are asked for the attribute
     rows of the reference in order. Lists of guidance scales or steps are measured in every combination and plotted;
-    the first is the one that is reported.
+    the first is the one that is reported. In a run's folder the figures go into the model card too.
 
     Args:
         model: a run's folder, a pipeline's folder, or a Hub id.
@@ -112,6 +112,9 @@ def evaluate(
         raise ValueError("guidance_scale and num_inference_steps must have a value")
     with disk_errors(f"output_dir {folder}"):
         evaluation.run(_name(model), settings)
+        card = Path(model) / "README.md"
+        if output_dir is None and card.is_file() and ranks().is_main_process:
+            fill_card(card, json.loads((folder / REPORT).read_text(encoding="utf-8")))
     return folder
 
 
