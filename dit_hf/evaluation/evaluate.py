@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from .metrics import NEIGHBOURS, Gaussian, measure
 from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
 from .pictures import Pictures, open_pictures, reconstructed
 from .reference import INFO, Reference, load_reference, make_reference, versions
-from .report import REPORT, figure_name, markdown, write_report
+from .report import REPORT, figure_name, fill_card, markdown, write_report
 
 MIN_SAMPLES = 16
 
@@ -56,7 +57,7 @@ def evaluate(
 
     Under `accelerate launch` or `torchrun` every rank draws its part. Conditional models are asked for the attribute
     rows of the reference in order. Lists of guidance scales or steps are measured in every combination and plotted;
-    the first is the one that is reported.
+    the first is the one that is reported. In a run's folder the figures go into the model card too.
 
     Args:
         model: a run's folder, a pipeline's folder, or a Hub id.
@@ -89,16 +90,16 @@ def evaluate(
         raise ValueError(f"num_samples={num_samples} must be at least {MIN_SAMPLES}")
     device = ranks().device
     net = load_features(features, feature_weights, device)
-    pipeline = load_pipeline(model, device, torch_dtype=getattr(torch, dtype))
+    pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))
     folder = _folder(model, output_dir)
     resolution = _resolution(pipeline)
     pictures = _pictures(model, reference, resolution, crop, split, num_images)
-    real = load_reference(Path(reference or "")) if pictures is None else None
-    if pictures is not None and pictures.facts["resolution"] == resolution:
+    if pictures is None:
+        real = load_reference(Path(str(reference)))
+    elif pictures.facts["resolution"] != resolution:  # only a cache has its own
+        raise ValueError(f"{reference}: pictures of {pictures.facts['resolution']} px, the model's are {resolution}")
+    else:
         real = make_reference(folder / "reference", pictures, net, batch_size)
-    if real is None:
-        given = pictures.facts["resolution"] if pictures else None
-        raise ValueError(f"the reference's pictures have {given} px, the model's {resolution}")
     real.check(net, resolution)
     evaluation = Evaluation(pipeline, net, real, pictures, folder, num_samples, batch_size, seed, dtype, save_images)
     scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
@@ -112,6 +113,9 @@ def evaluate(
         raise ValueError("guidance_scale and num_inference_steps must have a value")
     with disk_errors(f"output_dir {folder}"):
         evaluation.run(_name(model), settings)
+        card = Path(model) / "README.md"
+        if output_dir is None and card.is_file() and ranks().is_main_process:
+            fill_card(card, json.loads((folder / REPORT).read_text(encoding="utf-8")))
     return folder
 
 
@@ -190,10 +194,9 @@ class Evaluation:
             return "statistics hold no pictures; give --reference their source"
         if "vae_sha256" in self.pictures.facts:
             return "the reference's pictures are themselves decoded latents"
-        vae, rows = self.pipeline.vae, self.real.rows[held_out]
-        read_rebuilt = reconstructed(self.pictures, vae)
-        read = _with_rows(read_rebuilt)
-        facts = {"vae_sha256": weights_sha256(vae), "dtype": self.dtype, "pictures": self.real.info["pictures"]}
+        vae, rows = copy.deepcopy(self.pipeline.vae).float(), self.real.rows[held_out]
+        read = _with_rows(reconstructed(self.pictures, vae))
+        facts = {"vae_sha256": weights_sha256(vae), "pictures": self.real.info["pictures"]}
         what = "reconstructions"
         return collect(self.folder / "features" / what, self.net, read, rows, self.batch_size, facts, what).features
 
@@ -238,8 +241,8 @@ class Evaluation:
         """What makes the model draw what it draws."""
         scheduler = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
         return {
-            "transformer_sha256": weights_sha256(self.pipeline.transformer),
-            "vae_sha256": weights_sha256(self.pipeline.vae),
+            "transformer_sha256": weights_sha256(copy.deepcopy(self.pipeline.transformer).float()),
+            "vae_sha256": weights_sha256(copy.deepcopy(self.pipeline.vae).float()),
             "scheduler": {"class": type(self.pipeline.scheduler).__name__, **json.loads(json.dumps(scheduler))},
             "latents": [self.pipeline.config.latents_mean, self.pipeline.config.latents_std],
         }

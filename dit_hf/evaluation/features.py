@@ -59,7 +59,8 @@ class FeatureNet:
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
         """Features, float32 [batch, dim], of pictures, uint8 [batch, height, width, 3]."""
         pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float()
-        return self.network(self.prepare(pixels)).float().cpu().numpy()
+        found = self.network(self.prepare(pixels)).float()
+        return found.contiguous().cpu().numpy()  # safetensors writes what is strided wrongly
 
     def identity(self) -> dict[str, Any]:
         """What two sets of features must have in common to be compared."""

@@ -154,6 +154,7 @@ def measure(features: np.ndarray, reference: np.ndarray, gaussian: Gaussian, see
     value, error = frechet(features), standard_error(frechet, features, seed)
     return {
         "num_samples": len(features),
+        "num_reference": len(reference),
         "frechet_distance": value,
         "standard_error": error,
         "interval_95": [value - 1.96 * error, value + 1.96 * error],

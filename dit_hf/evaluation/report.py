@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 
 from ..storage import write_text
@@ -68,6 +69,14 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
+def fill_card(path: Path, report: dict[str, Any]) -> None:
+    """Put the figures into a model card: into its `model-index`, and where it says that they are not measured."""
+    card = ModelCard.load(path)
+    card.data.model_name, card.data.eval_results = report["model"]["name"], model_index(report)
+    figures = f"{report['name']}\\1 {_with_error(report['figures'])}"
+    write_text(path, re.sub(rf"Fréchet distance(:| \|) {NOT_MEASURED}", figures, str(card)))
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The table: the model beside what its VAE makes of real pictures, and beside real pictures themselves."""
     floor = report["floor"]
@@ -76,7 +85,7 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [
         [report["name"], *(_with_error(column) for column in columns)],
         ["extrapolated to infinitely many", *(_number(column, "extrapolated") for column in columns)],
-        ["KID x 1000", *(_number(column, "kid", 1000) for column in columns)],
+        ["KID", *(_number(column, "kid") for column in columns)],
         ["precision", *(_number(column, "precision") for column in columns)],
         ["recall", *(_number(column, "recall") for column in columns)],
         ["pictures", *(_number(column, "num_samples") for column in columns)],
@@ -180,11 +189,11 @@ def _with_error(column: dict[str, Any]) -> str:
     return f"{column['frechet_distance']:.4g} ± {1.96 * column['standard_error']:.2g}"
 
 
-def _number(column: dict[str, Any], name: str, factor: float = 1) -> str:
+def _number(column: dict[str, Any], name: str) -> str:
     value = column.get(name)
     if value is None:
         return NOT_MEASURED
-    return f"{value:,}" if isinstance(value, int) else f"{factor * value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _floor_values(report: dict[str, Any]) -> dict[str, float | None]:

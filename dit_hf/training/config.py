@@ -142,6 +142,10 @@ class TrainConfig:
         sampling_steps: Steps between sample sheets; 0 draws none.
         num_inference_steps: Of the sample sheets.
         guidance_scale: Of the sample sheets, and the default of the exported pipeline.
+        evaluation_steps: Steps between measurements of the samples' Fréchet distance (a column of the log, with its
+            number of samples in its name); 0 measures none.
+        evaluation_samples: How many samples.
+        evaluation_features: The feature network, see `dit-hf evaluate`; `inception` makes it a FID.
         report_to: `wandb`, `tensorboard` or `none`.
     """
 
@@ -163,6 +167,9 @@ class TrainConfig:
     sampling_steps: int = 5_000
     num_inference_steps: int = 25
     guidance_scale: float = 2.0
+    evaluation_steps: int = 0
+    evaluation_samples: int = 2000
+    evaluation_features: str = "efficientnet-lite0"
     report_to: Literal["wandb", "tensorboard", "none"] = "wandb"
 
 
@@ -182,6 +189,8 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "logging_steps"), (1, math.inf)),
         **dict.fromkeys(("best_checkpoints_limit", "validation_images", "sampling_steps"), (0, math.inf)),
         "num_inference_steps": (1, math.inf),
+        "evaluation_steps": (0, math.inf),
+        "evaluation_samples": (16, math.inf),
     },
 }
 

@@ -23,6 +23,7 @@ from .initialize import build_transformer
 from .objective import NOISE_LEVELS
 from .optimizer import learning_rate
 from .preemption import Preempted, StopSignal
+from .quality import SampleQuality
 from .step import TrainingStep
 from .validation import choose_validation
 
@@ -95,6 +96,7 @@ class Trainer:
             checkpoint.check_same_recipe(state["recipe"], self._recipe(), self.checkpoint)
         self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
         self.validation = choose_validation(config, list(self.reader.conditions), self.step, _say_once)
+        self.quality = SampleQuality(config, self.reader, self.accelerator) if config.train.evaluation_steps else None
 
     def fit(self, run: Path) -> None:
         """Go on from the checkpoint, if there is one, until `max_train_steps`, and export.
@@ -143,13 +145,16 @@ class Trainer:
         """What is due after `done` steps: row of the log, validation, sheet, checkpoint; whether that was saved."""
         train = self.config.train
         due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
+        quality = self.quality if train.evaluation_steps and done % train.evaluation_steps == 0 else None
         row: dict[str, Any] = {}
-        if due or done % train.logging_steps == 0:
+        if due or quality or done % train.logging_steps == 0:
             row = self._measure(run, done, grad_norm, speed)
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
         with speed.paused():
             if due:
                 row |= self.validation.of_averages(self.step, self.accelerator) if self.validation else {}
+            if quality:
+                row |= self._evaluate(quality)
             if row and self.accelerator.is_main_process:
                 report.append_log(run, row, self._columns())
             if row:
@@ -203,7 +208,7 @@ class Trainer:
     def _columns(self) -> list[str]:
         """Columns of the log."""
         extra = [f"validation_loss{name.removeprefix('ema')}" for name in self.step.averages if name != "ema"]
-        return [*report.COLUMNS, *extra]
+        return [*report.COLUMNS, *extra, *([self.quality.name] if self.quality else [])]
 
     def _recipe(self) -> dict[str, Any]:
         recipe = self.config.decisive()
@@ -271,6 +276,12 @@ class Trainer:
             export.draw_samples(pipeline, self.reader, self.config.train.num_inference_steps, path)
             report.log_sheet(self.accelerator.trackers, path, done)
         self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, quality: SampleQuality) -> dict[str, float]:
+        """The samples' Fréchet distance, of the averaged weights; all ranks draw."""
+        with self.step.averages["ema"].swapped_in():
+            pipeline = export.build_pipeline(self.config, self.reader, self.transformer, self.normalization)
+            return quality.measure(pipeline)
 
     def _export(self, run: Path) -> None:
         """Write what a finished run leaves."""

@@ -1,0 +1,103 @@
+"""Do the figures of `dit-hf evaluate` say what a person sees? Avatars beside avatars that were spoilt in known ways.
+
+Reference: N avatars of the embedded data set. Beside them the next N, and these blurred, with noise, without colours,
+in few colours, and 50 of them repeated: the two disjoint halves must be nearest, and more of one fault further. The
+floor of every model that is measured with the same N is that of the two halves.
+
+    python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
+"""
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from machine import machine
+from PIL import Image, ImageFilter, ImageOps
+
+from dit_hf import open_images
+from dit_hf.data.vae import load_vae
+from dit_hf.evaluation.features import load_features
+from dit_hf.evaluation.metrics import Gaussian, measure
+from dit_hf.evaluation.pictures import open_pictures, reconstructed
+
+RESOLUTION = 64
+
+
+def noise(deviation: float) -> Callable[[Image.Image], Image.Image]:
+    rng = np.random.default_rng(0)
+
+    def spoil(picture: Image.Image) -> Image.Image:
+        values = np.asarray(picture) + rng.normal(0, deviation, (RESOLUTION, RESOLUTION, 3))
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+    return spoil
+
+
+# In each line, more of one fault from left to right.
+FAULTS: list[dict[str, Callable[[Image.Image], Image.Image]]] = [
+    {f"blur of {radius:g} px": lambda p, r=radius: p.filter(ImageFilter.GaussianBlur(r)) for radius in (0.5, 1, 2)},
+    {f"noise of sd {deviation}": noise(deviation) for deviation in (4, 12, 36)},
+    {f"{2**bits} levels a colour": lambda p, b=bits: ImageOps.posterize(p, b) for bits in (4, 3, 2)},
+    {"greyscale": lambda p: ImageOps.grayscale(p).convert("RGB")},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_samples", type=int, default=600)
+    parser.add_argument("--features", default="efficientnet-lite0")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    count, net = options.num_samples, load_features(options.features)
+    images = open_images("avatars", RESOLUTION, num_images=2 * count)["image"]
+    reference = features(net, [images[i] for i in range(count)])
+    others = [images[i] for i in range(count, 2 * count)]
+    rows = {"other avatars (the floor)": figures(features(net, others), reference)}
+    pictures = open_pictures("avatars", str(RESOLUTION), num_images=2 * count)
+    rebuild = reconstructed(pictures, load_vae("avatar"))
+    rebuilt = [net(rebuild(range(start, min(start + 50, 2 * count)))) for start in range(count, 2 * count, 50)]
+    rows["the bundled VAE's reconstructions"] = figures(np.concatenate(rebuilt), reference)
+    for fault in FAULTS:
+        rows |= {name: figures(features(net, map(spoil, others)), reference) for name, spoil in fault.items()}
+    few = features(net, others[:50])
+    rows["50 avatars repeated"] = figures(few[np.arange(count) % 50], reference)
+    result = {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "num_samples": count,
+        "num_reference": count,
+        "resolution": RESOLUTION,
+        "features": net.identity(),
+        "grows_with_every_fault": all(
+            distance(rows, less) < distance(rows, more) for fault in FAULTS for less, more in pairwise(fault)
+        ),
+        "floor_is_lowest": min(rows, key=lambda name: distance(rows, name)) == "other avatars (the floor)",
+        "rows": rows,
+    }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def distance(rows: dict[str, dict[str, float]], name: str) -> float:
+    return rows[name]["frechet_distance"]
+
+
+def features(net, pictures) -> np.ndarray:
+    stacked = np.stack([np.asarray(picture) for picture in pictures])
+    return np.concatenate([net(stacked[start : start + 50]) for start in range(0, len(stacked), 50)])
+
+
+def figures(some: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    found = measure(some, reference, Gaussian.of(reference))
+    names = ("frechet_distance", "standard_error", "kid", "precision", "recall")
+    return {name: float(f"{found[name]:.5g}") for name in names}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Evaluations of tiny models: the protocol, the floor, and that a figure does not depend on how it was got."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+from dit_hf import open_images
+from dit_hf.cli import main
+from dit_hf.data.latents import open_latents
+from dit_hf.data.vae import decode, load_vae
+from dit_hf.evaluation.evaluate import evaluate
+from dit_hf.evaluation.features import load_features
+from dit_hf.evaluation.metrics import frechet_distance
+from dit_hf.evaluation.reference import load_reference, reference
+from dit_hf.sampling import draw, load_pipeline
+from dit_hf.training.loop import train
+
+OPTIONS = {"num_samples": 40, "batch_size": 8, "num_inference_steps": 2}
+FLAGS = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    """A vision model of random weights with 16 features."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("net") / "dino"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a pipeline of random weights."""
+    folder = tmp_path_factory.mktemp("run") / "faces"
+    tiny_pipeline().save_pretrained(folder / "pipeline")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory, net):
+    """Of 80 avatars at 16 px."""
+    folder = tmp_path_factory.mktemp("reference") / "avatars"
+    return reference("avatars", str(folder), net, resolution="16", num_images=80)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, statistics, net, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "whole"
+    return evaluate(str(run), str(statistics), features=net, output_dir=str(folder), **OPTIONS)
+
+
+def report_of(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_statistics_are_those_of_the_pictures(tmp_path):
+    images = open_images("avatars", 16, num_images=30)
+    features = load_features("efficientnet-lite0")(np.stack([np.asarray(image) for image in images["image"]]))
+    found = load_reference(reference("avatars", str(tmp_path / "statistics"), resolution="16", num_images=30))
+    np.testing.assert_allclose(found.features, features, atol=1e-3)
+    np.testing.assert_allclose(found.gaussian.mean, features.mean(0), atol=1e-3)
+    assert found.attributes(["Smiling", "Bald", "Nose"]) == [
+        {"Smiling": row["Smiling"], "Bald": row["Bald"]} for row in images.remove_columns("image")
+    ]
+    assert found.info["pictures"]["pictures"] == 30
+    assert found.info["pictures"]["pixels_sha256"]
+
+
+def test_other_statistics_are_not_written_over_them_and_the_same_are_not_computed_again(statistics, net):
+    written = (statistics / "reference.json").stat().st_mtime_ns
+    reference("avatars", str(statistics), net, resolution="16", num_images=80)
+    assert (statistics / "reference.json").stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="holds other statistics"):
+        reference("avatars", str(statistics), net, resolution="16", num_images=70)
+
+
+def test_statistics_with_more_pictures_than_features_are_the_same_distribution(statistics):
+    """They are read back by their covariance then."""
+    found = load_reference(statistics)
+    assert found.features.shape == (80, 16)
+    assert frechet_distance(found.gaussian, found.features) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_broken_picture_is_left_out_and_too_many_are_an_error(net, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, image in enumerate(open_images("avatars", 16, num_images=120)["image"]):
+        image.save(pictures / f"{number:03d}.png")
+    (pictures / "007.png").write_bytes(b"nothing")
+    found = load_reference(reference(str(pictures), str(tmp_path / "one"), net, resolution="16"))
+    assert found.rows.tolist() == [row for row in range(120) if row != 7]
+    (pictures / "008.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="2 of 120 pictures"):
+        reference(str(pictures), str(tmp_path / "two"), net, resolution="16")
+
+
+def test_a_latent_cache_is_decoded(latents, net, tmp_path):
+    found = load_reference(reference(str(latents), str(tmp_path / "statistics"), net, batch_size=16))
+    cache, _ = open_latents(latents)
+    stored = np.array(cache["latent_mean"][:16], np.float32).reshape(-1, 4, 8, 8)
+    decoded = decode(load_vae(str(latents / "vae")), torch.from_numpy(stored)).numpy()
+    np.testing.assert_allclose(found.features[:16], load_features(net)(decoded), atol=1e-3)
+    assert "decoded" in found.info["pictures"]["source"]
+
+
+def test_the_figure_is_the_distance_of_what_the_pipeline_draws(evaluated, run, net, statistics):
+    real, network = load_reference(statistics), load_features(net)
+    rows = real.attributes(["Smiling", "class"])
+    pipeline = load_pipeline(str(run))
+    drawn = [draw(pipeline, range(i, i + 8), rows, 0, num_inference_steps=2) for i in range(0, 40, 8)]
+    report = report_of(evaluated)
+    expected = frechet_distance(np.concatenate([network(part) for part in drawn]), real.features)
+    assert report["figures"]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+    assert report["name"] == "FD-dino-40"
+    assert report["protocol"]["attributes"].endswith("in order: Smiling")
+    assert report["floor"]["real"]["frechet_distance"] < report["figures"]["frechet_distance"]
+    assert "statistics hold no pictures" in report["floor"]["vae"]["reason"]
+    assert 0 <= report["attributes"]["accuracy"] <= 1
+    assert str(run.parent) not in (evaluated / "evaluation.json").read_text()
+
+
+def test_going_on_and_from_other_beginnings_the_figure_is_the_same_bit_for_bit(
+    evaluated, run, net, statistics, tmp_path
+):
+    options = {"features": net, "output_dir": str(tmp_path / "again"), **OPTIONS}
+    again = evaluate(str(run), str(statistics), **options)
+    files = sorted((again / "features").rglob("from-*.safetensors"))
+    assert len(files) == 5
+    for file in files[1:4]:
+        file.unlink()
+    (again / "evaluation.json").unlink()
+    evaluate(str(run), str(statistics), **options)
+    assert report_of(again) == report_of(evaluated)
+
+
+def test_half_precision_is_another_protocol_of_about_the_same_figure(evaluated, run, net, statistics, tmp_path):
+    options = {"features": net, "output_dir": str(tmp_path / "half"), "dtype": "bfloat16", **OPTIONS}
+    report, whole = report_of(evaluate(str(run), str(statistics), **options)), report_of(evaluated)
+    assert report["protocol"]["dtype"] == "bfloat16"
+    assert report["figures"]["frechet_distance"] == pytest.approx(whole["figures"]["frechet_distance"], rel=0.2)
+    with pytest.raises(FileExistsError, match="dtype float32, now bfloat16"):
+        evaluate(str(run), str(statistics), **options | {"output_dir": str(evaluated)})
+
+
+def test_features_of_another_protocol_are_not_mixed_in(evaluated, run, net, statistics):
+    with pytest.raises(FileExistsError, match="seed 0, now 1"):
+        evaluate(str(run), str(statistics), features=net, output_dir=str(evaluated), seed=1, **OPTIONS)
+
+
+def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
+    """Against the avatars it learned from, with the floor of its VAE; sheet, plots, table, and its card."""
+    run = train(config)
+    evaluate(str(run), features=net, **{**OPTIONS, "guidance_scale": [1.0, 3.0], "save_images": True})
+    folder = run / "evaluation"
+    report = report_of(folder)
+    assert report["protocol"]["reference"]["source"] == "avatars"
+    assert report["protocol"]["reference"]["pictures"] == 200
+    assert report["floor"]["vae"]["frechet_distance"] > report["floor"]["real"]["frechet_distance"]
+    assert [row["guidance_scale"] for row in report["settings"]] == [1.0, 3.0]
+    for name in ("evaluation.png", "settings.png", "neighbours.png"):
+        Image.open(folder / name).verify()
+    assert len(list((folder / "images" / "guidance-1-steps-2").glob("*.png"))) == 40
+    table = (folder / "evaluation.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| {report['name']} | {report['figures']['frechet_distance']:.4g} ±" in table
+    card = ModelCard.load(run / "README.md")
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results[report["name"]] == pytest.approx(report["figures"]["frechet_distance"], rel=1e-5)
+    assert f"{report['name']} | {report['figures']['frechet_distance']:.4g} ±" in card.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": "efficientnet-lite0"}, "name dino, now efficientnet-lite0"),
+        ({"num_samples": 4}, "num_samples=4 must be at least"),
+        ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
+        ({"model": "nowhere"}, "no pipeline could be loaded"),
+        ({"reference": None}, "give --reference"),
+        ({"reference": "nowhere"}, "no such folder"),
+        ({"output_dir": None, "model": "pipeline"}, "--output_dir"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(run, statistics, net, tmp_path, capsys, change, message):
+    options = {"model": str(run), "reference": str(statistics), "output_dir": str(tmp_path / "out"), **OPTIONS}
+    options |= {"features": net}
+    options |= change
+    if options["model"] == "pipeline":
+        options["model"] = str(run / "pipeline")
+    flags = [f"--{k}={v}" for k, v in options.items() if v is not None and k != "model"]
+    assert main(["evaluate", options["model"], *flags]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_statistics_of_another_size_are_refused(run, net, tmp_path):
+    other = reference("avatars", str(tmp_path / "other"), net, resolution="32", num_images=20)
+    with pytest.raises(ValueError, match="pictures of 32x32 px, now 16x16"):
+        evaluate(str(run), str(other), features=net, output_dir=str(tmp_path / "out"), **OPTIONS)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_on_two_ranks_the_figure_is_that_of_one_call(run, net, statistics, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = [str(run), "--reference", str(statistics), "--features", net, *FLAGS]
+    one = [sys.executable, "-m", "dit_hf", "evaluate", *flags]
+    script = str(os.path.join(os.path.dirname(__file__), "..", "..", "scripts", "evaluate.py"))
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *flags]
+    whole, killed, ranks = (tmp_path / name for name in ("whole", "killed", "ranks"))
+    subprocess.run([*one, "--output_dir", str(whole)], check=True, env=environment)
+    subprocess.run([*two, "--output_dir", str(ranks)], check=True, env=environment)
+    process = subprocess.Popen([*one, "--output_dir", str(killed)], env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(killed.rglob("from-*.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(list(killed.rglob("from-*.safetensors"))) < 5
+    assert not (killed / "evaluation.json").exists()
+    subprocess.run([*one, "--output_dir", str(killed)], check=True, env=environment)
+    expected = report_of(whole)
+    assert report_of(killed) == expected
+    found = report_of(ranks)
+    assert (expected["protocol"].pop("ranks"), found["protocol"].pop("ranks")) == (1, 2)
+    assert found == expected
