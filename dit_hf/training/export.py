@@ -14,7 +14,7 @@ import yaml
 from ..data.reader import LatentReader
 from ..data.vae import load_vae
 from ..hub.background import BackgroundPush
-from ..hub.card import write_card
+from ..hub.card import write_run_card
 from ..hub.push import write_repository
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -83,9 +83,7 @@ def export(
         sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
         "loss_curve.png": lambda: report.draw_loss_curve(run),
         "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
-        "README.md": lambda: write_card(
-            run, pipeline, run.name, "pipeline", training, sheet=sheet, curve="loss_curve.png"
-        ),
+        "README.md": lambda: write_run_card(run, pipeline, training),
     }
     for name, transformer in extra.items():
         exports[name] = functools.partial(_save_pretrained, transformer, run / name)
