@@ -9,14 +9,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import constants
+from local_hub import Hub, running_hub
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
 from dit_hf.data.latents import prepare_latents
+from dit_hf.hub import push
 from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 
@@ -97,6 +101,21 @@ def config(training_latents, tmp_path) -> Config:
             report_to="none",
         ),
     )
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    """A Hub that this process talks to."""
+    with running_hub() as hub:
+        for name, value in hub.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(push, "RETRY_SECONDS", (0.0, 0.0))
+        yield hub
 
 
 def pytest_sessionfinish() -> None:

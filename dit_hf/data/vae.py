@@ -87,10 +87,10 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def weights_sha256(vae: VAE) -> str:
-    """SHA-256 of the weights, whatever the file they came from."""
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 of a VAE's or another model's weights, whatever the file they came from."""
     hashes = {
         name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
-        for name, tensor in vae.state_dict().items()
+        for name, tensor in model.state_dict().items()
     }
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import AVATARS
+from ..data.vae import weights_sha256
 from ..pipelines.pipeline_latent_dit import AttributeValue, LatentDiTPipeline
 from ..storage import shipped_file, write_text
 
@@ -42,7 +43,7 @@ def write_card(
         shown: `sheet` and `curve`, files beside the card; `revision`, which the snippets load; and `builtin`, what
             there is to say of an export to diffusers' own pipeline.
     """
-    training, results = training or {}, eval_results(folder / EVALUATION)
+    training, results = training or {}, eval_results(folder / EVALUATION, pipeline)
     facts = {
         "name": name,
         "source": source,
@@ -101,21 +102,45 @@ def training_facts(run: Path) -> dict[str, Any]:
     return json.loads(mark.read_text(encoding="utf-8")).get("training", {}) if mark.is_file() else {}
 
 
-def eval_results(report: Path) -> list[EvalResult]:
-    """The figures of an evaluation's report for the card's `model-index`; none where there is no report."""
+def write_run_card(run: Path, pipeline: LatentDiTPipeline, training: dict[str, Any]) -> None:
+    """Write the README.md of a run's folder; to be called again where there are new figures."""
+    write_card(run, pipeline, run.name, "pipeline", training, **run_pictures(run))
+
+
+def run_pictures(run: Path) -> dict[str, Any]:
+    """The newest sheet and the curve of a run, as far as there are, as `write_card` takes them."""
+    sheets = sorted(run.glob("samples/step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+    pictures: dict[str, Any] = {"sheet": f"samples/{sheets[-1].name}"} if sheets else {}
+    return pictures | ({"curve": "loss_curve.png"} if (run / "loss_curve.png").is_file() else {})
+
+
+def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
+    """The figures of an evaluation's report for the card's `model-index`; none where it is of other weights."""
     if not report.is_file():
         return []
     content = json.loads(report.read_text(encoding="utf-8"))
-    protocol, figures = content["protocol"], content["figures"]
+    full = content["protocol"]["dtype"] == "float32"  # of weights in half precision it holds the hash of those
+    if full and content["model"]["transformer_sha256"] != weights_sha256(pipeline.transformer):
+        return []
+    return _model_index(content)
+
+
+def _model_index(report: dict[str, Any]) -> list[EvalResult]:
+    protocol, figures = report["protocol"], report["figures"]
     reference = str(protocol["reference"]["source"])
-    names = {"frechet_distance": content["name"], "kid": "KID", "precision": "precision", "recall": "recall"}
-    steps = {name: protocol[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
-    shared: dict[str, Any] = {
-        "metric_config": protocol["features"]["name"],
-        "metric_args": {"num_samples": protocol["num_samples"], **steps},
-    }
+    names = {"frechet_distance": report["name"], "kid": "KID", "precision": "precision", "recall": "recall"}
+    args = {name: protocol[name] for name in ("num_samples", "num_inference_steps", "guidance_scale", "seed", "dtype")}
     return [
-        EvalResult(TASK, reference, reference, metric.replace("_", "-"), figures[metric], metric_name=name, **shared)
+        EvalResult(
+            task_type=TASK,
+            dataset_type=reference,
+            dataset_name=reference,
+            metric_type=metric.replace("_", "-"),
+            metric_value=figures[metric],
+            metric_name=name,
+            metric_config=protocol["features"]["name"],
+            metric_args=args,
+        )
         for metric, name in names.items()
     ]
 

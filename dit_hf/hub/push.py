@@ -22,7 +22,7 @@ from ..sampling import draw, load_pipeline
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, new_folder, write_text
 from .builtin import to_builtin
-from .card import EVALUATION, example_attributes, training_facts, write_card
+from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
 
 SHEET_SIZE = 8
 # Waits before a push is tried again; what the Hub has got by then is not sent again.
@@ -169,16 +169,11 @@ def upload(
 
 def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     """Copy what a run tells of itself; returns what the card shows of it."""
-    shown = {}
-    for name in ("training_log.csv", "loss_curve.png"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    if (folder / "loss_curve.png").is_file():
-        shown["curve"] = "loss_curve.png"
-    sheets = sorted(run.glob("samples/step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
-    if sheets:
-        shutil.copyfile(sheets[-1], folder / "samples.png")
-        shown["sheet"] = "samples.png"
+    pictures = run_pictures(run)
+    copied = {"sheet": "samples.png", "curve": "loss_curve.png"}
+    for what, name in pictures.items():
+        shutil.copyfile(run / name, folder / copied[what])
+    shutil.copyfile(run / "training_log.csv", folder / "training_log.csv")
     recipe = without_paths(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     write_text(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
     for name in _EVALUATION:  # and not the sheet of nearest pictures, which are others' to share
@@ -190,7 +185,7 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     if report.is_file():
         content = without_paths(json.loads(report.read_text(encoding="utf-8")))
         write_text(report, json.dumps(content, indent=2) + "\n")
-    return shown
+    return {what: copied[what] for what in pictures}
 
 
 def without_paths(value: Any) -> Any:

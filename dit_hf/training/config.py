@@ -147,6 +147,11 @@ class TrainConfig:
         evaluation_samples: How many samples.
         evaluation_features: The feature network, see `dit-hf evaluate`; `inception` makes it a FID.
         report_to: `wandb`, `tensorboard` or `none`.
+        push_to_hub: Share the run on the Hub: in the background every `push_to_hub_steps`, and when it is finished.
+        push_to_hub_steps: Steps between pushes; 0 is only at the end.
+        hub_model_id: The repository, `OWNER/NAME`.
+        hub_private_repo: Whether it is private, if it is a new one.
+        hub_revision: The branch that is pushed to; null is main.
     """
 
     output_dir: str = "runs/train"
@@ -171,6 +176,11 @@ class TrainConfig:
     evaluation_samples: int = 2000
     evaluation_features: str = "efficientnet-lite0"
     report_to: Literal["wandb", "tensorboard", "none"] = "wandb"
+    push_to_hub: bool = False
+    push_to_hub_steps: int = 0
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    hub_revision: str | None = None
 
 
 # What numbers may be: section, key, lowest and highest.
@@ -188,6 +198,7 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("max_train_steps", "global_batch_size", "gradient_accumulation_steps"), (1, math.inf)),
         **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "logging_steps"), (1, math.inf)),
         **dict.fromkeys(("best_checkpoints_limit", "validation_images", "sampling_steps"), (0, math.inf)),
+        "push_to_hub_steps": (0, math.inf),
         "num_inference_steps": (1, math.inf),
         "evaluation_steps": (0, math.inf),
         "evaluation_samples": (16, math.inf),
@@ -228,6 +239,8 @@ class Config:
             raise ValueError("objective.snr_gamma must be above 0, or null for no weighting")
         if self.train.num_inference_steps > self.objective.num_train_timesteps:
             raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
+        if self.train.push_to_hub and not self.train.hub_model_id:
+            raise ValueError("train.push_to_hub needs train.hub_model_id, the repository to push to (OWNER/NAME)")
 
     def decisive(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: every key that decides what is learned, step by step."""

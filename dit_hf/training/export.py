@@ -13,7 +13,9 @@ import yaml
 
 from ..data.reader import LatentReader
 from ..data.vae import load_vae
-from ..hub.card import write_card
+from ..hub.background import BackgroundPush
+from ..hub.card import write_run_card
+from ..hub.push import write_repository
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
@@ -81,9 +83,7 @@ def export(
         sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
         "loss_curve.png": lambda: report.draw_loss_curve(run),
         "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
-        "README.md": lambda: write_card(
-            run, pipeline, run.name, "pipeline", training, sheet=sheet, curve="loss_curve.png"
-        ),
+        "README.md": lambda: write_run_card(run, pipeline, training),
     }
     for name, transformer in extra.items():
         exports[name] = functools.partial(_save_pretrained, transformer, run / name)
@@ -96,6 +96,25 @@ def export(
 def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, folder: Path) -> None:
     with new_folder(folder) as partial:
         saved.save_pretrained(partial)
+
+
+def share(
+    hub: BackgroundPush,
+    run: Path,
+    config: Config,
+    reader: LatentReader,
+    pipeline: LatentDiTPipeline,
+    recipe: dict[str, Any],
+    step: int,
+) -> None:
+    """Begin to push what the run is after `step` steps; its newest sheet is the card's."""
+    training = facts(run, config, reader, recipe, step)
+    shown: dict[str, Any] = {"training": training, "revision": hub.revision, "sheet": None}
+
+    def write(folder: Path) -> None:
+        write_repository(folder, pipeline, str(run), hub.repo_id.rpartition("/")[2], hub.repo_id, **shown)
+
+    hub.begin(run / ".push", f"step {step}", write)
 
 
 def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any], step: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from ..data.reader import LatentReader
+from ..hub.background import BackgroundPush
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import disk_errors, write_text
@@ -95,6 +96,12 @@ class Trainer:
         if self.checkpoint is not None and state is not None:
             checkpoint.check_same_recipe(state["recipe"], self._recipe(), self.checkpoint)
         self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
+        train = config.train
+        self.hub = (
+            BackgroundPush(train.hub_model_id, train.hub_private_repo, train.hub_revision, tqdm.write)
+            if train.push_to_hub and train.hub_model_id
+            else None
+        )
         self.validation = choose_validation(config, list(self.reader.conditions), self.step, _say_once)
         self.quality = SampleQuality(config, self.reader, self.accelerator) if config.train.evaluation_steps else None
 
@@ -146,8 +153,9 @@ class Trainer:
         train = self.config.train
         due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
         quality = self.quality if train.evaluation_steps and done % train.evaluation_steps == 0 else None
+        pushed = self.hub is not None and train.push_to_hub_steps > 0 and done % train.push_to_hub_steps == 0
         row: dict[str, Any] = {}
-        if due or quality or done % train.logging_steps == 0:
+        if due or quality or pushed or done % train.logging_steps == 0:
             row = self._measure(run, done, grad_norm, speed)
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
         with speed.paused():
@@ -163,6 +171,8 @@ class Trainer:
                 self._draw_samples(run, done)
             if due:
                 self._save(run, done, row)
+            if pushed and done < train.max_train_steps:
+                self._push(run, done, self.pipeline())
         return due
 
     def _accelerate(self, cpu: bool) -> Accelerator:
@@ -293,6 +303,15 @@ class Trainer:
             transformers = {name: self._transformer_of(weights) for name, weights in extra.items()}
             export.export(run, self.config, self.reader, pipeline, transformers, self._recipe())
         self.accelerator.wait_for_everyone()
+        if self.hub is not None:  # the other ranks are not kept waiting
+            self.hub.wait()
+            self._push(run, train.max_train_steps, pipeline)
+            self.hub.wait()
+
+    def _push(self, run: Path, done: int, pipeline: LatentDiTPipeline | None) -> None:
+        """Begin to share the averaged weights, on the first rank."""
+        if self.hub is not None and pipeline is not None:
+            export.share(self.hub, run, self.config, self.reader, pipeline, self._recipe(), done)
 
     def _on_main(self, work: Callable[..., Any], *args: Any) -> None:
         if self.accelerator.is_main_process:

@@ -11,7 +11,15 @@ from PIL import Image
 from test_push import snippets
 
 from dit_hf import LatentDiTPipeline
-from dit_hf.hub.card import card_data, example_attributes, is_hub_id, write_card
+from dit_hf.data.vae import weights_sha256
+from dit_hf.hub.card import (
+    card_data,
+    example_attributes,
+    is_hub_id,
+    training_facts,
+    write_card,
+    write_run_card,
+)
 from dit_hf.hub.push import run_folder, without_paths, write_repository
 from dit_hf.sampling import load_pipeline
 from dit_hf.training.loop import train
@@ -42,19 +50,20 @@ TRAINING = {
 FIGURES = {"frechet_distance": 12.5, "kid": 0.01, "precision": 0.75, "recall": 0.5}
 
 
-def report():
+def report(pipeline):
     """What `dit-hf evaluate` writes, shortened."""
     reference = {"source": "celeba", "pictures": 1000, "resolution": "256", "split": "validation"}
-    protocol = {"num_samples": 512, "num_inference_steps": 25, "guidance_scale": 2.0, "seed": 0}
+    protocol = {"num_samples": 512, "num_inference_steps": 25, "guidance_scale": 2.0, "seed": 0, "dtype": "float32"}
     protocol |= {"features": {"name": "efficientnet-lite0"}, "reference": reference | {"pixels_sha256": "ab"}}
     figures = FIGURES | {"num_samples": 512}
     other = {"floor": {"vae": figures, "real": figures}, "attributes": None, "settings": []}
+    other["model"] = {"transformer_sha256": weights_sha256(pipeline.transformer)}
     return {"name": "FD-512", "protocol": protocol, "figures": figures, "path": "/home/me/x", **other}
 
 
-def write_evaluation(folder):
+def write_evaluation(folder, pipeline):
     (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(report()))
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(report(pipeline)))
 
 
 def read_metadata(folder):
@@ -63,8 +72,8 @@ def read_metadata(folder):
 
 
 def test_metadata_is_the_hubs_and_round_trips(tmp_path):
-    write_evaluation(tmp_path)
     pipeline = tiny_pipeline()
+    write_evaluation(tmp_path, pipeline)
     write_card(tmp_path, pipeline, "faces", "you/faces", {**TRAINING, "base_model": "you/earlier"})
     text, metadata = read_metadata(tmp_path)
     assert set(metadata) <= KEYS
@@ -154,15 +163,21 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp
 
 def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     run = train(config)
-    write_evaluation(run)
-    (run / "evaluation" / "neighbours.png").write_bytes(b"pictures of the data")
     pipeline = load_pipeline(str(run), "cpu")
+    write_evaluation(run, pipeline)
+    (run / "evaluation" / "neighbours.png").write_bytes(b"pictures of the data")
     assert run_folder(str(run)) == run_folder(str(run / "pipeline")) == run
     assert run_folder(str(tmp_path)) is None
     write_repository(tmp_path / "out", pipeline, str(run / "pipeline"), "faces", "you/faces")
     assert [path.name for path in (tmp_path / "out" / "evaluation").iterdir()] == ["evaluation.json"]
     assert json.loads((tmp_path / "out" / "evaluation" / "evaluation.json").read_text())["path"] == "x"
     assert "| FD-512 | 12.5 |" in (tmp_path / "out" / "README.md").read_text()
+    write_run_card(run, pipeline, training_facts(run))
+    assert "| FD-512 | 12.5 |" in (run / "README.md").read_text()
+    # Figures of other weights are none of this model's.
+    pipeline.transformer.proj_out.bias.data += 1
+    write_run_card(run, pipeline, training_facts(run))
+    assert "not measured" in (run / "README.md").read_text()
 
 
 def test_small_parts():

@@ -189,10 +189,15 @@ def diffusers_forward(transformer, x, t, y):
     return research_forward(w, x, t, range(len(x)))
 
 
-def test_a_pipeline_of_diffusers_gives_the_same_outputs_and_keeps_its_labels(tmp_path, batch):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pipeline_of_diffusers_gives_the_same_outputs_and_keeps_its_labels(tmp_path, batch, legacy):
     other = random_diffusers()
     other.register_to_config(id2label={str(i): f"kind {i}, or so" for i in range(CLASSES)})
     other.save_pretrained(tmp_path / "theirs")
+    if legacy:  # as facebook/DiT-XL-2-256 is filed
+        for file in ("model_index.json", "transformer/config.json"):
+            path = tmp_path / "theirs" / file
+            path.write_text(path.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
     pipeline = convert(tmp_path / "theirs", tmp_path / "ours", "unused")
     x, t, y = batch
     with torch.no_grad():

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from test_layout import WITHOUT, assert_no_leaks
 
 from dit_hf.cli import main
-from dit_hf.hub import push as push_module
 from dit_hf.sampling import load_pipeline
 from dit_hf.training.loop import train
 
@@ -35,21 +34,6 @@ def run(config):
 def folder(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that this process talks to."""
-    with running_hub() as hub:
-        for name, value in hub.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(push_module, "RETRY_SECONDS", (0.0, 0.0))
-        yield hub
 
 
 def push(capsys, *args):
