@@ -73,14 +73,9 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
 
     Returns:
         Mean over 100 random subsets of up to 1,000 pictures a side, and the standard deviation between them.
-
-    Raises:
-        ValueError: if torchmetrics, whose arithmetic it is, is not installed.
     """
-    try:
-        from torchmetrics.image.kid import poly_mmd
-    except ImportError as error:
-        raise ValueError("KID is torchmetrics': pip install torchmetrics") from error
+    from torchmetrics.image.kid import poly_mmd  # here, for training does not need it
+
     size = min(len(features), len(reference), KID_SUBSET_SIZE)
     values = []
     for subset in range(KID_SUBSETS):
