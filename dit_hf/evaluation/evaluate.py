@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -88,6 +89,8 @@ def evaluate(
     """
     if num_samples < MIN_SAMPLES:
         raise ValueError(f"num_samples={num_samples} must be at least {MIN_SAMPLES}")
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
     device = ranks().device
     net = load_features(features, feature_weights, device)
     pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))

@@ -73,14 +73,9 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
 
     Returns:
         Mean over 100 random subsets of up to 1,000 pictures a side, and the standard deviation between them.
-
-    Raises:
-        ValueError: if torchmetrics, whose arithmetic it is, is not installed.
     """
-    try:
-        from torchmetrics.image.kid import poly_mmd
-    except ImportError as error:
-        raise ValueError("KID is torchmetrics': pip install torchmetrics") from error
+    from torchmetrics.image.kid import poly_mmd  # here, for training does not need it
+
     size = min(len(features), len(reference), KID_SUBSET_SIZE)
     values = []
     for subset in range(KID_SUBSETS):
@@ -105,16 +100,18 @@ def precision_and_recall(
     return _share_within(one, other, neighbours), _share_within(other, one, neighbours)
 
 
-def nearest(features: np.ndarray, reference: np.ndarray, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    features: np.ndarray, reference: np.ndarray, own: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Distance to the nearest of `reference` and its row, [len(features)] each.
 
-    With `same` the two are one set, and a picture is not its own neighbour.
+    Where the features are among the reference's, `own` says in which rows: a picture is not its own neighbour.
     """
     one, other = (torch.from_numpy(np.asarray(side)).double() for side in (features, reference))
     distances, rows = [], []
     for start, block in _distance_blocks(one, other):
-        if same:
-            block[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
+        if own is not None:
+            block[torch.arange(len(block)), torch.from_numpy(own[start : start + len(block)])] = torch.inf
         smallest = block.min(1)
         distances.append(smallest.values)
         rows.append(smallest.indices)

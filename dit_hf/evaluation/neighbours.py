@@ -50,11 +50,8 @@ class Neighbours:
 def find_neighbours(samples: np.ndarray, reference: np.ndarray, seed: int = 0) -> Neighbours:
     """Nearest neighbours in feature space of samples [n, dim] among the reference's [count, dim]."""
     distances, rows = nearest(samples, reference)
-    if len(reference) <= MAX_QUERIES:
-        return Neighbours(distances, rows, nearest(reference, reference, same=True)[0])
-    chosen = np.random.default_rng(seed).choice(len(reference), MAX_QUERIES, replace=False)
-    real = [nearest(reference[[row]], np.delete(reference, row, 0))[0] for row in chosen]
-    return Neighbours(distances, rows, np.concatenate(real))
+    queries = np.random.default_rng(seed).permutation(len(reference))[:MAX_QUERIES]
+    return Neighbours(distances, rows, nearest(reference[queries], reference, own=queries)[0])
 
 
 def draw_pairs(drawn: np.ndarray, real: np.ndarray, distances: np.ndarray) -> Image.Image:

@@ -207,6 +207,12 @@ def test_what_does_not_fit_is_one_line(run, statistics, net, tmp_path, capsys, c
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
+def test_no_pictures_is_one_line(tmp_path, capsys):
+    assert main(["reference", "nowhere", "--output_dir", str(tmp_path / "out")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_statistics_of_another_size_are_refused(run, net, tmp_path):
     other = reference("avatars", str(tmp_path / "other"), net, resolution="32", num_images=20)
     with pytest.raises(ValueError, match="pictures of 32x32 px, now 16x16"):
