@@ -21,6 +21,7 @@ from ..data.latents import INFO as CACHE_INFO
 from ..data.latents import open_latents
 from ..data.sources import AVATARS
 from ..data.vae import weights_sha256
+from ..hub.card import training_facts, write_run_card
 from ..pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
 from ..sampling import draw, load_pipeline
 from ..sheets import save_sheet
@@ -32,7 +33,7 @@ from .metrics import NEIGHBOURS, Gaussian, measure
 from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
 from .pictures import Pictures, open_pictures, reconstructed
 from .reference import INFO, Reference, load_reference, make_reference, versions
-from .report import REPORT, figure_name, fill_card, markdown, write_report
+from .report import REPORT, figure_name, markdown, write_report
 
 MIN_SAMPLES = 16
 
@@ -116,9 +117,8 @@ def evaluate(
         raise ValueError("guidance_scale and num_inference_steps must have a value")
     with disk_errors(f"output_dir {folder}"):
         evaluation.run(_name(model), settings)
-        card = Path(model) / "README.md"
-        if output_dir is None and card.is_file() and ranks().is_main_process:
-            fill_card(card, json.loads((folder / REPORT).read_text(encoding="utf-8")))
+        if output_dir is None and ranks().is_main_process:
+            write_run_card(Path(model), pipeline, training_facts(Path(model)))
     return folder
 
 

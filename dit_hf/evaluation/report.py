@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult
 from matplotlib.figure import Figure
 
 from ..storage import write_text
@@ -67,14 +66,6 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
         )
         for name, value in values.items()
     ]
-
-
-def fill_card(path: Path, report: dict[str, Any]) -> None:
-    """Put the figures into a model card: into its `model-index`, and where it says that they are not measured."""
-    card = ModelCard.load(path)
-    card.data.model_name, card.data.eval_results = report["model"]["name"], model_index(report)
-    figures = f"{report['name']}\\1 {_with_error(report['figures'])}"
-    write_text(path, re.sub(rf"Fréchet distance(:| \|) {NOT_MEASURED}", figures, str(card)))
 
 
 def markdown(report: dict[str, Any]) -> str:

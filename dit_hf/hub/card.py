@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import AVATARS
 from ..data.vae import weights_sha256
+from ..evaluation.report import model_index
 from ..pipelines.pipeline_latent_dit import AttributeValue, LatentDiTPipeline
 from ..storage import shipped_file, write_text
 
@@ -122,27 +123,7 @@ def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
     full = content["protocol"]["dtype"] == "float32"  # of weights in half precision it holds the hash of those
     if full and content["model"]["transformer_sha256"] != weights_sha256(pipeline.transformer):
         return []
-    return _model_index(content)
-
-
-def _model_index(report: dict[str, Any]) -> list[EvalResult]:
-    protocol, figures = report["protocol"], report["figures"]
-    reference = str(protocol["reference"]["source"])
-    names = {"frechet_distance": report["name"], "kid": "KID", "precision": "precision", "recall": "recall"}
-    args = {name: protocol[name] for name in ("num_samples", "num_inference_steps", "guidance_scale", "seed", "dtype")}
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=reference,
-            dataset_name=reference,
-            metric_type=metric.replace("_", "-"),
-            metric_value=figures[metric],
-            metric_name=name,
-            metric_config=protocol["features"]["name"],
-            metric_args=args,
-        )
-        for metric, name in names.items()
-    ]
+    return model_index(content)
 
 
 def is_celeba(training: dict[str, Any]) -> bool:
@@ -173,5 +154,9 @@ def _literal(attributes: dict[str, AttributeValue]) -> str:
 
 def _protocol(result: EvalResult) -> str:
     """How a figure was got, in one line."""
-    facts = {"reference": result.dataset_name, "features": result.metric_config, **(result.metric_args or {})}
+    args = dict(result.metric_args or {})
+    floor = {f"floor ({name})": value and f"{value:.4g}" for name, value in args.pop("floor", {}).items()}
+    reference = args.pop("reference_sha256", None)
+    facts = {"reference": result.dataset_name, "sha256": reference and f"{reference[:12]}…"}
+    facts |= {"features": result.metric_config, **args, **floor}
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
