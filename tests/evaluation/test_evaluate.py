@@ -27,7 +27,6 @@ from dit_hf.sampling import draw, load_pipeline
 from dit_hf.training.loop import train
 
 OPTIONS = {"num_samples": 40, "batch_size": 8, "num_inference_steps": 2}
-FLAGS = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +222,8 @@ def test_statistics_of_another_size_are_refused(run, net, tmp_path):
 @pytest.mark.slow
 def test_killed_in_the_middle_and_on_two_ranks_the_figure_is_that_of_one_call(run, net, statistics, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    flags = [str(run), "--reference", str(statistics), "--features", net, *FLAGS]
+    flags = [str(run), "--reference", str(statistics), "--features", net]
+    flags += ["--num_samples", "40", "--batch_size", "2", "--num_inference_steps", "10"]
     one = [sys.executable, "-m", "dit_hf", "evaluate", *flags]
     script = str(os.path.join(os.path.dirname(__file__), "..", "..", "scripts", "evaluate.py"))
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *flags]
@@ -231,12 +231,12 @@ def test_killed_in_the_middle_and_on_two_ranks_the_figure_is_that_of_one_call(ru
     subprocess.run([*one, "--output_dir", str(whole)], check=True, env=environment)
     subprocess.run([*two, "--output_dir", str(ranks)], check=True, env=environment)
     process = subprocess.Popen([*one, "--output_dir", str(killed)], env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not list(killed.rglob("from-*.safetensors")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < len(list(killed.rglob("from-*.safetensors"))) < 5
+    assert 0 < len(list(killed.rglob("from-*.safetensors"))) < 20
     assert not (killed / "evaluation.json").exists()
     subprocess.run([*one, "--output_dir", str(killed)], check=True, env=environment)
     expected = report_of(whole)
