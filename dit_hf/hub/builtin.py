@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
@@ -17,6 +18,7 @@ from .convert import DIFFUSERS, DIFFUSERS_EMBEDDER, theirs
 NUM_CLASSES = 1000  # DiTPipeline asks for nothing by row 1000
 COMPARED_STEPS = 10
 MAX_DIFFERENCE = 0.05
+FIT_ERROR, FIT_STEPS = 1e-4, 300
 # What the built-in transformer can be told, or has anyway.
 _TRANSLATED = {
     *("sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads"),
@@ -31,14 +33,25 @@ class BuiltinExport:
     Args:
         pipeline: Diffusers' own.
         labels: What its class labels mean, as a sentence.
+        num_labels: How many draw different things; 0 if none does.
+        guidance_scale: What it is best asked with.
         difference: The largest difference of a pixel (0 to 1) to the pipeline that it was made of.
         protocol: Of that difference.
     """
 
     pipeline: DiTPipeline
     labels: str
+    num_labels: int
+    guidance_scale: float
     difference: float
     protocol: str
+
+    def draw(self, count: int) -> list[Any]:
+        """Pictures of the first labels, in turn."""
+        labels = [i % max(1, self.num_labels) for i in range(count)]
+        self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        generator = torch.Generator().manual_seed(0)
+        return self.pipeline(labels, self.guidance_scale, generator, num_inference_steps=25).images
 
     def facts(self) -> dict[str, str]:
         """What the card says of it."""
@@ -74,7 +87,10 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
     if labels is not None:
         export.register_to_config(id2label={str(i): label for i, label in enumerate(labels)})
     difference, protocol = _compare(pipeline, export, attributes)
-    result = BuiltinExport(export, _sentence(pipeline, attributes), difference, protocol)
+    conditions = pipeline.transformer.config.conditions or {}
+    num_labels = 0 if attributes or not conditions else max(conditions.values())
+    sentence = _sentence(pipeline, attributes)
+    result = BuiltinExport(export, sentence, num_labels, pipeline.config.guidance_scale, difference, protocol)
     print(result.sentence(), flush=True)
     if difference > MAX_DIFFERENCE:
         raise ValueError(
@@ -158,31 +174,42 @@ def _class_table(pipeline: LatentDiTPipeline, attributes: Attributes | None) -> 
     return table
 
 
-@torch.no_grad()
 def _time_embedding(pipeline: LatentDiTPipeline) -> dict[str, torch.Tensor]:
     """Weights of the timesteps' two layers for features with `downscale_freq_shift=1`."""
     ours, total = pipeline.transformer, pipeline.scheduler.config.num_train_timesteps
-    weights = {name: tensor.clone() for name, tensor in ours.time_embedding.state_dict().items()}
     if ours.config.timestep_freq_shift == 1:
-        return weights
+        return ours.time_embedding.state_dict()
     timesteps = torch.arange(total)
-    features = ours.time_proj(timesteps).double()
     shifted = type(ours.time_proj)(256, flip_sin_to_cos=True, downscale_freq_shift=1)(timesteps).double()
-    embedding = copy.deepcopy(ours.time_embedding).double()
-    weight, bias = _fit(shifted, embedding.linear_1(features))
-    hidden = nn.functional.silu(shifted @ weight.T + bias)
-    weights["linear_1.weight"], weights["linear_1.bias"] = weight.float(), bias.float()
-    weight, bias = _fit(hidden, embedding(features))
-    weights["linear_2.weight"], weights["linear_2.bias"] = weight.float(), bias.float()
-    return weights
+    embedding = copy.deepcopy(ours.time_embedding).double().requires_grad_(False)
+    features = ours.time_proj(timesteps).double()
+    wanted = embedding(features)
+    # Layer by layer, and then both together, because a narrow model is not fitted well enough by the first.
+    _fit(embedding.linear_1, shifted, embedding.linear_1(features))
+    _fit(embedding.linear_2, nn.functional.silu(embedding.linear_1(shifted)), wanted)
+    embedding.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        embedding.parameters(), max_iter=FIT_STEPS, history_size=50, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        error = (embedding(shifted) - wanted).square().sum() / wanted.square().sum()
+        (1e4 * error).backward()
+        return 1e4 * error.detach()
+
+    if (embedding(shifted) - wanted).norm() > FIT_ERROR * wanted.norm():
+        optimizer.step(loss)
+    return {name: tensor.detach().float() for name, tensor in embedding.state_dict().items()}
 
 
-def _fit(inputs: torch.Tensor, outputs: torch.Tensor, ridge: float = 1e-8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the linear layer that is nearest to giving `outputs` [rows, n] for `inputs` [rows, m]."""
+def _fit(layer: nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor, ridge: float = 1e-10) -> None:
+    """Make `layer` the one that is nearest, by least squares, to giving `outputs` [rows, n] for `inputs` [rows, m]."""
     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
     penalty = ridge * len(inputs) * torch.eye(inputs.shape[1], dtype=inputs.dtype)
     solution = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ outputs)
-    return solution[:-1].T.contiguous(), solution[-1].contiguous()
+    layer.weight.copy_(solution[:-1].T)
+    layer.bias.copy_(solution[-1])
 
 
 @torch.no_grad()

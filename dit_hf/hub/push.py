@@ -17,11 +17,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image
 
-from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
 from ..sampling import draw, load_pipeline
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, new_folder, write_text
-from .builtin import to_builtin
+from .builtin import BuiltinExport, to_builtin
 from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
 
 SHEET_SIZE = 8
@@ -94,7 +94,7 @@ def write_repository(
     name: str,
     source: str,
     max_shard_size: str = "5GB",
-    export: Any = None,
+    export: BuiltinExport | None = None,
     training: dict[str, Any] | None = None,
     **shown: Any,
 ) -> None:
@@ -117,11 +117,12 @@ def write_repository(
     if run is not None:
         training = training if training is not None else training_facts(run)
         shown |= _copy_run(run, folder)
-    if "sheet" not in shown and pipeline.vae is not None:
+    if export is not None:
+        shown |= {"builtin": export.facts(), "sheet": "samples.png"}
+        save_sheet(draw_sheet(export.draw(SHEET_SIZE), 4, min_side=96), folder / "samples.png")
+    elif "sheet" not in shown and pipeline.vae is not None:
         _draw_sheet(pipeline, folder / "samples.png")
         shown["sheet"] = "samples.png"
-    if export is not None:
-        shown["builtin"] = export.facts()
     write_card(folder, pipeline, name, source, training, **shown)
 
 
@@ -200,10 +201,13 @@ def without_paths(value: Any) -> Any:
 
 
 def _draw_sheet(pipeline: LatentDiTPipeline, path: Path) -> None:
+    """A sheet of what the pipeline draws when asked for something, and when asked for nothing."""
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     example = example_attributes(pipeline)
-    images = draw(pipeline, range(SHEET_SIZE), [example, {}] if example else None, seed=0)
-    save_sheet(draw_sheet([Image.fromarray(image) for image in images], 4, min_side=96), path)
+    rows: list[Attributes] = [example, {}] if example else [{}]
+    images = [Image.fromarray(image) for image in draw(pipeline, range(SHEET_SIZE), rows, seed=0)]
+    captions = [", ".join(f"{k}: {v}" for k, v in rows[i % len(rows)].items()) or "any" for i in range(SHEET_SIZE)]
+    save_sheet(draw_sheet(images, 4, captions, min_side=96), path)
 
 
 def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
