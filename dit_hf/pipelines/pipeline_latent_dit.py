@@ -102,6 +102,8 @@ class LatentDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
+    _current_timestep: torch.Tensor | None = None
+    _interrupt = False
     scheduler: SchedulerMixin
 
     def __init__(
@@ -202,6 +204,16 @@ class LatentDiTPipeline(DiffusionPipeline):
         """Steps of the last call."""
         return self._num_timesteps
 
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep of the step under way, which some of diffusers' caches ask for."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the rest of the steps is left out: a callback sets `pipeline._interrupt`, as diffusers documents."""
+        return self._interrupt
+
     def encode_attributes(
         self, attributes: Attributes | Sequence[Attributes] | None, batch_size: int = 1
     ) -> torch.Tensor:
@@ -212,7 +224,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         rows = self._rows(attributes, batch_size)
         conditions = self.transformer.config.conditions or {}
-        ids = self.transformer.null_condition_ids.cpu().repeat(len(rows), 1)
+        ids = torch.tensor([list(conditions.values())] * len(rows), dtype=torch.int64)  # all null
         names = list(conditions)
         for row, wanted in enumerate(rows):
             for name, value in (wanted or {}).items():
@@ -433,10 +445,14 @@ class LatentDiTPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """From noisy latents at the first of `timesteps` to those after the last; `after_step` may change them."""
         step_options = self._step_options(eta, generator)
-        self._num_timesteps = len(timesteps)
+        self._num_timesteps, self._interrupt = len(timesteps), False
+        self._reset_caches(guidance)
         progress = (1 - (timesteps.float() + 1) / self.scheduler.config.num_train_timesteps).tolist()
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
                 model_input = self.scheduler.scale_model_input(latents, t)
                 model_output = self._predict(model_input, t, guidance, progress[i])
                 latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
@@ -446,6 +462,7 @@ class LatentDiTPipeline(DiffusionPipeline):
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
+        self._current_timestep = None
         return latents
 
     def _predict(
@@ -477,9 +494,16 @@ class LatentDiTPipeline(DiffusionPipeline):
         count, device = len(condition_ids), model_input.device
         inputs = torch.cat([model_input] * count)
         ids, timesteps = torch.cat(condition_ids), timestep.to(device).expand(len(inputs))
-        with transformer.cache_context("cond_uncond"):
+        # Caches keep what they know by the number of predictions, which differs outside of guidance's interval.
+        with transformer.cache_context(f"{count} predictions"):
             output = transformer(inputs.to(transformer.dtype), timesteps, ids, return_dict=False)[0]
         return list(output[:, : transformer.config.in_channels].to(model_input.dtype).chunk(count))
+
+    def _reset_caches(self, guidance: Guidance) -> None:
+        """diffusers' caches forget the last series of steps."""
+        for transformer in (self.transformer, guidance.transformer):
+            if transformer is not None:
+                transformer._reset_stateful_cache()
 
     @staticmethod
     def _rescale(guided: torch.Tensor, asked: torch.Tensor, rescale: float) -> torch.Tensor:

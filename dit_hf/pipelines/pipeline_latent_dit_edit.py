@@ -132,6 +132,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         """Up the schedule from clean latents, each step the reverse of the one that leads back."""
         guidance = self._prepare_guidance(rows, False, 1.0)
         latents = known
+        self._reset_caches(guidance)
         for timestep in self._last_timesteps(num_inference_steps, strength).flip(0):
             lower = latents
             for _ in range(REVERSE_ITERATIONS):
