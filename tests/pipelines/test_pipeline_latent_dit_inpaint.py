@@ -60,7 +60,7 @@ def test_at_every_step_the_known_part_is_the_picture_at_that_level(pipeline):
         seen.append(tensors["latents"])
         return {}
 
-    run(pipeline, callback_on_step_end=callback, output_type="latent")
+    run(pipeline, callback_on_step_end=callback, output_type="latent", jump_n_sample=1)
     for latents, following in zip(seen, [399, 299, 199, 99, None], strict=True):
         expected = (
             known if following is None else pipeline.scheduler.add_noise(known, noise, torch.tensor([following]))
@@ -96,6 +96,17 @@ def test_stock_schedulers(pipeline, scheduler):
         assert np.array_equal(painted[:, 8:], np.asarray(face())[:, 8:])
     with pytest.raises(ValueError, match="needs a CosineLatentScheduler"):
         run(pipeline, jump_n_sample=2)
+
+
+def test_each_step_is_done_four_times_unless_told(pipeline):
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    run(pipeline)
+    assert len(seen) == 20
+    seen.clear()
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    run(pipeline)
+    assert len(seen) == 5
 
 
 def test_jumps_do_steps_again_from_the_level_they_began_at(pipeline):
