@@ -34,7 +34,7 @@ from dit_hf.sample import SCHEDULER_SETTINGS
 from dit_hf.sampling import draw, load_pipeline
 
 SAMPLERS = {
-    "DDIM": (CosineLatentScheduler, {"solver_order": 1}),
+    "DDIM": (CosineLatentScheduler, {"multistep": False}),
     "DPM-Solver++ 2M (default)": (CosineLatentScheduler, {}),
     "UniPC": (diffusers.UniPCMultistepScheduler, {}),
     "Heun": (diffusers.HeunDiscreteScheduler, SCHEDULER_SETTINGS["HeunDiscreteScheduler"]),

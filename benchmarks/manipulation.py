@@ -99,7 +99,7 @@ def reconstruction(pipeline: LatentDiTPipeline, pictures: np.ndarray, labels: np
     noise = editing_.invert(given, rows, 50)
     kept, pipeline.scheduler = (
         pipeline.scheduler,
-        CosineLatentScheduler.from_config(pipeline.scheduler.config, solver_order=1),
+        CosineLatentScheduler.from_config(pipeline.scheduler.config, multistep=False),
     )
     returned = pipeline(rows, latents=noise, **options).images
     unknown = pipeline(None, len(given), latents=editing_.invert(given, None, 50), **options).images

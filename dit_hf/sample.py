@@ -227,7 +227,7 @@ def _film(
         inverting = LatentDiTEditPipeline(**pipeline.components)
         call = {"num_inference_steps": 50, "guidance_scale": 1.0, **call}
         # The noises give the pictures back by the steps that they were found by.
-        pipeline.scheduler = CosineLatentScheduler.from_config(pipeline.scheduler.config, solver_order=1)
+        pipeline.scheduler = CosineLatentScheduler.from_config(pipeline.scheduler.config, multistep=False)
         noises = inverting.invert([_open_picture(p) for p in pictures], attributes, call["num_inference_steps"])
     else:
         noises = torch.cat([pipeline.draw_noise(1, one) for one in generators(seed, range(num_noises))])

@@ -80,7 +80,7 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
     _check_fits(pipeline, attributes)
     transformer = _transformer(pipeline, attributes)
     schedule = {name: value for name, value in pipeline.scheduler.config.items() if name != "cosine_s"}
-    stock = DPMSolverMultistepScheduler if schedule.get("solver_order", 1) == 2 else DDIMScheduler
+    stock = DPMSolverMultistepScheduler if schedule.pop("multistep", False) else DDIMScheduler
     scheduler = stock.from_config(schedule)
     export = DiTPipeline(transformer=transformer, vae=_folded_vae(pipeline), scheduler=scheduler)
     labels = _labels(pipeline, attributes)

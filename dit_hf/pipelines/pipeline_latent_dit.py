@@ -23,8 +23,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 
-# Latents are decoded so many at a time: the VAE needs far more memory for an image than the transformer.
-DECODE_BATCH = 16
+# The VAE is given so many images at a time: it needs far more memory for one than the transformer.
+VAE_BATCH = 16
 
 AttributeValue = bool | int | str | None
 Attributes = Mapping[str, AttributeValue]
@@ -63,6 +63,7 @@ class Guidance:
         asked: Condition ids of what is asked for, int64 [batch, conditions].
         share: That prediction's share where there is guidance; elsewhere it is the only one.
         others: Condition ids and share of each further prediction.
+        elsewhere: Condition ids that are predicted for outside of the interval; None is `asked`.
         transformer: Makes the first of `others`; None is the pipeline's own.
         rescale: See `guidance_rescale`.
         start: See `guidance_start`.
@@ -72,14 +73,17 @@ class Guidance:
     asked: torch.Tensor
     share: float = 1.0
     others: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    elsewhere: torch.Tensor | None = None
     transformer: LatentDiTTransformer2DModel | None = None
     rescale: float = 0.0
     start: float = 0.0
     end: float = 1.0
 
-    def active(self, progress: float) -> bool:
-        """Whether there is guidance at a step; `progress` is how far from noise to picture it begins."""
-        return bool(self.others) and self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1)
+    def at(self, progress: float) -> tuple[torch.Tensor, list[tuple[torch.Tensor, float]]]:
+        """`asked` and `others` of a step; `progress` is how far from noise to picture it begins."""
+        if self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1):
+            return self.asked, self.others
+        return self.asked if self.elsewhere is None else self.elsewhere, []
 
 
 class LatentDiTPipeline(DiffusionPipeline):
@@ -88,7 +92,7 @@ class LatentDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer: The denoiser.
-        scheduler: A [`CosineLatentScheduler`] or any diffusers scheduler made with `from_config` of its config.
+        scheduler: A [`CosineLatentScheduler`], or one of diffusers' made with `from_config` of its config (see there).
         vae: An `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, which decodes the latents; None leaves
             `output_type="latent"`.
         latents_mean: Mean of the VAE's latents by channel: the model works on `(latents - mean) / std`. None is the
@@ -165,7 +169,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             num_inference_steps: Denoising steps.
             guidance_scale: Classifier-free guidance (https://arxiv.org/abs/2207.12598), 1 is none; None is the value
                 in the pipeline's config. It has no effect where nothing is asked for.
-            eta: 0 for deterministic DDIM, up to 1; only schedulers that know it use it.
+            eta: 0 is deterministic, 1 as noisy as DDPM; only schedulers that know it use it.
             generator: For the first noise and that of `eta`; a list has one for each image.
             latents: The first noise itself, [images, channels, height, width], unit variance; sets the size too.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"` (the model's normalised latents).
@@ -184,7 +188,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         # 1. Check inputs.
         self._check_inputs(attributes, batch_size, output_type, callback_on_step_end_tensor_inputs)
         rows = self._rows(attributes, batch_size, num_images_per_prompt)
-        guidance = self._prepare_guidance(rows, attributes is not None, guidance_scale, **guidance_options)
+        options = (attributes is not None, guidance_scale, num_images_per_prompt)
+        guidance = self._prepare_guidance(rows, *options, **guidance_options)
 
         # 2. Noise, and the timesteps.
         device = self._execution_device
@@ -236,10 +241,17 @@ class LatentDiTPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Images of the model's normalised latents [batch, channels, height, width], as `output_type` says."""
+        """Images of the model's normalised latents [batch, channels, height, width], as `output_type` says.
+
+        Raises:
+            ValueError: if they are beyond what the VAE's precision holds.
+        """
         mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
-        pixels = torch.cat([self.vae.decode(part).sample for part in latents.split(DECODE_BATCH)])
+        pixels = torch.cat([self.vae.decode(part).sample for part in latents.split(VAE_BATCH)])
+        if not torch.isfinite(pixels).all():
+            dtype = str(self.vae.dtype).removeprefix("torch.")
+            raise ValueError(f"decoded pictures are not finite: does the VAE need more than {dtype}? pipe.vae.float()")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
@@ -277,11 +289,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         self, batch_size: int = 1, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
         """Noise of the size that the model was trained on, [batch_size, channels, height, width]; see `latents`."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for {batch_size} images")
         size, channels = self.transformer.config.sample_size, self.transformer.config.in_channels
-        shape = (batch_size, channels, *((size, size) if isinstance(size, int) else size))
-        return randn_tensor(shape, generator, device=self._execution_device, dtype=torch.float32)
+        return self._noise((batch_size, channels, *((size, size) if isinstance(size, int) else size)), generator)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -364,8 +373,8 @@ class LatentDiTPipeline(DiffusionPipeline):
                 known = ", ".join(labels) if labels else f"0 to {count - 1}"
                 raise ValueError(f"{name}={value!r} is unknown; known are {known}")
             return labels.index(value)
-        if not 0 <= int(value) < count:
-            raise ValueError(f"{name}={value} is not between 0 and {count - 1}")
+        if int(value) != value or not 0 <= value < count:
+            raise ValueError(f"{name}={value} is none of the numbers between 0 and {count - 1}")
         return int(value)
 
     def _prepare_latents(
@@ -383,11 +392,19 @@ class LatentDiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents has shape {list(latents.shape)}; expected {expected}")
         return latents.to(device=device, dtype=torch.float32)
 
+    def _noise(self, shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+        """float32, on the device; a list of generators has one for each image."""
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} images")
+        return randn_tensor(tuple(shape), generator, device=self._execution_device, dtype=torch.float32)
+
     @staticmethod
     def _rows(
         attributes: Attributes | Sequence[Attributes] | None, batch_size: int, each: int = 1
     ) -> list[Attributes]:
-        """One row of attributes an image."""
+        """One row of attributes an image, `each` of them in succession for one of `attributes`."""
+        if each < 1:
+            raise ValueError(f"num_images_per_prompt={each} must be at least 1")
         rows = [attributes] * batch_size if attributes is None or isinstance(attributes, Mapping) else attributes
         return [row or {} for row in rows for _ in range(each)]
 
@@ -396,6 +413,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         rows: Sequence[Attributes],
         conditional: bool,
         guidance_scale: float | None = None,
+        each: int = 1,
         negative_attributes: Attributes | Sequence[Attributes] | None = None,
         attribute_weights: Mapping[str, float] | None = None,
         guidance_rescale: float = 0.0,
@@ -403,7 +421,14 @@ class LatentDiTPipeline(DiffusionPipeline):
         guidance_end: float = 1.0,
         guidance_transformer: LatentDiTTransformer2DModel | None = None,
     ) -> Guidance:
-        """What is predicted at every step, and with which shares; `conditional` where anything is asked for.
+        """What is predicted at every step, and with which shares.
+
+        Args:
+            rows: One an image, `each` of them in succession for one of the call's.
+            conditional: Whether anything is asked for.
+            guidance_scale: None is the config's.
+            each: Images for each row of the call.
+            negative_attributes: This and the following are `GuidanceOptions`.
 
         Raises:
             ValueError: for unknown attributes, or options out of their range.
@@ -417,7 +442,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         negative, weak = negative_attributes, guidance_transformer
         # 1. Away from the negative, or from what another model predicts.
         if scale != 1 and (weak is not None or (asked.shape[1] > 0 and (conditional or negative is not None))):
-            negative_rows = rows if negative is None and weak is not None else self._rows(negative, len(rows))
+            repeated = self._rows(negative, len(rows) // each, each)
+            negative_rows = rows if negative is None and weak is not None else repeated
             if len(negative_rows) != len(rows):
                 raise ValueError(f"{len(negative_rows)} rows of negative_attributes for {len(rows)} images")
             guidance.share, guidance.transformer = scale, weak
@@ -469,9 +495,9 @@ class LatentDiTPipeline(DiffusionPipeline):
         self, model_input: torch.Tensor, timestep: torch.Tensor, guidance: Guidance, progress: float
     ) -> torch.Tensor:
         """The model's output after guidance, all of a model's predictions in one batch; a learned sigma is dropped."""
-        others = guidance.others if guidance.active(progress) else []
+        asked_ids, others = guidance.at(progress)
         own = others if guidance.transformer is None else others[1:]
-        outputs = self._run(self.transformer, model_input, timestep, [*(ids for ids, _ in own), guidance.asked])
+        outputs = self._run(self.transformer, model_input, timestep, [*(ids for ids, _ in own), asked_ids])
         if not others:
             return outputs[0]
         asked, share = outputs.pop(), guidance.share
@@ -552,8 +578,9 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torc
         end: The noise at weight 1, the same shape.
         weights: Between 0 and 1.
     """
-    cosine = torch.nn.functional.cosine_similarity(start.flatten().double(), end.flatten().double(), dim=0)
-    angle = cosine.clamp(-1, 1).acos().to(start.dtype)
+    # In double precision, which not every device has.
+    first, last = (noise.flatten().cpu().double() for noise in (start, end))
+    angle = torch.nn.functional.cosine_similarity(first, last, dim=0).clamp(-1, 1).acos().to(start)
     weights = weights.to(start.dtype).reshape(-1, *[1] * start.ndim)
     if angle < 1e-4:
         return torch.lerp(start[None], end[None], weights)

@@ -79,6 +79,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         scale = edit_strength * (self.config.guidance_scale if guidance_scale is None else guidance_scale)
         guidance_options.setdefault("negative_attributes", rows)
         guidance = self._prepare_guidance(edited, True, scale, **guidance_options)
+        guidance.elsewhere = self.encode_attributes(rows).to(self._execution_device)
 
         # 2. To noise, and back again.
         with self._own_scheduler():
@@ -101,12 +102,14 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         """The noise, [images, channels, height, width], that as `latents` of a call gives the images back.
 
         So it does with the same attributes and number of steps, `guidance_scale=1` and a [`CosineLatentScheduler`] of
-        `solver_order=1`; of a `strength` below 1, [`LatentDiTImg2ImgPipeline`]'s level of noise instead.
+        `multistep=False`; of a `strength` below 1, [`LatentDiTImg2ImgPipeline`]'s level of noise instead.
         """
         self._check_image_inputs(image, strength)
         rows, known = self._match(attributes, self.encode_images(image), 1)
         with self._own_scheduler():
-            return self._invert(known, rows, num_inference_steps, strength)
+            latents = self._invert(known, rows, num_inference_steps, strength)
+        self.maybe_free_model_hooks()
+        return latents
 
     @torch.no_grad()
     def interpolate_images(
@@ -144,7 +147,12 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     def _own_scheduler(self) -> Iterator[None]:
         """Steps by DDIM on the same schedule, which can be reversed."""
         kept: Any = self.scheduler
-        self.scheduler = CosineLatentScheduler.from_config(kept.config, solver_order=1)
+        self.scheduler = CosineLatentScheduler(
+            len(kept.betas),
+            prediction_type=kept.config.prediction_type,
+            trained_betas=kept.betas.tolist(),
+            multistep=False,
+        )
         try:
             yield
         finally:

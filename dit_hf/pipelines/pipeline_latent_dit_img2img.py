@@ -9,10 +9,9 @@ from typing import Any, Unpack
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .pipeline_latent_dit import Attributes, GuidanceOptions, LatentDiTPipeline
+from .pipeline_latent_dit import VAE_BATCH, Attributes, GuidanceOptions, LatentDiTPipeline
 
 
 class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
@@ -64,11 +63,12 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
         known = self.encode_images(image)
         rows, known = self._match(attributes, known, num_images_per_prompt)
-        guidance = self._prepare_guidance(rows, attributes is not None, guidance_scale, **guidance_options)
+        options = (attributes is not None, guidance_scale, num_images_per_prompt)
+        guidance = self._prepare_guidance(rows, *options, **guidance_options)
 
         # 2. Noise, and the timesteps that are left.
         timesteps = self._last_timesteps(num_inference_steps, strength)
-        noise = randn_tensor(known.shape, generator, device=known.device, dtype=known.dtype)
+        noise = self._noise(known.shape, generator)
         latents = self._add_noise(known, noise, timesteps, strength)
 
         # 3. Denoise.
@@ -86,13 +86,17 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         posterior its mean is taken.
         """
         pixels = self._preprocess(self.image_processor, image)
-        encoded = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            latents = encoded.latent_dist.mean
-        else:
-            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        latents = torch.cat([self._encode(part) for part in pixels.split(VAE_BATCH)])
         mean, std = self._statistics(latents.device)
         return (latents.float() - mean) / std
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The VAE's own latents; where it has a posterior, its mean."""
+        encoded = self.vae.encode(pixels)
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean
+        return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
     def _preprocess(self, processor: Any, image: PipelineImageInput) -> torch.Tensor:
         """Pictures of the model's size as `processor` makes them, [images, channels, height, width]."""
@@ -119,7 +123,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         count = max(len(rows), len(known))
         if len(rows) not in (1, count) or len(known) not in (1, count):
             raise ValueError(f"{len(rows)} rows of attributes for {len(known)} pictures")
-        rows = [row for row in (rows * count if len(rows) == 1 else rows) for _ in range(each)]
+        rows = self._rows(rows * count if len(rows) == 1 else rows, 1, each)
         return rows, known.expand(count, -1, -1, -1).repeat_interleave(each, dim=0)
 
     def _last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:

@@ -85,11 +85,12 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         mask = mask.repeat_interleave(each, dim=0)
         # A latent is painted anew if any of its pixels is.
         latent_mask = torch.nn.functional.adaptive_max_pool2d(mask, known.shape[2:]).to(known.dtype)
-        guidance = self._prepare_guidance(rows, attributes is not None, guidance_scale, **guidance_options)
+        options = (attributes is not None, guidance_scale, num_images_per_prompt)
+        guidance = self._prepare_guidance(rows, *options, **guidance_options)
 
         # 2. Noise, the timesteps that are left, and their order.
         schedule = self._last_timesteps(num_inference_steps, strength)
-        noise = randn_tensor(known.shape, generator, device=known.device, dtype=known.dtype)
+        noise = self._noise(known.shape, generator)
         latents = self._add_noise(known, noise, schedule, strength)
         order = [
             index

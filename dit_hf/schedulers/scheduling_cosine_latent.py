@@ -34,7 +34,8 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
     betas capped at 0.999 so that no level is pure noise. `t = 0` is the cleanest level that is trained.
 
     The config always carries `trained_betas` and the keys stock schedulers need, so that
-    `DPMSolverMultistepScheduler.from_config(scheduler.config)` and its like sample the same model.
+    `DPMSolverMultistepScheduler.from_config(scheduler.config)` samples the same model; so do DDIM, UniPC, DEIS and
+    Euler, and Heun with `use_exponential_sigmas=True`.
 
     Args:
         num_train_timesteps: T, the number of levels.
@@ -46,7 +47,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         set_alpha_to_one: Must be True: the last step ends on the clean latent.
         timestep_spacing: Must be `"trailing"`: sampling begins at the noisiest level.
         steps_offset: Must be 0.
-        solver_order: 2 for DPM-Solver++ (2M), which in 20 steps is where DDIM is after a hundred; 1 for DDIM.
+        multistep: True for DPM-Solver++ (2M), False for DDIM, which needs many more steps to end as near.
 
     Raises:
         ValueError: for an unknown `prediction_type`, betas that are not T numbers in (0, 1), or other fixed values.
@@ -66,7 +67,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         set_alpha_to_one: bool = True,
         timestep_spacing: str = "trailing",
         steps_offset: int = 0,
-        solver_order: int = 2,
+        multistep: bool = True,
     ):
         if prediction_type not in ("sample", "epsilon", "v_prediction"):
             raise ValueError(f"prediction_type={prediction_type!r}; known are sample, epsilon, v_prediction")
@@ -75,8 +76,6 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
                 "CosineLatentScheduler needs clip_sample=False, set_alpha_to_one=True, timestep_spacing='trailing' "
                 "and steps_offset=0"
             )
-        if solver_order not in (1, 2):
-            raise ValueError(f"solver_order={solver_order} must be 1 (DDIM) or 2 (DPM-Solver++ 2M)")
         if trained_betas is None:
             trained_betas = cosine_betas(num_train_timesteps, cosine_s)
         # Keys noted as left at their default would be dropped when another class is made from this config.
@@ -91,8 +90,6 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         self._sigmas = torch.cat([1 - clean, 1 - self.alphas_cumprod]).sqrt()
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        # Of the step before: its place in `timesteps` and the clean latent predicted there.
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
 
     def __len__(self) -> int:
@@ -110,9 +107,18 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be between 1 and {total}")
         self.num_inference_steps = num_inference_steps
-        self._last = None
-        steps = torch.arange(num_inference_steps, dtype=torch.float64)
-        self.timesteps = (total - steps * total / num_inference_steps - 1).to(device=device, dtype=torch.float32)
+        steps = torch.arange(num_inference_steps + 1, dtype=torch.float64)
+        schedule = (total - steps * total / num_inference_steps - 1).float()
+        self.timesteps = schedule[:-1].to(device)
+        # For `step`: the timesteps with the clean latent, -1, at their end; h / (2 h_last) of each, h being a step's
+        # length in log(alpha / sigma), 0 where it is of the first order; and of the step before its place and the
+        # clean latent predicted there.
+        alpha, sigma = self.levels(schedule[:-1])
+        lengths = (alpha.log() - sigma.log()).diff()
+        momenta = torch.zeros(num_inference_steps)
+        momenta[1:-1] = lengths[1:] / (2 * lengths[:-1])
+        self._schedule, self._momenta = schedule.to(device), momenta.to(device)
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
         """The input as it is: this schedule preserves the variance."""
@@ -164,11 +170,11 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
     ) -> CosineLatentSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step to the next of `timesteps`.
 
-        With `solver_order` 2 and no `eta` it is DPM-Solver++ (2M) (Lu et al., https://arxiv.org/abs/2211.01095,
+        With `multistep` and no `eta` it is DPM-Solver++ (2M) (Lu et al., https://arxiv.org/abs/2211.01095,
         algorithm 2): DDIM towards the clean latent that this prediction and the last one, extrapolated over the
         logarithm of the signal-to-noise ratio, lead to. Where the last call was not at the timestep before this one,
         and where the step ends on the clean latent, it is the first order: DDIM (Song et al.,
-        https://arxiv.org/abs/2010.02502, eq. 12 and 16), as with `solver_order` 1 throughout.
+        https://arxiv.org/abs/2010.02502, eq. 12 and 16), as without `multistep` throughout.
 
         Args:
             model_output: What the model predicted, the shape of `sample`.
@@ -192,8 +198,9 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         original, noise = self._predictions(model_output, sample, alpha, sigma)
         # 2. The second order: the clean latent as it will have been predicted halfway, and the noise that fits it.
         last, self._last = self._last, (place, original)
-        if self.config.solver_order == 2 and eta == 0 and last is not None and last[1].shape == sample.shape:
-            aim = original + self._momentum(last[0], place) * (original - last[1])
+        if self.config.multistep and eta == 0 and last is not None and last[1].shape == sample.shape:
+            momentum = torch.where(last[0] == place - 1, self._momenta.take(place), 0.0)
+            aim = original + momentum.to(sample.dtype) * (original - last[1])
             noise = (sample - alpha * aim) / sigma
         else:
             aim = original
@@ -249,24 +256,10 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        timestep = torch.as_tensor(timestep, device=device, dtype=torch.float32)
-        place = (self._schedule(device) - timestep).abs().argmin()
-        return place, self._schedule(device).take(place + 1)
-
-    def _schedule(self, device: torch.device) -> torch.Tensor:
-        """`timesteps`, and -1 for the clean latent."""
-        return torch.cat([self.timesteps.to(device), torch.full((1,), -1.0, device=device)])
-
-    def _momentum(self, last: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """h / (2 h_last), h being a step's length in log(alpha / sigma); 0 where the step is of the first order."""
-        schedule = self._schedule(place.device)
-        before, here, after = (self._log_snr(schedule.take(p)) for p in ((place - 1).clamp(min=0), place, place + 1))
-        follows = (last == place - 1) & (schedule.take(place + 1) >= 0)
-        return torch.where(follows, (after - here) / (2 * (here - before)), 0.0)
-
-    def _log_snr(self, timestep: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = self.levels(timestep)
-        return alpha.log() - sigma.log()
+        if self._schedule.device != device:
+            self._schedule, self._momenta = self._schedule.to(device), self._momenta.to(device)
+        place = (self._schedule[:-1] - torch.as_tensor(timestep, device=device)).abs().argmin()
+        return place, self._schedule.take(place + 1)
 
     def _predictions(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor

@@ -99,6 +99,23 @@ def test_negative_attributes_take_the_place_of_nothing():
     torch.testing.assert_close(out, last_step(pipeline, latents, away + 3.0 * (free - away)))
 
 
+def test_negative_attributes_are_given_for_each_row_of_the_call():
+    pipeline, latents = tiny_pipeline(), torch.randn(4, 4, 8, 8)
+    rows, away = [{"class": "owl"}, {"class": "cat"}], [{"class": "cat"}, {"class": "dog"}]
+    options = {"guidance_scale": 3.0, "latents": latents, "num_images_per_prompt": 2}
+    out = one_step(pipeline, rows, negative_attributes=away, **options)
+    alone = one_step(pipeline, [rows[1]], negative_attributes=away[1], **{**options, "latents": latents[2:]})
+    torch.testing.assert_close(out[2:], alone)
+
+
+def test_pictures_that_are_no_numbers_are_refused():
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite: does the VAE need more than float32"):
+        run(pipeline)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_weights_multiply_the_difference_that_an_attribute_makes(scale):
     pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
@@ -219,9 +236,12 @@ def test_callback_sees_each_step_and_may_change_the_latents():
     assert out.abs().max() == 0
 
 
-def test_eta_adds_noise():
-    pipeline = tiny_pipeline()
-    assert not np.array_equal(run(pipeline, eta=1.0), run(pipeline))
+def test_eta_adds_the_noise_of_the_generators():
+    pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
+    first, again, other = (run(pipeline, latents=latents, eta=1.0, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert np.array_equal(*(run(pipeline, latents=latents, seed=seed) for seed in (1, 2)))
 
 
 def test_unconditional_model():
@@ -292,6 +312,8 @@ def test_many_latents_are_decoded_a_few_at_a_time():
         ({"attributes": {"Smilling": True}}, "known are Smiling, class"),
         ({"attributes": {"class": "cow"}}, "known are cat, dog, owl"),
         ({"attributes": {"class": 3}}, "between 0 and 2"),
+        ({"attributes": {"Smiling": 0.9}}, "Smiling=0.9 is none of the numbers between 0 and 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
         ({"attributes": [{}, {}], "batch_size": 3}, "2 rows"),
         ({"attributes": []}, "at least one"),
         ({"attributes": "Smiling"}, "must be a dict like"),

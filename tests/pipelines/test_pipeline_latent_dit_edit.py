@@ -4,7 +4,7 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DPMSolverMultistepScheduler
 
-from dit_hf import LatentDiTEditPipeline, LatentDiTPipeline
+from dit_hf import CosineLatentScheduler, LatentDiTEditPipeline, LatentDiTPipeline
 from dit_hf.data.avatars import choose_face, render_face
 
 
@@ -37,6 +37,14 @@ def test_without_strength_the_image_comes_back(pipeline):
     assert changes[0] < changes[1] < changes[2]
 
 
+def test_outside_of_guidances_interval_it_goes_on_as_it_is(pipeline):
+    options = {"image": face(), "attributes": {"class": "dog"}, "edit": {"class": "owl"}, "output_type": "np"}
+    for edit_strength, interval in ((0.0, (0.3, 0.6)), (2.0, (0.5, 0.5))):
+        start, end = interval
+        kept = pipeline(**options, edit_strength=edit_strength, guidance_start=start, guidance_end=end).images
+        assert psnr(kept, decoded(pipeline, face())) > 30
+
+
 def test_inverted_noise_gives_the_image_back_under_its_own_attributes(pipeline):
     faces, rows = [face(0), face(1)], [{"Smiling": True}, {"class": "dog"}]
     noise = pipeline.invert(faces, rows)
@@ -44,6 +52,7 @@ def test_inverted_noise_gives_the_image_back_under_its_own_attributes(pipeline):
     plain = LatentDiTPipeline(**pipeline.components)
     plain.set_progress_bar_config(disable=True)
     options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 50, "output_type": "np"}
+    plain.scheduler = CosineLatentScheduler.from_config(plain.scheduler.config, multistep=False)
     back, other = plain(rows, **options).images, plain([{"Smiling": False}, {"class": "cat"}], **options).images
     assert psnr(back, decoded(pipeline, faces)) > 30
     assert psnr(other, decoded(pipeline, faces)) < psnr(back, decoded(pipeline, faces))
@@ -75,7 +84,8 @@ def test_partial_inversion_keeps_more(pipeline):
 def test_a_stock_scheduler_is_left_as_it_is(pipeline):
     options = {"image": face(), "edit": {"class": "owl"}, "output_type": "np", "num_inference_steps": 5}
     expected = pipeline(**options).images
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    settings = {"timestep_spacing": "leading"}  # which ours cannot have
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **settings)
     np.testing.assert_allclose(pipeline(**options).images, expected, atol=1e-5)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
 

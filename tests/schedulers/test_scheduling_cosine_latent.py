@@ -77,7 +77,7 @@ def test_noise_and_velocity_are_diffusers():
 @pytest.mark.parametrize("steps", [1, 25, 50, 500])
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_ddim_is_diffusers_over_a_full_loop(prediction_type, steps):
-    scheduler = CosineLatentScheduler(prediction_type=prediction_type, solver_order=1)
+    scheduler = CosineLatentScheduler(prediction_type=prediction_type, multistep=False)
     assert (loop(scheduler, steps) - loop(ddim_like(scheduler), steps)).abs().max() < 1e-5
 
 
@@ -105,8 +105,8 @@ def gaussian(scheduler):
 
 def test_the_second_order_ends_far_nearer_to_the_distribution_in_the_same_steps():
     errors = []
-    for order in (1, 2):
-        scheduler = CosineLatentScheduler(solver_order=order)
+    for multistep in (False, True):
+        scheduler = CosineLatentScheduler(multistep=multistep)
         out = loop(scheduler, 20, gaussian(scheduler), noise((16, 4, 32, 32)))
         errors.append(abs(out.std().item() - 0.6))
     assert errors[1] < errors[0] / 4
@@ -114,7 +114,7 @@ def test_the_second_order_ends_far_nearer_to_the_distribution_in_the_same_steps(
 
 def test_a_step_that_does_not_follow_the_last_is_of_the_first_order():
     """After a jump, and where a loop begins anew, nothing of before counts."""
-    scheduler, ddim = CosineLatentScheduler(), CosineLatentScheduler(solver_order=1)
+    scheduler, ddim = CosineLatentScheduler(), CosineLatentScheduler(multistep=False)
     for one in (scheduler, ddim):
         one.set_timesteps(10)
 
@@ -133,7 +133,7 @@ def test_a_step_that_does_not_follow_the_last_is_of_the_first_order():
 
 
 def test_stochastic_ddim_is_diffusers_over_a_full_loop():
-    scheduler = CosineLatentScheduler(solver_order=1)
+    scheduler = CosineLatentScheduler(multistep=False)
     ours = loop(scheduler, 25, eta=1.0, generator=torch.Generator().manual_seed(3))
     theirs = loop(ddim_like(scheduler), 25, eta=1.0, generator=torch.Generator().manual_seed(3))
     assert (ours - theirs).abs().max() < 1e-4
@@ -143,7 +143,7 @@ CHECKSUM = (211.2720, 0.4126)
 
 
 def test_full_loop_checksum():
-    out = loop(CosineLatentScheduler(prediction_type="v_prediction", solver_order=1), 20)
+    out = loop(CosineLatentScheduler(prediction_type="v_prediction", multistep=False), 20)
     assert out.abs().sum().item() == pytest.approx(CHECKSUM[0], rel=1e-3)
     assert out.abs().mean().item() == pytest.approx(CHECKSUM[1], rel=1e-3)
 
@@ -214,7 +214,6 @@ def test_other_betas_can_be_brought_along():
         (lambda: CosineLatentScheduler(prediction_type="flow"), "prediction_type"),
         (lambda: CosineLatentScheduler(clip_sample=True), "clip_sample=False"),
         (lambda: CosineLatentScheduler(10, trained_betas=[0.1]), "10 numbers"),
-        (lambda: CosineLatentScheduler(solver_order=3), "solver_order=3 must be 1"),
         (lambda: CosineLatentScheduler().set_timesteps(501), "between 1 and 500"),
         (lambda: CosineLatentScheduler().step(noise(), 3, noise()), "set_timesteps"),
         (lambda: loop(CosineLatentScheduler(), 5, eta=2.0), "eta=2.0"),
