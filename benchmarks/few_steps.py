@@ -30,14 +30,14 @@ from dit_hf import CosineLatentScheduler
 from dit_hf.evaluation.collect import collect, ranks
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
-from dit_hf.sample import SCHEDULER_SETTINGS
+from dit_hf.sample import SCHEDULERS
 from dit_hf.sampling import draw, load_pipeline
 
 SAMPLERS = {
     "DDIM": (CosineLatentScheduler, {"multistep": False}),
     "DPM-Solver++ 2M (default)": (CosineLatentScheduler, {}),
     "UniPC": (diffusers.UniPCMultistepScheduler, {}),
-    "Heun": (diffusers.HeunDiscreteScheduler, SCHEDULER_SETTINGS["HeunDiscreteScheduler"]),
+    "Heun": (diffusers.HeunDiscreteScheduler, SCHEDULERS["HeunDiscreteScheduler"]),
 }
 BATCH, MANY = 50, 50
 

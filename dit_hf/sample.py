@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 import json
 from datetime import timedelta
@@ -12,16 +14,16 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .data.folders import EXTENSIONS
+from .data.images import Geometry, decode_image
 from .data.reader import LatentReader
 from .pipelines.pipeline_latent_dit import GuidanceOptions, LatentDiTPipeline, interpolate_noises
 from .pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from .pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
-from .sampling import draw, generators, load_pipeline, to_uint8
-from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
+from .sampling import draw, generators, load_pipeline, model_sha256, to_uint8
 from .series import Series, write_series
 from .storage import disk_errors
 
@@ -42,12 +44,21 @@ _MODES_OF = {
     "edit": ("edit",),
     "edit_strength": ("edit",),
     "num_frames": ("interpolate",),
-    "eta": ("generate", "img2img", "inpaint", "interpolate"),
+    "eta": ("generate", "img2img", "inpaint"),
+    "scheduler": ("generate", "img2img", "inpaint", "interpolate"),
 }
-# What stock schedulers need beside the config: by timesteps, Heun's first step spans nearly all of the noise levels.
-SCHEDULER_SETTINGS = {"HeunDiscreteScheduler": {"use_exponential_sigmas": True}}
+# The stock schedulers that sample every model, with what they need beside the config: by timesteps, Heun's first step
+# spans nearly all of the noise levels.
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {},
+    "DEISMultistepScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {"use_exponential_sigmas": True},
+    "UniPCMultistepScheduler": {},
+}
 _NEEDED = {"img2img": ("image",), "inpaint": ("image", "mask_image"), "edit": ("image", "edit")}
-_PATHS = ("model", "image", "mask_image", "guidance_model")
+_PATHS = ("model", "image", "mask_image", "guidance_model", "attributes", "edit")
 
 
 def sample(
@@ -82,12 +93,12 @@ def sample(
         model: The folder of a run or of a pipeline, or an id of the Hub.
         output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and perhaps `film.gif` go.
         mode: `generate`, `img2img`, `inpaint`, `interpolate` or `edit`.
-        num_images: How many; without it 16, or one for each picture. With `interpolate`, the noises on the way.
+        num_images: How many; without it 16, or one for each picture or edit. With `interpolate`, the noises to pass.
         attributes: What to ask for (with `edit`, what the pictures have), as JSON (`'{"Smiling": true}'` or a list of
             these), a JSON file of it, or a latent cache, whose rows are taken in order. Picture i gets row i, from the
             beginning again after the last.
         image: A picture or a folder of them, in the order of their names.
-        mask_image: A mask (white is painted anew), or a folder with one for each picture.
+        mask_image: A mask (white is painted anew), or a folder with one for each picture, in the order of their names.
         strength: How far from the picture, 0 to 1; without it the pipeline's default.
         edit: What to change, spelled like `attributes`.
         edit_strength: How much, 1 being as much as the pipeline's guidance.
@@ -95,10 +106,10 @@ def sample(
         num_inference_steps: Denoising steps; without it the pipeline's default.
         guidance_scale: Without it the pipeline's own.
         guidance_model: A weaker model of the same conditions, from which guidance leads away (autoguidance).
-        eta: 0 is deterministic DDIM, 1 as noisy as DDPM.
+        eta: 0 is deterministic, 1 as noisy as DDPM.
         options: Further options of the pipeline's call, as JSON: `guidance_rescale`, `attribute_weights`,
             `negative_attributes`, `jump_n_sample`, ...
-        scheduler: A diffusers scheduler by its class, e.g. `DPMSolverMultistepScheduler`; without it the pipeline's.
+        scheduler: A diffusers scheduler by its class, e.g. `UniPCMultistepScheduler`; without it the pipeline's.
         seed: Of the series.
         batch_size: Pictures at once.
         dtype: What is computed in.
@@ -114,23 +125,35 @@ def sample(
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     pipeline = _open_pipeline(model, mode, scheduler, dtype, state.device)
     call = _options_of_call(pipeline, settings)
+    hashes = {"model_sha256": model_sha256(pipeline)}
     if guidance_model is not None:
         weaker = _open_pipeline(guidance_model, "generate", None, dtype, state.device)
-        call["guidance_transformer"] = weaker.transformer
+        call["guidance_transformer"], hashes["guidance_model_sha256"] = weaker.transformer, model_sha256(weaker)
     images, masks = _picture_files(image), _picture_files(mask_image)
-    count = num_images or len(images) or 16
-    rows, edits = _read_rows("attributes", attributes, count), _read_rows("edit", edit, count)
-    pipeline.encode_attributes(rows)  # an unknown name is told before any work
+    if len(masks) > 1 and len(masks) != len(images):
+        raise ValueError(
+            f"{mask_image} holds {len(masks)} masks for {len(images)} pictures; want one, or one for each"
+        )
+    known = list(pipeline.transformer.config.conditions or {})
+    edits = _read_rows("edit", edit, known, num_images)
+    count = num_images or max(len(images), len(edits or [])) or 16
+    rows = _read_rows("attributes", attributes, known, count)
+    for asked in (rows, edits):
+        pipeline.encode_attributes(asked)  # an unknown name is told before any work
     if mode == "generate":
         series = _new_pictures(pipeline, count, rows, seed, call)
     elif mode == "interpolate":
-        series = _film(pipeline, images, num_images or 2, num_frames or 16, rows, seed, call)
+        series = _film(pipeline, images, num_images or 2, num_frames or 16, rows, seed, call, batch_size)
     else:
         lists = {"image": images, "mask_image": masks, "attributes": rows, "edit": edits}
         series = _changed_pictures(pipeline, count, {k: v for k, v in lists.items() if v}, seed, call)
+    hashes["inputs_sha256"] = _inputs_sha256(rows, edits, [*images, *masks])
     folder = Path(output_dir)
-    with disk_errors(f"output_dir {folder}"):
-        write_series(folder, series, _portable(settings), batch_size, output_format == "npz", state)
+    try:
+        with disk_errors(f"output_dir {folder}"):
+            write_series(folder, series, _portable(settings) | hashes, batch_size, output_format == "npz", state)
+    except torch.OutOfMemoryError as error:
+        raise OSError(f"the GPU's memory is too small for --batch_size {batch_size}; give a smaller one") from error
     if state.is_main_process:
         print(f"{folder}: {series.num_images} pictures; {folder / 'sheet.png'} shows the first", flush=True)
     return folder
@@ -144,9 +167,16 @@ def _check(settings: dict[str, Any], mode: str) -> None:
     missing = [f"--{name}" for name in _NEEDED.get(mode, ()) if name not in settings]
     if missing:
         raise ValueError(f"--mode {mode} needs {' and '.join(missing)}")
+    if mode == "interpolate" and "image" in settings:
+        for name in ("num_images", "scheduler"):
+            if name in settings:
+                raise ValueError(f"--{name} is for films between noises; between pictures each is a stop, by DDIM")
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if settings.get(name, 1) < 1:
             raise ValueError(f"--{name} {settings[name]} must be at least 1")
+    for name in ("strength", "eta"):
+        if not 0 <= settings.get(name, 0) <= 1:
+            raise ValueError(f"--{name} {settings[name]} must be between 0 and 1")
 
 
 def _open_pipeline(
@@ -154,10 +184,9 @@ def _open_pipeline(
 ) -> LatentDiTPipeline:
     loaded = load_pipeline(model, device, dtype=getattr(torch, dtype))
     if scheduler is not None:
-        known = sorted(one.__name__ for one in loaded.scheduler.compatibles)
-        if scheduler not in known:
-            raise ValueError(f"--scheduler {scheduler} is unknown; known are {', '.join(known)}")
-        settings = SCHEDULER_SETTINGS.get(scheduler, {})
+        if scheduler not in SCHEDULERS:
+            raise ValueError(f"--scheduler {scheduler} is unknown; known are {', '.join(SCHEDULERS)}")
+        settings = SCHEDULERS[scheduler]
         loaded.scheduler = getattr(diffusers, scheduler).from_config(loaded.scheduler.config, **settings)
     pipeline = _PIPELINES[mode](**loaded.components)
     pipeline.set_progress_bar_config(disable=True)
@@ -195,9 +224,9 @@ def _changed_pictures(
 
     def draw_images(images: range) -> np.ndarray:
         chosen: dict[str, list] = {name: [values[i % len(values)] for i in images] for name, values in lists.items()}
-        for name in ("image", "mask_image"):
-            if name in chosen:
-                chosen[name] = [_open_picture(path) for path in chosen[name]]
+        if masks := chosen.get("mask_image"):
+            chosen["mask_image"] = [_open_picture(path).convert("L") for path in masks]
+        chosen["image"] = [_open_picture(path) for path in chosen["image"]]
         if not isinstance(pipeline, LatentDiTEditPipeline):  # which draws no noise
             chosen["generator"] = generators(seed, images)
         changed: Any = pipeline  # each of diffusers' pipelines has a call of its own
@@ -218,34 +247,46 @@ def _film(
     rows: list[dict] | None,
     seed: int,
     call: dict[str, Any],
+    batch_size: int,
 ) -> Series:
     """Frames from noise to noise, or from picture to picture over the noises that give them."""
     if rows is not None and len(rows) > 1:
         raise ValueError("--mode interpolate takes one row of attributes, for all frames")
-    attributes = rows[0] if rows else None
+    stops, attributes = len(pictures) or num_noises, rows[0] if rows else None
+    if stops < 2 or num_frames < 2:
+        raise ValueError(
+            f"--mode interpolate needs two noises or pictures and two frames; these are {stops} and {num_frames}"
+        )
     if pictures:
-        inverting = LatentDiTEditPipeline(**pipeline.components)
         call = {"num_inference_steps": 50, "guidance_scale": 1.0, **call}
-        # The noises give the pictures back by the steps that they were found by.
-        pipeline.scheduler = CosineLatentScheduler.from_config(pipeline.scheduler.config, multistep=False)
-        noises = inverting.invert([_open_picture(p) for p in pictures], attributes, call["num_inference_steps"])
-    else:
-        noises = torch.cat([pipeline.draw_noise(1, one) for one in generators(seed, range(num_noises))])
-    frames = interpolate_noises(noises, num_frames)
+        inverting = LatentDiTEditPipeline(**pipeline.components)
+        # The noises give the pictures back by the steps that they are found by.
+        pipeline.scheduler = inverting.reversible_scheduler()
+
+    @functools.cache
+    def frames() -> torch.Tensor:
+        """All noises; of pictures they are sought when the first frame is drawn."""
+        parts = [range(start, min(start + batch_size, stops)) for start in range(0, stops, batch_size)]
+        if not pictures:
+            noises = [pipeline.draw_noise(len(part), generators(seed, part)) for part in parts]
+        else:
+            given = [[_open_picture(pictures[i]) for i in part] for part in parts]
+            noises = [inverting.invert(part, attributes, call["num_inference_steps"]) for part in given]
+        return interpolate_noises(torch.cat(noises), num_frames)
 
     def draw_frames(images: range) -> np.ndarray:
-        noises = frames[images.start : images.stop]
+        noises = frames()[images.start : images.stop]
         (pixels,) = pipeline(attributes, len(images), latents=noises, output_type="pt", return_dict=False, **call)
         return to_uint8(pixels)
 
-    return Series(len(frames), draw_frames, lambda image: {}, is_film=True)
+    return Series((stops - 1) * (num_frames - 1) + 1, draw_frames, lambda image: {}, is_film=True)
 
 
-def _read_rows(option: str, given: Rows, count: int) -> list[dict[str, Any]] | None:
-    """Rows of attributes from JSON, a JSON file, or the first `count` of a latent cache."""
+def _read_rows(option: str, given: Rows, conditions: list[str], count: int | None) -> list[dict[str, Any]] | None:
+    """Rows of attributes from JSON, a JSON file, or the first `count` of a latent cache (None is its first)."""
     if isinstance(given, str):
         if Path(given).is_dir():
-            return LatentReader(given).attributes(count)
+            return LatentReader(given, conditions=conditions).attributes(count or 1)
         try:
             given = json.loads(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -261,21 +302,25 @@ def _picture_files(given: str | None) -> list[Path]:
     if given is None:
         return []
     path = Path(given)
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
-    if not found or not found[0].is_file():
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
+    if not found:
         raise ValueError(f"{path}: no picture there ({', '.join(EXTENSIONS)})")
     return found
 
 
 def _open_picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
-    except OSError as error:
-        raise ValueError(f"{path}: no picture that can be read ({error})") from error
+    """As pictures are read for a latent cache."""
+    return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none"))
+
+
+def _inputs_sha256(rows: list[dict] | None, edits: list[dict] | None, pictures: list[Path]) -> str:
+    """Of what a series is drawn from besides the model: attributes, and names and sizes of pictures."""
+    files = [(path.name, path.stat().st_size) for path in pictures]
+    return hashlib.sha256(json.dumps([rows, edits, files]).encode()).hexdigest()
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with what lies on this machine by its own name alone."""
-    on_disk = {name: Path(settings[name]) for name in _PATHS if name in settings}
-    return settings | {name: path.resolve().name for name, path in on_disk.items() if path.exists()}
+    texts = {name: settings[name] for name in _PATHS if isinstance(settings.get(name), str)}
+    return settings | {name: Path(text).resolve().name for name, text in texts.items() if Path(text).exists()}

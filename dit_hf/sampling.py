@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from .data.vae import weights_sha256
 from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
 
 
@@ -18,7 +21,7 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
 
     Args:
         model: The folder of a run (its `pipeline/` is taken) or of a pipeline, or an id of the Hub.
-        device: Where it goes; None is the GPU where there is one.
+        device: Where it goes; None is the accelerator where there is one.
         options: Of `DiffusionPipeline.from_pretrained`.
 
     Raises:
@@ -33,8 +36,20 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: {type(pipeline).__name__} is no LatentDiTPipeline")
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.to(device or torch.accelerator.current_accelerator() or "cpu")
     return pipeline
+
+
+def model_sha256(pipeline: LatentDiTPipeline) -> str:
+    """Of all that decides what a pipeline draws: weights, scheduler, normalisation; wherever it was loaded from."""
+    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    facts = {
+        "transformer": weights_sha256(pipeline.transformer),
+        "vae": weights_sha256(pipeline.vae) if pipeline.vae is not None else None,
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
+        "latents": [pipeline.config.latents_mean, pipeline.config.latents_std, pipeline.config.guidance_scale],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[range]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .sampling import batches
 from .sheets import draw_sheet, save_sheet
-from .storage import write_text
+from .storage import sync, write_text
 
 SETTINGS = "settings.json"
 NPZ = "samples.npz"
@@ -78,23 +78,27 @@ def write_series(
 
 def save_gif(frames: list[Image.Image], path: Path, duration: int = 80) -> None:
     """An endless GIF that goes there and back; `duration` is a frame's, in milliseconds."""
-    first, *others = [frame.convert("RGB") for frame in [*frames, *frames[-2:0:-1]]]
+    first, *others = [*frames, *frames[-2:0:-1]]
     _save(path, lambda file: first.save(file, "gif", save_all=True, append_images=others, duration=duration, loop=0))
 
 
 def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin a series, or check that the one that stands there is the same."""
+    """Begin a series, or check that one of which something is drawn is the same."""
     path, text = folder / SETTINGS, json.dumps(settings, indent=2) + "\n"
-    if path.is_file():
+    if path.is_file() and any(_is_drawn(drawn.name) for drawn in folder.iterdir()):
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
         if different:
             raise FileExistsError(f"output_dir {folder} holds pictures of other settings ({different})")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir {folder} holds something else (no {SETTINGS}); name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
+
+
+def _is_drawn(name: str) -> bool:
+    return name == NPZ or (name[0].isdigit() and name.endswith(".png")) or name.startswith(".images-")
 
 
 def _draw_images(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
@@ -141,7 +145,11 @@ def _write_npz(file: Any, paths: list[Path], num_images: int) -> None:
 
 def _read_images(folder: Path, count: int) -> list[Image.Image]:
     paths = [path for image in range(count) if (path := folder / f"{image:05}.png").is_file()]
-    return [Image.open(path) for path in paths]
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))  # and the file is closed
+    return images
 
 
 def _batch_path(folder: Path, images: range) -> Path:
@@ -153,4 +161,5 @@ def _save(path: Path, write: Callable[[Any], Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         write(file)
+    sync(partial)
     partial.replace(path)

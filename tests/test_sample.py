@@ -1,14 +1,17 @@
 import json
 import os
+import resource
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_transformer, tiny_vae
 from PIL import Image
 
+from dit_hf import CosineLatentScheduler, LatentDiTImg2ImgPipeline, LatentDiTPipeline
 from dit_hf.data.avatars import choose_face, render_face
+from dit_hf.data.reader import LatentReader
 from dit_hf.sample import sample
 from dit_hf.sampling import draw
 
@@ -66,8 +69,52 @@ def test_what_is_missing_is_drawn_and_what_is_there_is_left(model, tmp_path):
     assert changed == {"00002.png", "00003.png"}
     with pytest.raises(FileExistsError, match="seed was 0 and is 1"):
         sample(model, str(folder), **options, seed=1)
+    other = tmp_path / "others" / "faces"  # another model of the same name
+    changed = tiny_pipeline()
+    changed.transformer.proj_out.weight.data *= 1.01
+    changed.save_pretrained(other / "pipeline")
+    with pytest.raises(FileExistsError, match="model_sha256 was"):
+        sample(str(other), str(folder), **options)
     with pytest.raises(FileExistsError, match="something else"):
         sample(model, str(tmp_path), **options)
+
+
+def test_a_call_that_failed_before_the_first_picture_blocks_nothing(model, tmp_path):
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match="guidance_rescale=2"):
+        sample(model, out, num_images=1, num_inference_steps=1, options={"guidance_rescale": 2})
+    assert len(pixels(sample(model, out, num_images=1, num_inference_steps=1))) == 1
+
+
+def test_more_frames_than_files_may_be_open(model, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folder, opened = tmp_path / "film", len(os.listdir("/proc/self/fd"))
+    options = {"mode": "interpolate", "num_frames": 60, "num_inference_steps": 1, "batch_size": 64}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, limits[1]))
+    try:
+        sample(model, str(folder), **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Image.open(folder / "film.gif").n_frames == 118
+
+
+def test_a_series_goes_on_with_the_batches_that_are_missing(model, tmp_path, monkeypatch):
+    options = {"num_images": 5, "num_inference_steps": 2, "batch_size": 2, "output_format": "npz"}
+    whole = np.load(sample(model, str(tmp_path / "whole"), **options) / "samples.npz")["arr_0"]
+    drawn = []
+
+    def fails_later(pipeline, images, *args, **kwargs):
+        drawn.append(images.start)
+        if images.start == 4 and len(drawn) == 3:
+            raise OSError("the disk is gone")
+        return draw(pipeline, images, *args, **kwargs)
+
+    monkeypatch.setattr("dit_hf.sample.draw", fails_later)
+    with pytest.raises(OSError, match="the disk is gone"):
+        sample(model, str(tmp_path / "cut"), **options)
+    again = np.load(sample(model, str(tmp_path / "cut"), **options) / "samples.npz")["arr_0"]
+    assert np.array_equal(again, whole)
+    assert drawn == [0, 2, 4, 4]
 
 
 def test_one_npz_holds_the_same_pictures(model, tmp_path):
@@ -115,6 +162,64 @@ def test_films_between_noises_and_between_pictures(model, faces, tmp_path):
     assert np.abs(between[[0, 3]] - pixels(kept)).mean() < 4
 
 
+def test_pictures_are_read_as_for_a_latent_cache(model, tmp_path):
+    """Transparency is on white, EXIF turns; what is hidden or no file is left out."""
+    folder = tmp_path / "pictures"
+    (folder / "folder.png").mkdir(parents=True)
+    (folder / "._a.png").write_text("of another system")
+    face = render_face(choose_face(0, 0), 16)
+    face.putalpha(Image.linear_gradient("L").resize((16, 16)))
+    face.save(folder / "a.png")
+    white = Image.new("RGBA", (16, 16), "white")
+    turned = Image.alpha_composite(white, face).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    turned.transpose(Image.Transpose.ROTATE_90).save(folder / "b.png", exif=exif)
+    drawn = sample(model, str(tmp_path / "out"), mode="img2img", image=str(folder), strength=0.0)
+    first, second = pixels(drawn)
+    assert np.abs(first - second).max() <= 1
+    plain = LatentDiTImg2ImgPipeline(**tiny_pipeline().components)
+    expected = np.asarray(plain(image=turned, strength=0.0).images[0])
+    assert np.abs(first - expected).max() <= 1
+
+
+def test_a_mask_for_each_picture_and_several_edits_of_one(model, faces, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, box in (("a", (0, 0, 8, 16)), ("b", (8, 0, 16, 16))):
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, box)
+        mask.save(masks / f"{name}.png")
+    options = {"mode": "inpaint", "num_inference_steps": 2, "mask_image": str(masks)}
+    painted = pixels(sample(model, str(tmp_path / "out"), image=str(faces), **options))
+    own = [np.asarray(Image.open(faces / f"face-{i}.png")) for i in range(2)]
+    assert np.array_equal(painted[0][:, 8:], own[0][:, 8:])
+    assert np.array_equal(painted[1][:, :8], own[1][:, :8])
+    with pytest.raises(ValueError, match="2 masks for 1 pictures"):
+        sample(model, str(tmp_path / "one"), image=str(faces / "face-0.png"), **options)
+    edits = [{"class": name} for name in ("cat", "dog", "owl")]
+    options = {"mode": "edit", "image": str(faces / "face-0.png"), "edit": edits, "num_inference_steps": 2}
+    assert len(pixels(sample(model, str(tmp_path / "edits"), **options))) == 3
+
+
+def test_autoguidance_by_a_weaker_model(model, tmp_path):
+    weak = tiny_pipeline()
+    weak.transformer = tiny_transformer(seed=5, num_layers=1, conditions={"Smiling": 2, "class": 3})
+    weak.save_pretrained(tmp_path / "weak")
+    options = {"num_images": 2, "num_inference_steps": 2, "guidance_scale": 1.5}
+    out = sample(model, str(tmp_path / "out"), guidance_model=str(tmp_path / "weak"), **options)
+    expected = draw(
+        tiny_pipeline(),
+        range(2),
+        None,
+        0,
+        num_inference_steps=2,
+        guidance_scale=1.5,
+        guidance_transformer=weak.transformer,
+    )
+    assert np.abs(pixels(out) - expected).max() <= 1
+
+
 def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text('[{"class": "dog"}]')
@@ -122,8 +227,16 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
     by_file = sample(model, str(tmp_path / "file"), attributes=str(rows), **options)
     by_value = sample(model, str(tmp_path / "value"), attributes={"class": "dog"}, **options)
     assert np.array_equal(pixels(by_file), pixels(by_value))
-    with pytest.raises(ValueError, match="'Male' is unknown; known are Smiling, class"):
+    with pytest.raises(ValueError, match="has no condition class"):
         sample(model, str(tmp_path / "cache"), attributes=str(latents), **options)
+    smiles = LatentDiTPipeline(tiny_transformer(conditions={"Smiling": 2}), CosineLatentScheduler(), tiny_vae())
+    smiles.save_pretrained(tmp_path / "smiles")
+    options |= {"num_images": 3}
+    by_cache = sample(str(tmp_path / "smiles"), str(tmp_path / "cache"), attributes=str(latents), **options)
+    reader = LatentReader(latents, conditions=["Smiling"])
+    asked = [json.loads(Image.open(by_cache / f"0000{i}.png").text["dit_hf"])["attributes"] for i in range(3)]
+    assert asked == reader.attributes(3)
+    assert str(latents) not in (by_cache / "settings.json").read_text()
 
 
 def test_a_stock_scheduler_and_half_precision(model, tmp_path):
@@ -147,6 +260,9 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
         ({"options": {"guidance_rescal": 1}}, "known are .*guidance_rescale"),
         ({"num_images": 0}, "at least 1"),
         ({"mode": "interpolate", "attributes": [{}, {}]}, "one row of attributes"),
+        ({"mode": "interpolate", "num_images": 1}, "two noises or pictures"),
+        ({"mode": "interpolate", "eta": 0.5}, "--eta is for --mode"),
+        ({"mode": "img2img", "image": "x.png", "strength": 1.5}, "--strength 1.5 must be between 0 and 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, tmp_path, options, message):

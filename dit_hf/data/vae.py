@@ -90,7 +90,7 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
 def weights_sha256(model: torch.nn.Module) -> str:
     """SHA-256 of a VAE's or another model's weights, whatever the file they came from."""
     hashes = {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()
+        name: hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy()).hexdigest()
         for name, tensor in model.state_dict().items()
     }
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -129,6 +129,11 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         with self._own_scheduler():
             return self.interpolate(num_frames, noises, attributes=attributes, guidance_scale=1.0, **options)
 
+    def reversible_scheduler(self) -> CosineLatentScheduler:
+        """DDIM on the noise levels of the pipeline's scheduler, whatever that is."""
+        betas, prediction_type = self.scheduler.betas.tolist(), self.scheduler.config.prediction_type
+        return CosineLatentScheduler(len(betas), prediction_type=prediction_type, trained_betas=betas, multistep=False)
+
     def _invert(
         self, known: torch.Tensor, rows: list[Attributes], num_inference_steps: int, strength: float
     ) -> torch.Tensor:
@@ -147,12 +152,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     def _own_scheduler(self) -> Iterator[None]:
         """Steps by DDIM on the same schedule, which can be reversed."""
         kept: Any = self.scheduler
-        self.scheduler = CosineLatentScheduler(
-            len(kept.betas),
-            prediction_type=kept.config.prediction_type,
-            trained_betas=kept.betas.tolist(),
-            multistep=False,
-        )
+        self.scheduler = self.reversible_scheduler()
         try:
             yield
         finally:

@@ -1,11 +1,12 @@
 import math
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from dit_hf import CosineLatentScheduler
-from dit_hf.sample import SCHEDULER_SETTINGS
+from dit_hf.sample import SCHEDULERS
 
 TYPES = ["sample", "epsilon", "v_prediction"]
 
@@ -168,11 +169,12 @@ def test_timesteps_are_trailing_and_evenly_spaced():
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("stock", [None, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("stock", ["", *SCHEDULERS])
 def test_stock_schedulers_sample_the_same_model(stock, prediction_type):
-    """Every sampler must end near the distribution that the denoiser is of."""
+    """Every sampler that `dit-hf sample` offers must end near the distribution that the denoiser is of."""
     scheduler = CosineLatentScheduler(prediction_type=prediction_type)
-    sampler = stock.from_config(scheduler.config) if stock else scheduler
+    settings = SCHEDULERS.get(stock, {})
+    sampler = getattr(diffusers, stock).from_config(scheduler.config, **settings) if stock else scheduler
     sampler.set_timesteps(50)
     start = noise((16, 4, 32, 32)) * sampler.init_noise_sigma
     out = loop(sampler, 50, gaussian(scheduler), start)
@@ -183,7 +185,7 @@ def test_stock_schedulers_sample_the_same_model(stock, prediction_type):
 def test_heun_needs_the_settings_that_sample_gives_it():
     """By timesteps its first step spans nearly all noise levels, and what comes out is far too wide."""
     scheduler, widths = CosineLatentScheduler(), []
-    for settings in ({}, SCHEDULER_SETTINGS["HeunDiscreteScheduler"]):
+    for settings in ({}, SCHEDULERS["HeunDiscreteScheduler"]):
         heun = HeunDiscreteScheduler.from_config(scheduler.config, **settings)
         heun.set_timesteps(25)
         start = noise((16, 4, 32, 32)) * heun.init_noise_sigma
