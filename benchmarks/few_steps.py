@@ -31,7 +31,7 @@ from dit_hf.evaluation.collect import collect, ranks
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.sample import SCHEDULERS
-from dit_hf.sampling import draw, load_pipeline
+from dit_hf.sampling import draw, load_pipeline, model_sha256
 
 SAMPLERS = {
     "DDIM": (CosineLatentScheduler, {"multistep": False}),
@@ -67,8 +67,9 @@ def main() -> None:
         for steps in options.steps:
             if steps > MANY and SAMPLERS[sampler][0] is not CosineLatentScheduler:
                 continue  # they all end at the same place
-            identity = {"sampler": sampler, "steps": steps}
             pipeline = pipeline_with(options, sampler)
+            entry = {"sampler": sampler, "steps": steps}
+            identity = {**entry, "model_sha256": model_sha256(pipeline)}
 
             def drawn(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
                 return draw(pipeline, places, rows, 0, num_inference_steps=steps), np.asarray(places)  # noqa: B023
@@ -77,7 +78,7 @@ def main() -> None:
             features = collect(folder, net, drawn, count, BATCH, identity, f"{sampler}, {steps} steps").features
             evaluations = 2 * steps - 1 if sampler == "Heun" else steps
             distance = round(frechet_distance(features, reference), 1)
-            table.append({**identity, "evaluations": evaluations, "frechet_distance": distance})
+            table.append({**entry, "evaluations": evaluations, "frechet_distance": distance})
             print(table[-1], flush=True)
     result = {
         "machine": machine(),

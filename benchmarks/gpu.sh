@@ -4,8 +4,8 @@
 # apex can be imported the step is measured with its FusedAdam and with torch's. A part that fails or runs out of its
 # time is named at the end and costs the others nothing.
 set -uo pipefail
+out=$(realpath -m "${1:-$(dirname "$0")/results/gpu}") peers=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results/gpu} peers=${2:-}
 mkdir -p "$out"
 python -c 'import torch; assert torch.cuda.is_available(), "no GPU: nothing is measured"' || exit 1
 failed=()

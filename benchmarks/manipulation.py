@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from avatar_classifier import accuracies, avatars, balanced_accuracy, classify, train_classifier
+from avatar_classifier import TRAINING_SEED, accuracies, avatars, balanced_accuracy, classify, train_classifier
 from machine import machine
 from PIL import Image
 from torch import nn
@@ -29,7 +29,7 @@ from dit_hf import (
     LatentDiTPipeline,
 )
 from dit_hf.data.avatars import ATTRIBUTES
-from dit_hf.sampling import batches, draw, load_pipeline, to_uint8
+from dit_hf.sampling import batches, draw, load_pipeline, model_sha256, to_uint8
 from dit_hf.sheets import draw_sheet, save_sheet
 
 UNSEEN = 5  # the seed of the avatars that are asked for and edited
@@ -52,7 +52,10 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "model": Path(options.model).name,
+        "model_sha256": model_sha256(pipeline),
         "guidance_scale": pipeline.config.guidance_scale,
+        "scheduler": f"{type(pipeline.scheduler).__name__}, multistep {pipeline.scheduler.config.get('multistep')}",
+        "seeds": {"avatars": UNSEEN, "classifier's avatars": TRAINING_SEED, "noise": 0},
         "reconstruction": reconstruction(pipeline, pictures[:64], labels[:64]),
         "generation": generation(pipeline, classifier, pictures[: options.num_rows], labels[: options.num_rows]),
         "inpainting": inpainting(pipeline, pictures[:2], labels[:2], options.sheets),

@@ -57,10 +57,10 @@ class PlainStep:
         half = self.dtype is not None
         with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
             loss = F.l1_loss(self.forward(noisy, timesteps, labels).float(), self.clean)
-        self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad()
         self.average()
 
 

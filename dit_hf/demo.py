@@ -41,8 +41,9 @@ CAPTIONS = (
 NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU helps):
   dit-hf prepare-latents --source celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
   dit-hf train --config recipes/celeba-l1.yaml
-  python -c "import dit_hf; from diffusers import DiffusionPipeline as P; \
-P.from_pretrained('runs/celeba-l1/pipeline')().images[0].save('face.png')\""""
+  dit-hf sample runs/celeba-l1 --output_dir faces
+And with this model, in a browser (pip install 'dit_hf[app]'):
+  dit-hf app {run}"""
 
 
 def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:
@@ -74,7 +75,7 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
     print(f"\n{run} holds:")
     for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
         print(f"  {run / name}")
-    print(f"\n{NEXT}")
+    print(f"\n{NEXT.format(run=run)}")
 
 
 def read_config(path: Path) -> Config:
