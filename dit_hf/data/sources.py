@@ -73,6 +73,8 @@ def open_source(
     if split is not None and split not in set(SPLITS.values()):
         raise ValueError(f"split={split!r} is unknown; known are train, validation, test")
     path, left_out = Path(source), list[tuple[str, str]]()
+    if source == AVATARS and split is not None:  # said before they are drawn
+        raise ValueError(f"split={split!r}: {source} does not come divided into splits")
     if source == AVATARS:
         rows = _open_avatars(num_images or DEFAULT_NUM_AVATARS, avatar_size, seed)
     elif path.is_dir() and not _holds_data_set(path):
