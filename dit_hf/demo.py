@@ -16,7 +16,8 @@ from PIL import Image
 
 from .data.latents import open_latents, prepare_latents
 from .data.sources import AVATARS, open_source
-from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+from .pipelines.guidance import Attributes
+from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .sheets import beside, draw_sheet, save_sheet
 from .storage import write_text
 from .training.config import Config, recipe_path

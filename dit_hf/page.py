@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from .pipelines.pipeline_latent_dit import AttributeValue
+from .pipelines.guidance import AttributeValue
 from .studio import Control, Settings, Studio, read_image, union
 
 NUM_IMAGES, MAX_IMAGES = 8, 16

@@ -19,7 +19,8 @@ from PIL import Image
 from .data.folders import EXTENSIONS
 from .data.images import Geometry, decode_image
 from .data.reader import LatentReader
-from .pipelines.pipeline_latent_dit import GuidanceOptions, LatentDiTPipeline, interpolate_noises
+from .pipelines.guidance import GuidanceOptions
+from .pipelines.pipeline_latent_dit import LatentDiTPipeline, interpolate_noises
 from .pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from .pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline

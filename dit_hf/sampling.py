@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .data.vae import weights_sha256
-from .pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+from .pipelines.guidance import Attributes
+from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:

@@ -22,7 +22,8 @@ from ..data.latents import open_latents
 from ..data.sources import AVATARS
 from ..data.vae import weights_sha256
 from ..hub.card import training_facts, write_run_card
-from ..pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+from ..pipelines.guidance import Attributes
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..sampling import draw, load_pipeline
 from ..sheets import save_sheet
 from ..storage import disk_errors

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..pipelines.pipeline_latent_dit import Attributes
+from ..pipelines.guidance import Attributes
 from ..storage import disk_errors, new_folder, read_manifest, write_manifest
 from .collect import Collected, collect, ranks
 from .features import FeatureNet, load_features

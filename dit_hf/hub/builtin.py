@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import nn
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
-from ..pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+from ..pipelines.guidance import Attributes
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .convert import DIFFUSERS, DIFFUSERS_EMBEDDER, theirs
 
 NUM_CLASSES = 1000  # DiTPipeline asks for nothing by row 1000

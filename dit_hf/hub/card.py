@@ -12,7 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..data.sources import AVATARS
 from ..data.vae import weights_sha256
 from ..evaluation.report import model_index
-from ..pipelines.pipeline_latent_dit import AttributeValue, LatentDiTPipeline
+from ..pipelines.guidance import AttributeValue
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import shipped_file, write_text
 
 EVALUATION = "evaluation/evaluation.json"

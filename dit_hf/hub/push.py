@@ -17,7 +17,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image
 
-from ..pipelines.pipeline_latent_dit import Attributes, LatentDiTPipeline
+from ..pipelines.guidance import Attributes
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..sampling import draw, load_pipeline
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, new_folder, write_text

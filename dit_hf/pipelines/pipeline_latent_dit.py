@@ -9,9 +9,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -22,68 +21,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
+from .guidance import Attributes, AttributeValue, Guidance, GuidanceOptions
 
 # The VAE is given so many images at a time: it needs far more memory for one than the transformer.
 VAE_BATCH = 16
-
-AttributeValue = bool | int | str | None
-Attributes = Mapping[str, AttributeValue]
-
-
-class GuidanceOptions(TypedDict, total=False):
-    """What `guidance_scale` can be refined by, as further keywords of a call.
-
-    Args:
-        negative_attributes: What to steer away from, a dict or one an image; it takes the place of asking for nothing
-            in classifier-free guidance.
-        attribute_weights: Attributes that count more or less than 1: the difference that leaving one out makes is
-            multiplied (as concepts are weighed in https://arxiv.org/abs/2206.01714). Each costs one more prediction.
-        guidance_rescale: 0 to 1, how far the guided prediction is brought back to the standard deviation of the
-            unguided one (https://arxiv.org/abs/2305.08891, section 3.4).
-        guidance_start: Where guidance begins on the way from noise (0) to picture (1), in timesteps
-            (https://arxiv.org/abs/2404.07724).
-        guidance_end: Where it ends; steps without guidance cost half.
-        guidance_transformer: Autoguidance (https://arxiv.org/abs/2406.02070): a smaller or earlier model of the same
-            conditions, from whose prediction guidance leads away.
-    """
-
-    negative_attributes: Attributes | Sequence[Attributes] | None
-    attribute_weights: Mapping[str, float] | None
-    guidance_rescale: float
-    guidance_start: float
-    guidance_end: float
-    guidance_transformer: LatentDiTTransformer2DModel | None
-
-
-@dataclass
-class Guidance:
-    """How the predictions of a step are added up: each with a share, the shares adding up to 1.
-
-    Args:
-        asked: Condition ids of what is asked for, int64 [batch, conditions].
-        share: That prediction's share where there is guidance; elsewhere it is the only one.
-        others: Condition ids and share of each further prediction.
-        elsewhere: Condition ids that are predicted for outside of the interval; None is `asked`.
-        transformer: Makes the first of `others`; None is the pipeline's own.
-        rescale: See `guidance_rescale`.
-        start: See `guidance_start`.
-        end: See `guidance_end`.
-    """
-
-    asked: torch.Tensor
-    share: float = 1.0
-    others: list[tuple[torch.Tensor, float]] = field(default_factory=list)
-    elsewhere: torch.Tensor | None = None
-    transformer: LatentDiTTransformer2DModel | None = None
-    rescale: float = 0.0
-    start: float = 0.0
-    end: float = 1.0
-
-    def at(self, progress: float) -> tuple[torch.Tensor, list[tuple[torch.Tensor, float]]]:
-        """`asked` and `others` of a step; `progress` is how far from noise to picture it begins."""
-        if self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1):
-            return self.asked, self.others
-        return self.asked if self.elsewhere is None else self.elsewhere, []
 
 
 class LatentDiTPipeline(DiffusionPipeline):
@@ -500,15 +441,10 @@ class LatentDiTPipeline(DiffusionPipeline):
         outputs = self._run(self.transformer, model_input, timestep, [*(ids for ids, _ in own), asked_ids])
         if not others:
             return outputs[0]
-        asked, share = outputs.pop(), guidance.share
+        asked = outputs.pop()
         if len(own) < len(others):
             outputs = self._run(guidance.transformer, model_input, timestep, [others[0][0]]) + outputs
-        # As differences from the first, which is how the formula is written, and which rounds less.
-        base = outputs[0]
-        guided = base + share * (asked - base)
-        for output, (_, other) in zip(outputs[1:], others[1:], strict=True):
-            guided = guided + other * (output - base)
-        return self._rescale(guided, asked, guidance.rescale) if guidance.rescale else guided
+        return guidance.combine(outputs, asked)
 
     def _run(
         self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, condition_ids: list[torch.Tensor]
@@ -531,12 +467,6 @@ class LatentDiTPipeline(DiffusionPipeline):
             if transformer is not None:
                 transformer._reset_stateful_cache()
 
-    @staticmethod
-    def _rescale(guided: torch.Tensor, asked: torch.Tensor, rescale: float) -> torch.Tensor:
-        """https://arxiv.org/abs/2305.08891, equations 15 and 16."""
-        ratio = asked.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
-        return guided * (rescale * ratio + 1 - rescale)
-
     def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
@@ -555,7 +485,8 @@ def standalone_source() -> str:
     diffusers, as importing dit_hf does. A pipeline that was loaded so saves the same module again.
     """
     classes = (LatentDiTTransformer2DModel, CosineLatentScheduler, LatentDiTPipeline)
-    sources = [Path(file).read_text(encoding="utf-8") for file in dict.fromkeys(map(inspect.getfile, classes))]
+    parts = (*classes[:2], Guidance, classes[2])
+    sources = [Path(file).read_text(encoding="utf-8") for file in dict.fromkeys(map(inspect.getfile, parts))]
     if len(sources) == 1:
         return sources[0]
     own = re.compile(r"^(# Copyright.*|from (__future__|\.\S+) import (\([^)]*\)|.*))\n", re.MULTILINE)

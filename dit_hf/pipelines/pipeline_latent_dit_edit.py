@@ -12,7 +12,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .pipeline_latent_dit import Attributes, GuidanceOptions
+from .guidance import Attributes, GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 
 # How often each step of an inversion is predicted anew where the last prediction said it begins.

@@ -11,7 +11,8 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
-from .pipeline_latent_dit import VAE_BATCH, Attributes, GuidanceOptions, LatentDiTPipeline
+from .guidance import Attributes, GuidanceOptions
+from .pipeline_latent_dit import VAE_BATCH, LatentDiTPipeline
 
 
 class LatentDiTImg2ImgPipeline(LatentDiTPipeline):

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .pipeline_latent_dit import Attributes, GuidanceOptions
+from .guidance import Attributes, GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 
 JUMP_N_SAMPLE = 4
