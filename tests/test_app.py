@@ -86,8 +86,8 @@ def browsing(folder, url):
         own = (url, "data:", "blob:")
         page.on("request", lambda request: None if request.url.startswith(own) else outside.append(request.url))
         page.goto(url)
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        page.set_default_timeout(180_000)
+        expect.set_options(timeout=180_000)
         yield page, outside
         browser.close()
 
