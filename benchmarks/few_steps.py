@@ -112,9 +112,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for sampler in dict.fromkeys(entry["sampler"] for entry in result["table"]):
         entries = [entry for entry in result["table"] if entry["sampler"] == sampler]
         axes.plot([e["evaluations"] for e in entries], [e["frechet_distance"] for e in entries], "o-", label=sampler)
-    ticks = sorted({entry["evaluations"] for entry in result["table"]})
+    ticks = sorted({entry["steps"] for entry in result["table"]})
     axes.set(xscale="log", xlabel="evaluations of the model", ylabel=result["features"])
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_title(f"Quality against steps ({result['num_images']} images, guidance {result['guidance_scale']:g})")
     axes.grid(visible=True, alpha=0.25)
