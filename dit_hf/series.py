@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .sampling import batches
 from .sheets import draw_sheet, save_sheet
-from .storage import sync, write_text
+from .storage import new_file, write_text
 
 SETTINGS = "settings.json"
 NPZ = "samples.npz"
@@ -157,9 +157,6 @@ def _batch_path(folder: Path, images: range) -> Path:
 
 
 def _save(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file beside its place and rename it, so that one that is there is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    """Have `write` write the file at `path`, in one step."""
+    with new_file(path) as partial, open(partial, "wb") as file:
         write(file)
-    sync(partial)
-    partial.replace(path)

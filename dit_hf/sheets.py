@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .storage import new_file
+
 _INK, _PAPER, _GAP = "#22272e", "#ffffff", 6
 
 
@@ -47,9 +49,8 @@ def draw_sheet(
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Save as PNG in one step, so that nobody opens half a picture; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    sheet.save(partial, "png")
-    partial.replace(path)
+    with new_file(path) as partial:
+        sheet.save(partial, "png")
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:

@@ -51,12 +51,19 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text` in one step."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; when the block ends well the file is synced and takes `path`'s place."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    yield partial
     sync(partial)
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text` in one step."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, **facts: Any) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..sampling import batches
-from ..storage import sync, write_text
+from ..storage import new_file, write_text
 from .features import FeatureNet
 
 IDENTITY = "identity.json"
@@ -105,10 +105,8 @@ def _file(folder: Path, part: range) -> Path:
 
 
 def _save(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({"features": features, "rows": rows.astype(np.int64)}, partial, {"pixels_sha256": pixels_sha256})
-    sync(partial)
-    partial.replace(path)
+    with new_file(path) as partial:
+        save_file({"features": features, "rows": rows.astype(np.int64)}, partial, {"pixels_sha256": pixels_sha256})
 
 
 def _join(files: list[Path]) -> Collected:

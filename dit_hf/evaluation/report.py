@@ -10,7 +10,7 @@ import numpy as np
 from huggingface_hub import EvalResult
 from matplotlib.figure import Figure
 
-from ..storage import write_text
+from ..storage import new_file, write_text
 from .neighbours import Neighbours
 
 REPORT = "evaluation.json"
@@ -192,6 +192,5 @@ def _floor_values(report: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -21,7 +21,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..storage import write_text
+from ..storage import new_file, write_text
 from .objective import NOISE_LEVELS
 
 LOG = "training_log.csv"
@@ -153,9 +153,8 @@ def draw_loss_curve(run: Path) -> None:
     by_level.legend()
     for axes in (over_time, by_level):
         axes.grid(visible=True, which="both", alpha=0.25)
-    partial = run / ".loss_curve.partial.png"
-    figure.savefig(partial, dpi=120)
-    partial.replace(run / "loss_curve.png")
+    with new_file(run / "loss_curve.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
