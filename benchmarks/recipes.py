@@ -25,6 +25,9 @@ import yaml
 from machine import machine
 from matplotlib.figure import Figure
 
+from dit_hf.evaluation.metrics import frechet_distance
+from dit_hf.evaluation.reference import INFO, load_reference
+from dit_hf.evaluation.report import figure_name
 from dit_hf.training.report import read_log
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,17 +45,24 @@ def main() -> None:
     latents, real = folder / "latents", folder / "reference"
     commands.run("prepare-latents", "--source", "avatars", "--vae", "avatar", output_dir=latents, **race["latents"])
     commands.run("reference", "avatars", output_dir=real, **race["reference"])
+    # What the cache decodes to is the best that any contestant can draw.
+    rebuilt, count = folder / "reconstructed", race["reference"]["num_images"]
+    commands.run("reference", str(latents), output_dir=rebuilt, num_images=count)
     for name, contestant in race["contestants"].items():
         for seed in contestant["seeds"]:
             if not options.only or name in options.only:
                 run = folder / f"{name}-{seed}"
                 compete(commands, race, contestant, seed, run, latents, real)
+    column = figure_name("efficientnet-lite0", race["base"]["train"]["evaluation_samples"])
     result = {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "floor": floor(rebuilt, real),
         "race": {name: value for name, value in race.items() if name != "contestants"},
-        "contestants": {name: describe(folder, name, contestant) for name, contestant in race["contestants"].items()},
+        "contestants": {
+            name: describe(folder, name, contestant, column) for name, contestant in race["contestants"].items()
+        },
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"recipes-{options.race.stem}.json"
@@ -86,19 +96,34 @@ class Commands:
 
 
 def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Path, latents: Path, real: Path) -> None:
-    """Train one contestant with one seed and evaluate it at every guidance of the race."""
-    if (run / "evaluation" / "evaluation.json").is_file():
-        return
+    """Train a contestant with one seed, choose its guidance by a few samples, and evaluate it there by many others."""
     recipe = merged(race["base"], {k: v for k, v in contestant.items() if k not in ("images", "seeds")})
     steps = contestant["images"] // recipe["train"]["global_batch_size"]
-    quarter = steps // 4
+    every = steps // max(1, contestant["images"] // race["curve_images"])
     own = {"output_dir": str(run), "max_train_steps": steps, "seed": seed, "report_to": "none"}
-    own |= {"checkpointing_steps": quarter, "evaluation_steps": quarter, "sampling_steps": 0, "validation_images": 0}
-    recipe = merged(recipe, {"data": {"latents": str(latents)}, "train": own})
+    own |= {"checkpointing_steps": every, "evaluation_steps": every, "sampling_steps": 0, "validation_images": 0}
     path = run.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    if commands.run("train", config=path, **{"train.resume_from_checkpoint": "latest"}):
-        commands.run("evaluate", str(run), reference=real, output_dir=run / "evaluation", **race["evaluation"])
+    path.write_text(yaml.safe_dump(merged(recipe, {"data": {"latents": str(latents)}, "train": own}), sort_keys=False))
+    measured = commands.run("train", config=path, **{"train.resume_from_checkpoint": "latest"})
+    for name, seed_of_samples in (("guidance", 1), ("evaluation", 0)):
+        if measured and not (run / name / "evaluation.json").is_file():
+            options = {**race[name], "reference": real, "output_dir": run / name, "seed": seed_of_samples}
+            if name == "evaluation":
+                options["guidance_scale"] = best_guidance(run)["guidance_scale"]
+            measured = commands.run("evaluate", str(run), **options)
+
+
+def floor(rebuilt: Path, real: Path) -> float | str:
+    """The distance of the VAE's reconstructions."""
+    if not all((folder / INFO).is_file() for folder in (rebuilt, real)):
+        return "not measured"
+    return frechet_distance(load_reference(rebuilt).gaussian, load_reference(real).gaussian)
+
+
+def best_guidance(run: Path) -> dict[str, Any]:
+    """The row of the guidance scale with the lowest distance."""
+    rows = json.loads((run / "guidance" / "evaluation.json").read_text())["settings"]
+    return min(rows, key=lambda row: row["frechet_distance"])
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -106,24 +131,23 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {name: {**base.get(name, {}), **over.get(name, {})} for name in {**base, **over}}
 
 
-def describe(folder: Path, name: str, contestant: dict) -> dict[str, Any]:
+def describe(folder: Path, name: str, contestant: dict, column: str) -> dict[str, Any]:
     """What is known of a contestant: its curve, its distance at the best guidance, and the attributes found there."""
     seeds = []
     for seed in contestant["seeds"]:
         run = folder / f"{name}-{seed}"
         log, report = read_log(run), run / "evaluation" / "evaluation.json"
-        column = next((key for key in (log[0] if log else {}) if key.rpartition("-")[2].rstrip("k").isdigit()), None)
-        points = [row for row in log if column and row[column]]
+        points = [row for row in log if row.get(column)]
         entry: dict[str, Any] = {
             "seed": seed,
             "images_per_second": statistics.median(float(row["images_per_second"]) for row in log) if log else None,
             "curve": [[int(row["images_seen"]), float(row[column])] for row in points],
         }
         if report.is_file():
-            rows = json.loads(report.read_text())["settings"]
-            best = min(rows, key=lambda row: row["frechet_distance"])
+            rows = json.loads((run / "guidance" / "evaluation.json").read_text())["settings"]
             entry["by_guidance"] = {str(row["guidance_scale"]): row["frechet_distance"] for row in rows}
-            entry |= {key: best[key] for key in ("frechet_distance", "guidance_scale", "accuracy")}
+            row = json.loads(report.read_text())["settings"][0]
+            entry |= {key: row[key] for key in ("frechet_distance", "guidance_scale", "accuracy")}
         seeds.append(entry)
     found = [entry["frechet_distance"] for entry in seeds if "frechet_distance" in entry]
     return {
@@ -147,31 +171,41 @@ def table(result: dict[str, Any]) -> str:
         low, high = row["range"]
         guidance = ", ".join(f"{entry['guidance_scale']:g}" for entry in done)
         accuracy = statistics.mean(entry["accuracy"] for entry in done)
-        distance = f"{row['frechet_distance']:.0f} ({low:.0f} to {high:.0f})"
+        distance = f"{row['frechet_distance']:.0f} ({low:.0f} to {high:.0f})" if len(done) > 1 else f"{low:.0f}"
         lines.append(f"| {name} | {row['images']:,} | {distance} | {guidance} | {accuracy:.3f} |")
+    if isinstance(result["floor"], float):
+        lines.append(f"| the VAE's reconstructions | | {result['floor']:.0f} | | |")
     return "\n".join(lines) + "\n"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Distance against images and against training time; the points at the end are of more samples."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    by_images, by_time = figure.subplots(1, 2, sharey=True)
+    """Distance against images and against time while training, and that of more samples at the end."""
+    race = result["race"]
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    by_images, by_time, at_end = figure.subplots(1, 3)
     for number, (name, row) in enumerate(result["contestants"].items()):
+        style = {"color": f"C{number}", "marker": "o", "markersize": 4}
         for entry in row["seeds"]:
-            if not entry["curve"]:
-                continue
-            images, distances = zip(*entry["curve"], strict=True)
-            label = name if entry is row["seeds"][0] else None
-            by_images.plot(images, distances, "o-", color=f"C{number}", label=label, markersize=4)
-            minutes = [count / entry["images_per_second"] / 60 for count in images]
-            by_time.plot(minutes, distances, "o-", color=f"C{number}", markersize=4)
-    by_images.set(xlabel="images seen", ylabel="Fréchet distance", xscale="log", yscale="log")
-    by_time.set(xlabel="minutes of training", xscale="log")
-    for axes in (by_images, by_time):
+            if entry["curve"]:
+                images, distances = zip(*entry["curve"], strict=True)
+                by_images.plot(images, distances, **style)
+                by_time.plot([count / entry["images_per_second"] / 60 for count in images], distances, **style)
+        found = [entry["frechet_distance"] for entry in row["seeds"] if "frechet_distance" in entry]
+        if found:
+            at_end.plot([row["images"]] * len(found), found, linestyle="", label=name, **style)
+            if name in race["baselines"]:
+                at_end.axhline(row["frechet_distance"], color=f"C{number}", linewidth=0.8, linestyle="--")
+    if isinstance(result["floor"], float):
+        at_end.axhline(result["floor"], color="grey", linewidth=0.8, linestyle=":", label="the VAE's reconstructions")
+    samples = race["base"]["train"]["evaluation_samples"]
+    by_images.set(xlabel="images seen", ylabel=f"Fréchet distance of {samples} samples", title="while training")
+    by_time.set(xlabel="minutes of training", title="while training")
+    at_end.set(xlabel="images seen", title="at the end", ylabel=f"of {race['evaluation']['num_samples']} samples")
+    for axes in (by_images, by_time, at_end):
+        axes.set(xscale="log", yscale="log")
         axes.grid(visible=True, which="both", alpha=0.25)
-    if by_images.get_legend_handles_labels()[0]:
-        by_images.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    at_end.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..storage import new_folder, read_manifest, write_manifest, write_text
+from .config import Config
 from .optimizer import EMA
 
 BEST = "best.json"
@@ -191,16 +192,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on from a checkpoint of another recipe.
+    """Refuse to go on from a checkpoint of another recipe; a key that is newer than the checkpoint was at its default.
 
     Raises:
         ValueError: naming every key that differs.
     """
+    defaults = Config().decisive()
+    before = {section: {**defaults.get(section, {}), **before.get(section, {})} for section in now}
     different = [
-        f"{section}.{name} was {before.get(section, {}).get(name)!r}, now {value!r}"
+        f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
         for section, values in now.items()
         for name, value in values.items()
-        if before.get(section, {}).get(name) != value
+        if before[section].get(name) != value
     ]
     if different:
         raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")

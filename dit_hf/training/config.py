@@ -72,16 +72,26 @@ class ObjectiveConfig:
 
     Args:
         prediction_type: `sample` (the clean latent), `epsilon` or `v_prediction`.
-        loss: `l1` or `l2`.
+        loss: `l1`, `l2` or `huber` (pseudo-Huber).
+        huber_c: Where `huber` goes from L2 to L1.
         snr_gamma: Min-SNR weighting (https://arxiv.org/abs/2303.09556) with this gamma; null is no weighting.
+        snr_weighting: `min`, or `soft_min`, which has no corner (https://arxiv.org/abs/2401.11605).
+        timestep_sampling: `uniform`, or `logit_normal`, which trains the levels in between more often.
+        logit_mean: Mean of log(sigma / alpha) of the levels that `logit_normal` draws; above 0 is noisier.
+        logit_std: Its standard deviation.
         num_train_timesteps: Levels of the cosine schedule.
         condition_dropout: Share of the pictures trained without any condition, for guidance; as many again keep only a
             random part of theirs, so that sampling may ask for a few attributes and leave the others open.
     """
 
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "v_prediction"
-    loss: Literal["l1", "l2"] = "l2"
+    loss: Literal["l1", "l2", "huber"] = "l2"
+    huber_c: float = 0.1
     snr_gamma: float | None = 5.0
+    snr_weighting: Literal["min", "soft_min"] = "min"
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     num_train_timesteps: int = 500
     condition_dropout: float = 0.15
 
@@ -188,6 +198,7 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
     "model": dict.fromkeys(("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"), (1, math.inf)),
     "objective": {
         "num_train_timesteps": (1, math.inf),
+        **dict.fromkeys(("huber_c", "logit_std"), (1e-6, math.inf)),
         "condition_dropout": (0, 0.5),  # it applies twice
     },
     "optim": {

@@ -113,7 +113,8 @@ class TrainingStep:
         # Whole numbers stay what they are where FSDP makes the model's inputs half precision.
         prediction = self.model(noisy, timesteps.long(), condition_ids, return_dict=False)[0]
         target = training_target(self.scheduler, clean, noise, timesteps)
-        return losses(prediction, target, loss_weights(self.scheduler, timesteps, objective.snr_gamma), objective.loss)
+        weights = loss_weights(self.scheduler, timesteps, objective.snr_gamma, objective.snr_weighting)
+        return losses(prediction, target, weights, objective.loss, objective.huber_c)
 
     def _clip_gradients(self) -> torch.Tensor:
         """The gradient's norm before clipping, without the loss scale; without a limit the gradient is only read."""

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from dit_hf.training.checkpoint import TrainingTensors, find_checkpoint, list_checkpoints, save_checkpoint
-from dit_hf.training.config import OptimConfig
+from dit_hf.training.checkpoint import (
+    TrainingTensors,
+    check_same_recipe,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
+from dit_hf.training.config import Config, OptimConfig
 from dit_hf.training.optimizer import EMA, build_optimizer
 
 
@@ -100,3 +106,12 @@ def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
     save(tmp_path, 2)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_option_that_is_newer_than_the_checkpoint_was_at_its_default(tmp_path):
+    now, before = Config().decisive(), Config().decisive()
+    del before["objective"]["timestep_sampling"]
+    check_same_recipe(before, now, tmp_path)
+    now["objective"]["timestep_sampling"] = "logit_normal"
+    with pytest.raises(ValueError, match=r"objective\.timestep_sampling was 'uniform', now 'logit_normal'"):
+        check_same_recipe(before, now, tmp_path)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest, norm, randint
 
 from dit_hf import CosineLatentScheduler
 from dit_hf.training.config import ObjectiveConfig
@@ -41,6 +42,18 @@ def test_timesteps_are_uniform_and_noise_is_normal():
     assert correlation == pytest.approx(0, abs=0.01)
 
 
+def test_logit_normal_timesteps_draw_the_ratio_of_noise_to_signal_log_normal():
+    config = ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=-0.5, logit_std=1.2)
+    timesteps = torch.cat([drawn(step, config=config).timesteps for step in range(200)])
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 499
+    alpha, sigma = CosineLatentScheduler().levels(timesteps)
+    found = kstest((sigma / alpha).log().numpy(), norm(-0.5, 1.2).cdf)
+    assert found.statistic < 0.02  # levels are discrete, and the cosine's begin at 0.008
+    uniform = kstest(torch.cat([drawn(step).timesteps for step in range(200)]).numpy(), randint(0, 500).cdf)
+    assert uniform.statistic < 0.02
+
+
 def test_conditions_are_dropped_as_often_as_asked():
     keep = torch.cat([drawn(step, config=ObjectiveConfig(condition_dropout=0.2)).keep for step in range(200)])
     none, full = (~keep.any(1)).float().mean().item(), keep.all(1).float().mean().item()
@@ -77,6 +90,26 @@ def test_min_snr_weighs_the_clean_latents_error_the_same_for_every_prediction():
             weighted, expected * (implied - clean).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-7
         )
     assert torch.equal(loss_weights(scheduler, timesteps, None), torch.ones(4))
+
+
+def test_soft_min_snr_is_below_min_snr_and_nears_it_far_from_the_corner():
+    timesteps = torch.tensor([2.0, 100.0, 200.0, 400.0, 490.0])
+    for prediction_type in ("sample", "epsilon", "v_prediction"):
+        scheduler = CosineLatentScheduler(prediction_type=prediction_type)
+        hard, soft = (loss_weights(scheduler, timesteps, 5.0, kind) for kind in ("min", "soft_min"))
+        alpha, sigma = scheduler.levels(timesteps)
+        # 1 / (sigma² + 1/gamma) of a schedule that preserves the signal, whose sigma is our sigma / alpha.
+        ratio = (sigma / alpha).square()
+        torch.testing.assert_close(soft / hard, 1 / (ratio + 0.2) / (1 / ratio).clamp(max=5.0))
+        assert (soft < hard).all()
+        assert (soft / hard)[[0, -1]].min() > 0.98
+
+
+def test_pseudo_huber_is_l2_for_small_errors_and_l1_for_large_ones():
+    target, ones = torch.zeros(1, 4, 2, 2), torch.ones(1)
+    small, large = torch.full_like(target, 1e-3), torch.full_like(target, 100.0)
+    assert losses(small, target, ones, "huber", 0.1).item() == pytest.approx(1e-6, rel=1e-3)
+    assert losses(large, target, ones, "huber", 0.1).item() == pytest.approx(2 * 0.1 * 100, rel=2e-3)
 
 
 def test_losses_are_a_mean_for_each_latent():
