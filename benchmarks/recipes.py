@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -83,7 +84,8 @@ class Commands:
         if time.monotonic() > self.end:
             return False
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        process = subprocess.Popen([sys.executable, "-m", "dit_hf", *args, *given])
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if "num_proc" in options else {}  # a cache is built by CPUs or by a GPU
+        process = subprocess.Popen([sys.executable, "-m", "dit_hf", *args, *given], env=os.environ | hidden)
         try:
             code = process.wait(max(1.0, self.end - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -101,7 +103,7 @@ def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Pa
     steps = contestant["images"] // recipe["train"]["global_batch_size"]
     every = steps // max(1, contestant["images"] // race["curve_images"])
     own = {"output_dir": str(run), "max_train_steps": steps, "seed": seed, "report_to": "none"}
-    own |= {"checkpointing_steps": every, "evaluation_steps": every, "sampling_steps": 0, "validation_images": 0}
+    own |= {"checkpointing_steps": every, "evaluation_steps": every, "sampling_steps": steps, "validation_images": 0}
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(merged(recipe, {"data": {"latents": str(latents)}, "train": own}), sort_keys=False))
     measured = commands.run("train", config=path, **{"train.resume_from_checkpoint": "latest"})
