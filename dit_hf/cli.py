@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
+from .storage import first_line
+
 # verb: module, function, and the arguments that are given without their names.
 VERBS = {
     "app": ("dit_hf.app", "app", "model"),
@@ -80,9 +82,8 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DIT_HF_TRACEBACK"):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         rank = os.environ.get("RANK", "0")
-        print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {reason}", file=sys.stderr)
+        print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from .pipelines.guidance import AttributeValue
+from .storage import first_line
 from .studio import Control, Settings, Studio, read_image, union
 
 NUM_IMAGES, MAX_IMAGES = 8, 16
@@ -360,7 +361,7 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        raise _message(str(error).partition("\n")[0] or type(error).__name__) from error
+        raise _message(first_line(error)) from error
 
 
 def _message(text: str) -> gr.Error:

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from .data.vae import weights_sha256
 from .pipelines.guidance import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .storage import first_line
 
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
@@ -32,8 +33,7 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, **options)
     except Exception as error:  # no such folder, no network, a damaged file: each raises its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{model}: no pipeline could be loaded from there ({reason})") from error
+        raise ValueError(f"{model}: no pipeline could be loaded from there ({first_line(error)})") from error
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: {type(pipeline).__name__} is no LatentDiTPipeline")
     pipeline.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""How folders are written so that nothing half-written is ever read: beside their place, synced, then renamed."""
+"""How files are written so that nothing half-written is ever read, and what is said where that fails."""
 
 from __future__ import annotations
 
@@ -129,6 +129,12 @@ def disk_errors(place: str) -> Iterator[None]:
         else:
             raise
         raise OSError(f"{place}: {os.strerror(number)}; {what}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line without a full stop, for errors of others that say more than that."""
+    lines = (line.strip().removesuffix(".") for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def shipped_file(name: str) -> Path:

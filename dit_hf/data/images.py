@@ -14,6 +14,7 @@ from datasets import Dataset
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
+from ..storage import first_line
 from .sources import DEFAULT_AVATAR_SIZE, open_source
 
 CROPS = ("celeba-178", "celeba-140", "center", "none")
@@ -140,7 +141,7 @@ def _reason(error: Exception) -> str:
         return "not a picture"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _as_rgb(image: PILImage.Image) -> PILImage.Image:

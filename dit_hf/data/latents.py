@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, load_from_disk
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..storage import disk_errors, partial_folder, put_in_place, read_manifest, write_manifest, write_text
+from ..storage import disk_errors, first_line, partial_folder, put_in_place, read_manifest, write_manifest, write_text
 from .cache_card import draw_reconstructions, write_cache_card
 from .images import Geometry, parse_resolution
 from .shards import Job, ShardEncoder, cache_features, encode_in_processes, latent_columns, no_bars, plan_sizes
@@ -141,7 +141,7 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
             repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload a latent cache"
         )
     except Exception as error:  # no login, no network, no right: the Hub's client raises its own for each
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(f"push_to_hub {repo_id}: {reason} (the cache in {folder} is whole)") from error
     print(f"{folder} is now {url}", flush=True)
     return str(url)

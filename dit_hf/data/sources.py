@@ -24,6 +24,7 @@ from datasets import (
     load_from_disk,
 )
 
+from ..storage import first_line
 from .avatars import open_avatars
 from .folders import EXTENSIONS, SPLITS, read_folder
 
@@ -163,7 +164,7 @@ def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
         else:
             loaded = load_dataset(source, dataset_config_name)
     except Exception as error:  # readers of files and of the Hub raise anything; what matters is which source it was
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         missing = "" if path.exists() else "no such folder, and as a data set of the Hub: "
         raise ValueError(f"source {source}: {missing}{reason}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})

@@ -11,6 +11,8 @@ from typing import TypeAlias
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 
+from ..storage import first_line
+
 BUNDLED = "avatar"
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
@@ -28,10 +30,9 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
     try:
         vae = AutoModel.from_pretrained(path, subfolder=subfolder, dtype=torch.float32)
     except Exception as error:  # a missing folder, no network, a damaged file: all raise their own
-        reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(
-            f"vae {name}: no VAE could be loaded from there ({reason}); give a folder, 'avatar', or a Hub id "
-            "(which needs the network the first time)"
+            f"vae {name}: no VAE could be loaded from there ({first_line(error)}); give a folder, 'avatar', or a "
+            "Hub id (which needs the network the first time)"
         ) from error
     if not isinstance(vae, VAE):
         raise ValueError(f"vae {name}: {type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny, AutoencoderDC")

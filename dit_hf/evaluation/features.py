@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.vae import weights_sha256
+from ..storage import first_line
 from .efficientnet import EfficientNetLite0
 from .inception import FIDInception
 
@@ -185,7 +186,7 @@ def _find_weights(weights: str) -> Path:
             return Path(hf_hub_download(f"{owner}/{repository}", file))
         raise FileNotFoundError("no such file, URL, or OWNER/NAME/FILE on the Hub")
     except Exception as error:  # no network, no such file, a wrong hash: each client raises its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(
             f"Inception's weights cannot be had from {weights} ({reason}); not measured. Give a file by "
             "--feature_weights, or use --features efficientnet-lite0, which needs no network"
@@ -205,7 +206,7 @@ def _inception_network(path: Path, weights: str, dim: int) -> nn.Module:
         wanted = network.state_dict().keys()
         network.load_state_dict({name: state[name] for name in wanted if name in state})
     except Exception as error:  # damaged, no state dict, another network: torch raises its own for each
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(f"feature_weights {weights}: not the weights of FID's Inception-v3 ({reason})") from error
     return network
 
@@ -218,7 +219,7 @@ def _load_transformers(name: str, device: torch.device) -> FeatureNet:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         model, loading = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
     except Exception as error:  # no such model, no network, no vision model: transformers raises its own for each
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(
             f"features={name} is none of {', '.join(KNOWN)}, or cannot be had; not measured ({reason})"
         ) from error

@@ -18,7 +18,7 @@ from ..data.vae import load_vae
 from ..models.transformer_latent_dit import PRESETS, LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from ..storage import disk_errors, new_folder
+from ..storage import disk_errors, first_line, new_folder
 
 GUIDANCE_SCALE = 4.0  # what both sample with unless told
 
@@ -138,7 +138,7 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
         other = DiffusionPipeline.from_pretrained(source)
         labels = DiffusionPipeline.load_config(source).get("id2label") or {}
     except Exception as error:  # no such folder, no network, a damaged file: each raises its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(f"{source}: no file, and no pipeline could be loaded from there ({reason})") from error
     if not isinstance(other, DiTPipeline):
         raise ValueError(f"{source}: {type(other).__name__} is no DiTPipeline")
@@ -219,7 +219,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{path}: no weights can be read from there ({reason})") from error
     weights: Any = content.get("ema", content.get("model", content)) if isinstance(content, dict) else {}
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

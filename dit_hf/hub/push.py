@@ -21,7 +21,7 @@ from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..sampling import draw, load_pipeline
 from ..sheets import draw_sheet, save_sheet
-from ..storage import disk_errors, new_folder, write_text
+from ..storage import disk_errors, first_line, new_folder, write_text
 from .builtin import BuiltinExport, to_builtin
 from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
 
@@ -257,8 +257,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     except FileExistsError:
         raise
     except Exception as error:
-        lines = (line.strip().removesuffix(".") for line in str(error).splitlines())
-        reason = next((line for line in lines if line), type(error).__name__)
+        reason = first_line(error)
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
             raise ValueError(f"{repo_id}: the Hub does not know you; log in with `hf auth login`") from error

@@ -98,9 +98,10 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam, its learning rate over time, and the moving average of the weights.
+    """The optimizer, its learning rate over time, and the moving average of the weights.
 
     Args:
+        optimizer: `adamw`, or `muon` for the matrices of attention and feed-forward layers with Adam for the rest.
         learning_rate: After warm-up.
         lr_scheduler: `constant`, `cosine` (to 0 at the end) or `linear` (constant, then to 0 over `lr_decay_ratio`).
         lr_warmup_steps: Steps of linear warm-up.
@@ -115,6 +116,7 @@ class OptimConfig:
         extra_ema_decays: Of further averages, which are validated and exported (as `ema-<decay>/`) beside that one.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = 0

@@ -13,15 +13,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
+from .muon import MuonAdamW
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """Fused Adam and its name: apex's on CUDA where there is one, else torch's. Only matrices are decayed."""
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, device: torch.device, mixed_precision: str = "no"
+) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer and its name. Only matrices are decayed, embeddings are not.
+
+    `adamw` is fused: apex's on CUDA where there is one, else torch's. `muon` is Muon for the matrices of attention and
+    feed-forward layers, and torch's fused AdamW for the rest.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
@@ -29,6 +31,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         {"params": decayed, "weight_decay": config.adam_weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "muon":
+        half = device.type == "cuda" or mixed_precision == "bf16"
+        options["dtype"] = torch.bfloat16 if half else torch.float32
+        return MuonAdamW(_muon_groups(model, groups), **options), "Muon and torch AdamW (fused)"
     if device.type == "cuda":
         try:
             from apex.optimizers import FusedAdam
@@ -37,6 +48,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         else:
             return FusedAdam(groups, adam_w_mode=True, **options), "apex FusedAdam"
     return torch.optim.AdamW(groups, fused=True, **options), "torch AdamW (fused)"
+
+
+def _muon_groups(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`groups`, with the matrices of attention and feed-forward layers in one of their own."""
+    parts = (".attn.", ".ff.")
+    inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in parts)}
+    matrices = [p for p in groups[0]["params"] if id(p) in inner]
+    rest = [p for p in groups[0]["params"] if id(p) not in inner]
+    return [{**groups[0], "params": matrices, "muon": True}, {**groups[0], "params": rest}, groups[1]]
 
 
 def learning_rate(config: OptimConfig, step: int, max_train_steps: int) -> float:

@@ -21,7 +21,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..storage import new_file, write_text
+from ..storage import first_line, new_file, write_text
 from .objective import NOISE_LEVELS
 
 LOG = "training_log.csv"
@@ -175,7 +175,7 @@ def choose_tracker(report_to: str, say: Any) -> tuple[str | None, dict[str, Any]
     try:
         reason = None if wandb.login(prompt=False) else "no wandb login"
     except wandb.Error as error:
-        reason = f"wandb: {str(error).splitlines()[0]}"
+        reason = f"wandb: {first_line(error)}"
     if reason is None:
         return report_to, {}
     say(f"{reason}: the run is logged offline (upload it later with `wandb sync`)")

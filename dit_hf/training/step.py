@@ -52,7 +52,9 @@ class TrainingStep:
         self.scheduler = CosineLatentScheduler(
             num_train_timesteps=config.objective.num_train_timesteps, prediction_type=config.objective.prediction_type
         )
-        self.optimizer, self.optimizer_name = build_optimizer(transformer, config.optim, self.device)
+        self.optimizer, self.optimizer_name = build_optimizer(
+            transformer, config.optim, self.device, accelerator.mixed_precision
+        )
         self.model, self.prepared_optimizer = accelerator.prepare(transformer, self.optimizer)
         decays = {f"ema-{decay:g}": decay for decay in config.optim.extra_ema_decays}
         decays = {"ema": config.optim.ema_decay, **decays}

@@ -71,10 +71,11 @@ def test_fp16_follows_full_precision_on_a_gpu(config):
 
 
 @pytest.mark.skipif(NO_GPU, reason="no GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
-def test_nothing_in_a_step_waits_for_the_gpu(config, precision, monkeypatch):
+def test_nothing_in_a_step_waits_for_the_gpu(config, precision, optimizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)  # whose Adam reads on the host whether a step overflowed
-    trainer = Trainer(changed(config, train={"mixed_precision": precision}))
+    trainer = Trainer(changed(config, optim={"optimizer": optimizer}, train={"mixed_precision": precision}))
     trainer.step(0)  # the first step sets things up
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -148,3 +148,15 @@ def test_sharded_by_fsdp2_a_run_trains_saves_goes_on_elsewhere_and_exports(confi
     exported = DiffusionPipeline.from_pretrained(run / "pipeline").transformer.state_dict()
     ema = load_file(run / "checkpoint-240" / "ema.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in ema.items())
+
+
+def test_sharded_muon_takes_the_steps_of_one_rank(config, tmp_path):
+    config = changed(
+        config,
+        optim={"optimizer": "muon", "adam_weight_decay": 0.1},
+        train={"max_train_steps": 40, "logging_steps": 4, "checkpointing_steps": 20},
+    )
+    whole, run = train(config), tmp_path / "sharded"
+    for launcher, steps in ((SHARDED, 20), (PYTHON, 32), (SHARDED, 40)):
+        subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
+    assert_same_pictures(whole, run)

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+from training_runs import assert_same_bits, changed
+
+from dit_hf import LatentDiTTransformer2DModel
+from dit_hf.training.config import OptimConfig
+from dit_hf.training.loop import train
+from dit_hf.training.muon import orthogonalize
+from dit_hf.training.optimizer import build_optimizer
+
+CONFIG = OptimConfig(optimizer="muon", learning_rate=1e-2, adam_beta2=0.9, adam_weight_decay=0.1)
+
+
+def transformer():
+    torch.manual_seed(0)
+    model = LatentDiTTransformer2DModel(
+        sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=16, conditions={"Male": 2}
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def give_gradients(model, step):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def build(model, config=CONFIG, precision="bf16"):
+    return build_optimizer(model, config, torch.device("cpu"), precision)[0]
+
+
+def test_steps_are_those_of_torchs_muon_and_torchs_adamw():
+    ours, theirs = transformer(), transformer()
+    began = [p.detach().clone() for p in ours.parameters()]
+    optimizer = build(ours)
+    inner = {n: p for n, p in theirs.named_parameters() if p.ndim == 2 and (".attn." in n or ".ff." in n)}
+    assert len(inner) == 2 * 6
+    adam = {"betas": (0.9, 0.9), "eps": 1e-8, "lr": 1e-2}
+    rest = [(n, p) for n, p in theirs.named_parameters() if n not in inner]
+    decayed = [p for n, p in rest if p.ndim > 1 and n != "condition_embedding.weight"]
+    others = [p for n, p in rest if not any(p is q for q in decayed)]
+    reference = [
+        torch.optim.Muon(inner.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(decayed, weight_decay=0.1, **adam),
+        torch.optim.AdamW(others, weight_decay=0.0, **adam),
+    ]
+    for step in range(5):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        for one in (optimizer, *reference):
+            one.step()
+    for (name, one), other, start in zip(ours.named_parameters(), theirs.parameters(), began, strict=True):
+        difference = ((one - other).norm() / (other - start).norm()).item()
+        # In bfloat16 both round on the way, in another order.
+        assert difference < (0.02 if name in inner else 1e-5), name
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64)])
+def test_singular_values_are_made_equal_and_directions_kept(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    u, values, vt = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalize(matrices, torch.float64).double()
+    new = u.mT @ found @ vt.mT
+    off_diagonal = new - torch.diag_embed(new.diagonal(dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 1e-5
+    # Five iterations leave what was near 0 behind; this is what they make of the others.
+    large = values > 0.05 * values.norm(dim=-1, keepdim=True)
+    assert new.diagonal(dim1=-2, dim2=-1)[large].min() > 0.6
+    assert new.diagonal(dim1=-2, dim2=-1).max() < 1.3
+
+
+def test_where_a_gradient_overflows_everything_stands_still():
+    """With the real scaler of fp16, beside a run that never saw the overflow."""
+    disturbed, calm = transformer(), transformer()
+    for model, steps in ((disturbed, (0, None, 1)), (calm, (0, 1))):
+        optimizer, scaler = build(model, precision="no"), torch.amp.GradScaler("cpu", init_scale=1.0)
+        for step in steps:
+            give_gradients(model, step or 0)
+            if step is None:
+                model.proj_out.weight.grad[0, 0] = torch.inf  # of Adam's part: Muon's must stand still with it
+            scaler.scale(torch.ones(()))
+            scaler.unscale_(optimizer)
+            before = [p.detach().clone() for p in model.parameters()]
+            scaler.step(optimizer)
+            scaler.update(1.0)
+            moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+            assert not any(moved) if step is None else all(moved)
+    for one, other in zip(disturbed.parameters(), calm.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path):
+    config = changed(config, optim={"optimizer": "muon"})
+    whole = train(config)
+    parts = changed(config, train={"output_dir": str(tmp_path / "parts"), "resume_from_checkpoint": "latest"})
+    half = config.train.max_train_steps // 2
+    train(changed(parts, train={"max_train_steps": half}))
+    run = train(parts)
+    last = f"checkpoint-{config.train.max_train_steps}"
+    assert_same_bits(whole / last, run / last)
