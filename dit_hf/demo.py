@@ -22,6 +22,7 @@ from .sheets import beside, draw_sheet, save_sheet
 from .storage import write_text
 from .training.config import Config, recipe_path
 from .training.loop import Trainer
+from .training.muon import MuonAdamW
 
 NUM_IMAGES = 8000
 SHEET_SIZE = 64
@@ -132,6 +133,9 @@ def _set_speed(config: Config, seconds: float) -> None:
 
 def _time_step(trainer: Trainer, dtype: torch.dtype | None) -> float:
     """Seconds a step takes: the mean of 20, or of fewer once they have taken ten seconds."""
+    optimizer = trainer.step.optimizer
+    if isinstance(optimizer, MuonAdamW) and trainer.device.type == "cpu":
+        optimizer.dtype = dtype or torch.float32  # as it will be in a run of that precision
     with torch.autocast(trainer.device.type, dtype, enabled=dtype is not None):
         trainer.step(0)  # the first step also sets things up
         started, steps = time.monotonic(), 0

@@ -17,6 +17,7 @@ from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.reader import LatentReader
+from dit_hf.demo import read_config
 from dit_hf.training.checkpoint import check_space
 from dit_hf.training.config import recipe_path
 from dit_hf.training.loop import Trainer, train
@@ -388,6 +389,14 @@ def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
     if "fsdp2" in name:
         assert environment["FSDP_VERSION"] == "2"
         assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in LatentDiTTransformer2DModel._no_split_modules
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_read_and_its_command_names_it(path):
+    config = read_config(path)
+    config.check()
+    assert f"--config recipes/{path.name}" in path.read_text()
+    assert f"--output_dir {config.data.latents}\n" in path.read_text()
 
 
 def test_shipped_recipes_are_found_by_name():
