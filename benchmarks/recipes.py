@@ -3,8 +3,9 @@
 python benchmarks/recipes.py benchmarks/races/cpu.yaml [--minutes 50] [--only NAME ...]       (hours on 2 cores)
 
 A race's file says what is learned from, what is compared with, and who runs: recipes, each with its own number of
-images and its seeds. What is finished is not done again; a run that is stopped by `--minutes` goes on with the next
-call. Results go beside the race's name to benchmarks/results/, as JSON, table and plot.
+images and its seeds. One without an `evaluation` has only what is measured while training. What is finished is not
+done again; a run that is stopped by `--minutes` goes on with the next call. Results go by the race's name to
+benchmarks/results/, as JSON, table and plot.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def main() -> None:
     folder = Path("runs/race") / options.race.stem
     latents, real = folder / "latents", folder / "reference"
     commands.run("prepare-latents", "--source", "avatars", "--vae", "avatar", output_dir=latents, **race["latents"])
-    commands.run("reference", "avatars", output_dir=real, **race["reference"])
-    # What the cache decodes to is the best that any contestant can draw.
-    rebuilt, count = folder / "reconstructed", race["reference"]["num_images"]
-    commands.run("reference", str(latents), output_dir=rebuilt, num_images=count)
+    if "evaluation" in race:
+        commands.run("reference", "avatars", output_dir=real, **race["reference"])
+        # What the cache decodes to is the best that any contestant can draw.
+        count = race["reference"]["num_images"]
+        commands.run("reference", str(latents), output_dir=folder / "reconstructed", num_images=count)
     for name, contestant in race["contestants"].items():
         for seed in contestant["seeds"]:
             if not options.only or name in options.only:
@@ -59,11 +61,9 @@ def main() -> None:
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "floor": floor(rebuilt, real),
+        "floor": floor(folder / "reconstructed", real),
         "race": {name: value for name, value in race.items() if name != "contestants"},
-        "contestants": {
-            name: describe(folder, name, contestant, column) for name, contestant in race["contestants"].items()
-        },
+        "contestants": {name: describe(race, folder, name, column) for name in race["contestants"]},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"recipes-{options.race.stem}.json"
@@ -108,7 +108,7 @@ def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Pa
     path.write_text(yaml.safe_dump(merged(recipe, {"data": {"latents": str(latents)}, "train": own}), sort_keys=False))
     measured = commands.run("train", config=path, **{"train.resume_from_checkpoint": "latest"})
     for name, seed_of_samples in (("guidance", 1), ("evaluation", 0)):
-        if measured and not (run / name / "evaluation.json").is_file():
+        if measured and name in race and not (run / name / "evaluation.json").is_file():
             options = {**race[name], "reference": real, "output_dir": run / name, "seed": seed_of_samples}
             if name == "evaluation":
                 options["guidance_scale"] = best_guidance(run)["guidance_scale"]
@@ -133,9 +133,9 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {name: {**base.get(name, {}), **over.get(name, {})} for name in {**base, **over}}
 
 
-def describe(folder: Path, name: str, contestant: dict, column: str) -> dict[str, Any]:
+def describe(race: dict, folder: Path, name: str, column: str) -> dict[str, Any]:
     """What is known of a contestant: its curve, its distance at the best guidance, and the attributes found there."""
-    seeds = []
+    contestant, seeds = race["contestants"][name], []
     for seed in contestant["seeds"]:
         run = folder / f"{name}-{seed}"
         log, report = read_log(run), run / "evaluation" / "evaluation.json"
@@ -150,6 +150,8 @@ def describe(folder: Path, name: str, contestant: dict, column: str) -> dict[str
             entry["by_guidance"] = {str(row["guidance_scale"]): row["frechet_distance"] for row in rows}
             row = json.loads(report.read_text())["settings"][0]
             entry |= {key: row[key] for key in ("frechet_distance", "guidance_scale", "accuracy")}
+        elif "evaluation" not in race and points:
+            entry |= {"frechet_distance": entry["curve"][-1][1]}
         seeds.append(entry)
     found = [entry["frechet_distance"] for entry in seeds if "frechet_distance" in entry]
     return {
@@ -171,10 +173,12 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['images']:,} | not measured | | |")
             continue
         low, high = row["range"]
-        guidance = ", ".join(f"{entry['guidance_scale']:g}" for entry in done)
-        accuracy = statistics.mean(entry["accuracy"] for entry in done)
         distance = f"{row['frechet_distance']:.0f} ({low:.0f} to {high:.0f})" if len(done) > 1 else f"{low:.0f}"
-        lines.append(f"| {name} | {row['images']:,} | {distance} | {guidance} | {accuracy:.3f} |")
+        guidance, accuracy = f"{result['race']['base']['train']['guidance_scale']:g}", ""
+        if "accuracy" in done[0]:
+            guidance = ", ".join(f"{entry['guidance_scale']:g}" for entry in done)
+            accuracy = f"{statistics.mean(entry['accuracy'] for entry in done):.3f}"
+        lines.append(f"| {name} | {row['images']:,} | {distance} | {guidance} | {accuracy} |")
     if isinstance(result["floor"], float):
         lines.append(f"| the VAE's reconstructions | | {result['floor']:.0f} | | |")
     return "\n".join(lines) + "\n"
