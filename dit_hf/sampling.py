@@ -41,15 +41,20 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     return pipeline
 
 
-def model_sha256(pipeline: LatentDiTPipeline) -> str:
-    """Of all that decides what a pipeline draws: weights, scheduler, normalisation; wherever it was loaded from."""
+def model_facts(pipeline: LatentDiTPipeline) -> dict[str, Any]:
+    """What decides what a pipeline draws, wherever it was loaded from: weights (hashed), scheduler, normalisation."""
     scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
-    facts = {
-        "transformer": weights_sha256(pipeline.transformer),
-        "vae": weights_sha256(pipeline.vae) if pipeline.vae is not None else None,
-        "scheduler": {"class": type(pipeline.scheduler).__name__, **scheduler},
-        "latents": [pipeline.config.latents_mean, pipeline.config.latents_std, pipeline.config.guidance_scale],
+    return {
+        "transformer_sha256": weights_sha256(pipeline.transformer),
+        "vae_sha256": weights_sha256(pipeline.vae) if pipeline.vae is not None else None,
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **json.loads(json.dumps(scheduler, default=str))},
+        "latents": [pipeline.config.latents_mean, pipeline.config.latents_std],
     }
+
+
+def model_sha256(pipeline: LatentDiTPipeline) -> str:
+    """Of `model_facts`, and of the guidance that the pipeline has by default."""
+    facts = {**model_facts(pipeline), "guidance_scale": pipeline.config.guidance_scale}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

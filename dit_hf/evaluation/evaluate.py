@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..data.vae import weights_sha256
 from ..hub.card import training_facts, write_run_card
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import draw, load_pipeline
+from ..sampling import draw, load_pipeline, model_facts
 from ..sheets import save_sheet
 from ..storage import disk_errors
 from .attributes import AttributeHead, train_head
@@ -141,7 +140,7 @@ class Evaluation:
     def run(self, name: str, settings: list[dict[str, Any]]) -> None:
         """Draw, measure and report; to be called on all ranks."""
         asked = self.real.attributes(list(self.pipeline.transformer.config.conditions or {}))
-        identity = self._identity()
+        identity = model_facts(self.pipeline)
         samples = [self._draw(asked, identity, setting) for setting in settings]
         held_out, rest = self._split()
         rebuilt = self._reconstruct(held_out)
@@ -240,16 +239,6 @@ class Evaluation:
         drawn = draw(self.pipeline, closest, asked, self.seed, **setting)
         real = self.pictures.read(self.real.rows[neighbours.rows[closest]].tolist())
         save_sheet(draw_pairs(drawn, real, neighbours.distances[closest]), self.folder / "neighbours.png")
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes the model draw what it draws."""
-        scheduler = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
-        return {
-            "transformer_sha256": weights_sha256(copy.deepcopy(self.pipeline.transformer).float()),
-            "vae_sha256": weights_sha256(copy.deepcopy(self.pipeline.vae).float()),
-            "scheduler": {"class": type(self.pipeline.scheduler).__name__, **json.loads(json.dumps(scheduler))},
-            "latents": [self.pipeline.config.latents_mean, self.pipeline.config.latents_std],
-        }
 
     def _protocol(self, asked: list[Attributes] | None, setting: dict[str, Any]) -> dict[str, Any]:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
