@@ -26,12 +26,17 @@ import torch
 import yaml
 from machine import machine
 from matplotlib.figure import Figure
+from PIL import Image
 
+from dit_hf import open_images
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import INFO, load_reference
 from dit_hf.evaluation.report import figure_name
+from dit_hf.sampling import draw, load_pipeline
+from dit_hf.sheets import draw_sheet, save_sheet
 from dit_hf.training.report import read_log
 
+FACES = 12
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -70,6 +75,8 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text(table(result))
     plot(result, path.with_suffix(".png"))
+    if "evaluation" in race:
+        save_sheet(faces(race, folder, real), path.with_name(f"{path.stem}-faces.png"))
     print(table(result))
 
 
@@ -212,6 +219,28 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.grid(visible=True, which="both", alpha=0.25)
     at_end.legend(fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+def faces(race: dict[str, Any], folder: Path, real: Path) -> Image.Image:
+    """A row of faces a contestant, of its first seed at its best guidance, from the same noise and attributes.
+
+    The first row are the avatars that have these attributes.
+    """
+    numbers = range(FACES)
+    avatars = open_images("avatars", **{**race["reference"], "num_images": FACES})
+    rows = [draw_sheet(list(avatars["image"]), FACES, title="avatars")]
+    for name, contestant in race["contestants"].items():
+        run = folder / f"{name}-{contestant['seeds'][0]}"
+        if not (run / "guidance" / "evaluation.json").is_file():
+            continue
+        pipeline, title = load_pipeline(str(run)), f"{name}, {contestant['images']:,} images seen"
+        asked = load_reference(real).attributes(list(pipeline.transformer.config.conditions))
+        drawn = draw(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run)["guidance_scale"])
+        rows.append(draw_sheet([Image.fromarray(face) for face in drawn], FACES, title=title))
+    sheet = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height))
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * row.height))
+    return sheet
 
 
 if __name__ == "__main__":
