@@ -42,8 +42,8 @@ CAPTIONS = (
 
 NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU helps):
   dit-hf prepare-latents --source celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
-  dit-hf train --config recipes/celeba-l1.yaml
-  dit-hf sample runs/celeba-l1 --output_dir faces
+  dit-hf train --config recipes/celeba.yaml
+  dit-hf sample runs/celeba-dit --output_dir faces
 And with this model, in a browser (pip install 'dit_hf[app]'):
   dit-hf app {run}"""
 

@@ -91,7 +91,7 @@ latents = load_from_disk("latents")  # this folder
 
 ```sh
 hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
-dit-hf train --config recipes/celeba-l1.yaml --data.latents latents
+dit-hf train --config recipes/celeba.yaml --data.latents latents
 ```
 
 Made by `dit-hf prepare-latents`. What the pictures may be used for is said where they come from.
