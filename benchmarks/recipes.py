@@ -5,7 +5,7 @@ python benchmarks/recipes.py benchmarks/races/cpu.yaml [--minutes 50] [--only NA
 A race's file says what is learned from, what is compared with, and who runs: recipes, each with its own number of
 images and its seeds. One without an `evaluation` has only what is measured while training. What is finished is not
 done again; a run that is stopped by `--minutes` goes on with the next call. Results go by the race's name to
-benchmarks/results/, as JSON, table and plot.
+benchmarks/results/, as JSON and table, those of an evaluation also as plot and as a sheet of faces.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
             if not options.only or name in options.only:
                 run = folder / f"{name}-{seed}"
                 compete(commands, race, contestant, seed, run, latents, real)
-    column = figure_name("efficientnet-lite0", race["base"]["train"]["evaluation_samples"])
+    column = figure_name("FD-efficientnet-lite0", race["base"]["train"]["evaluation_samples"])
     result = {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
@@ -74,8 +74,8 @@ def main() -> None:
     path = RESULTS / f"recipes-{options.race.stem}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text(table(result))
-    plot(result, path.with_suffix(".png"))
     if "evaluation" in race:
+        plot(result, path.with_suffix(".png"))
         save_sheet(faces(race, folder, real), path.with_name(f"{path.stem}-faces.png"))
     print(table(result))
 
