@@ -211,12 +211,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
     if isinstance(result["floor"], float):
         at_end.axhline(result["floor"], color="grey", linewidth=0.8, linestyle=":", label="the VAE's reconstructions")
     samples = race["base"]["train"]["evaluation_samples"]
+    counts = sorted({row["images"] for row in result["contestants"].values()})
     by_images.set(xlabel="images seen", ylabel=f"Fréchet distance of {samples} samples", title="while training")
     by_time.set(xlabel="minutes of training", title="while training")
     at_end.set(xlabel="images seen", title="at the end", ylabel=f"of {race['evaluation']['num_samples']} samples")
-    for axes in (by_images, by_time, at_end):
-        axes.set(xscale="log", yscale="log")
-        axes.grid(visible=True, which="both", alpha=0.25)
+    for axes, values in ((by_images, counts), (by_time, ()), (at_end, counts)):
+        axes.set(xscale="log" if values else "linear", ylim=(0, None))
+        axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30) if values else axes.set_xlim(0)
+        axes.minorticks_off()
+        axes.grid(visible=True, alpha=0.25)
     at_end.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
