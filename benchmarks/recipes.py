@@ -157,7 +157,7 @@ def describe(race: dict, folder: Path, name: str, column: str) -> dict[str, Any]
             entry["by_guidance"] = {str(row["guidance_scale"]): row["frechet_distance"] for row in rows}
             row = json.loads(report.read_text())["settings"][0]
             entry |= {key: row[key] for key in ("frechet_distance", "guidance_scale", "accuracy")}
-        elif "evaluation" not in race and points:
+        elif "evaluation" not in race and (run / "pipeline").is_dir():  # finished
             entry |= {"frechet_distance": entry["curve"][-1][1]}
         seeds.append(entry)
     found = [entry["frechet_distance"] for entry in seeds if "frechet_distance" in entry]

@@ -137,7 +137,7 @@ def _time_step(trainer: Trainer, dtype: torch.dtype | None) -> float:
     if isinstance(optimizer, MuonAdamW) and trainer.device.type == "cpu":
         optimizer.dtype = dtype or torch.float32  # as it will be in a run of that precision
     with torch.autocast(trainer.device.type, dtype, enabled=dtype is not None):
-        trainer.step(0)  # the first step also sets things up
+        trainer.step(0).item()  # the first step also sets things up
         started, steps = time.monotonic(), 0
         while steps < TIMED_STEPS and time.monotonic() - started < 10:
             steps += 1

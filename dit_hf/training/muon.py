@@ -30,7 +30,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: Learning rate.
         betas: Adam's.
         eps: Added to Adam's denominator.
-        dtype: What the singular values are made equal in: bfloat16 where that is fast, it need not be exact.
+        dtype: What the singular values are made equal in: half precision where that is fast, it need not be exact.
     """
 
     _step_supports_amp_scaling = True  # read by torch's GradScaler; gradients have to be unscaled before the step
@@ -43,7 +43,9 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False})
+        # By `fused` torch knows, when a state is loaded, that Adam's count of steps belongs on the device.
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False, "fused": True}
+        super().__init__(groups, defaults)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -105,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Each of `matrices` [n, rows, columns] with its singular values brought near 1 (0.7 to 1.2), float32."""
+    """Each of `matrices` [n, rows, columns] with singular values, but for those near 0, brought near 1; float32."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)

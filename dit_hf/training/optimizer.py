@@ -21,7 +21,8 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer and its name. Only matrices are decayed, embeddings are not.
 
-    `adamw` is fused: apex's on CUDA where there is one, else torch's. `muon` is Muon for the matrices of attention and
+    `adamw` is fused: apex's in fp16 on CUDA where there is one, else torch's (apex's alone would not stand still where
+    a gradient is not finite; in fp16 the loss scaler sees to it). `muon` is Muon for the matrices of attention and
     feed-forward layers, and torch's fused AdamW for the rest.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -37,10 +38,13 @@ def build_optimizer(
         "eps": config.adam_epsilon,
     }
     if config.optimizer == "muon":
-        half = device.type == "cuda" or mixed_precision == "bf16"
-        options["dtype"] = torch.bfloat16 if half else torch.float32
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            options["dtype"] = torch.bfloat16 if fast else torch.float16
+        else:
+            options["dtype"] = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
         return MuonAdamW(_muon_groups(model, groups), **options), "Muon and torch AdamW (fused)"
-    if device.type == "cuda":
+    if device.type == "cuda" and mixed_precision == "fp16":
         try:
             from apex.optimizers import FusedAdam
         except ImportError:  # apex is optional, and the PyPI package of that name is another one

@@ -1,6 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from training_runs import assert_same_bits, changed
 
 from dit_hf import LatentDiTTransformer2DModel
@@ -90,6 +95,28 @@ def test_where_a_gradient_overflows_everything_stands_still():
             assert not any(moved) if step is None else all(moved)
     for one, other in zip(disturbed.parameters(), calm.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_loaded_state_still_says_that_adam_is_fused():
+    """By which torch puts its count of steps on the device; on another one than the weights' it could not go on."""
+    model = transformer()
+    optimizer = build(model)
+    give_gradients(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    again = build(model)
+    set_optimizer_state_dict(model, again, state, options=StateDictOptions(full_state_dict=True))
+    assert all(group["fused"] for group in again.param_groups)
+    assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_on_a_gpu_goes_on_after_it_was_stopped(config):
+    config = changed(config, optim={"optimizer": "muon"}, train={"resume_from_checkpoint": "latest"})
+    train(changed(config, train={"max_train_steps": config.train.max_train_steps // 2}))
+    assert (train(config) / f"checkpoint-{config.train.max_train_steps}").is_dir()
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path):

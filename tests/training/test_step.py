@@ -90,7 +90,9 @@ def test_nothing_in_a_step_waits_for_the_gpu(config, precision, optimizer, monke
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_apex_and_torch_take_the_same_steps(config, weight_decay, monkeypatch):
     def weights():
-        trainer = Trainer(changed(config, optim={"adam_weight_decay": weight_decay}, train={"mixed_precision": "no"}))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        optim, train = {"adam_weight_decay": weight_decay}, {"mixed_precision": "fp16"}
+        trainer = Trainer(changed(config, optim=optim, train=train))
         for step in range(10):
             trainer.step(step)
         return trainer.step.optimizer_name, [p.detach().clone() for p in trainer.transformer.parameters()]
@@ -100,4 +102,4 @@ def test_apex_and_torch_take_the_same_steps(config, weight_decay, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     name, by_torch = weights()
     assert name == "torch AdamW (fused)"
-    torch.testing.assert_close(by_apex, by_torch, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_apex, by_torch, rtol=1e-3, atol=1e-4)
