@@ -118,7 +118,7 @@ def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Pa
         if measured and name in race and not (run / name / "evaluation.json").is_file():
             options = {**race[name], "reference": real, "output_dir": run / name, "seed": seed_of_samples}
             if name == "evaluation":
-                options["guidance_scale"] = best_guidance(run)["guidance_scale"]
+                options["guidance_scale"] = best_guidance(run)
             measured = commands.run("evaluate", str(run), **options)
 
 
@@ -129,10 +129,14 @@ def floor(rebuilt: Path, real: Path) -> float | str:
     return frechet_distance(load_reference(rebuilt).gaussian, load_reference(real).gaussian)
 
 
-def best_guidance(run: Path) -> dict[str, Any]:
-    """The row of the guidance scale with the lowest distance."""
-    rows = json.loads((run / "guidance" / "evaluation.json").read_text())["settings"]
-    return min(rows, key=lambda row: row["frechet_distance"])
+def measured_rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """What was measured of a run at each guidance scale; `name` is `guidance` or `evaluation`."""
+    return json.loads((run / name / "evaluation.json").read_text())["settings"]
+
+
+def best_guidance(run: Path) -> float:
+    """The guidance scale with the lowest distance."""
+    return min(measured_rows(run, "guidance"), key=lambda row: row["frechet_distance"])["guidance_scale"]
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -153,9 +157,9 @@ def describe(race: dict, folder: Path, name: str, column: str) -> dict[str, Any]
             "curve": [[int(row["images_seen"]), float(row[column])] for row in points],
         }
         if report.is_file():
-            rows = json.loads((run / "guidance" / "evaluation.json").read_text())["settings"]
+            rows = measured_rows(run, "guidance")
             entry["by_guidance"] = {str(row["guidance_scale"]): row["frechet_distance"] for row in rows}
-            row = json.loads(report.read_text())["settings"][0]
+            (row,) = measured_rows(run, "evaluation")
             entry |= {key: row[key] for key in ("frechet_distance", "guidance_scale", "accuracy")}
         elif "evaluation" not in race and (run / "pipeline").is_dir():  # finished
             entry |= {"frechet_distance": entry["curve"][-1][1]}
@@ -238,7 +242,7 @@ def faces(race: dict[str, Any], folder: Path, real: Path) -> Image.Image:
             continue
         pipeline, title = load_pipeline(str(run)), f"{name}, {contestant['images']:,} images seen"
         asked = load_reference(real).attributes(list(pipeline.transformer.config.conditions))
-        drawn = draw(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run)["guidance_scale"])
+        drawn = draw(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run))
         rows.append(draw_sheet([Image.fromarray(face) for face in drawn], FACES, title=title))
     sheet = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height))
     for number, row in enumerate(rows):

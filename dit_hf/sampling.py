@@ -55,7 +55,7 @@ def model_facts(pipeline: LatentDiTPipeline) -> dict[str, Any]:
 def model_sha256(pipeline: LatentDiTPipeline) -> str:
     """Of `model_facts`, and of the guidance that the pipeline has by default."""
     facts = {**model_facts(pipeline), "guidance_scale": pipeline.config.guidance_scale}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
