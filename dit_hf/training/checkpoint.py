@@ -197,7 +197,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
     Raises:
         ValueError: naming every key that differs.
     """
-    defaults = Config().decisive()
+    before, defaults = _as_kept_now(before), Config().decisive()
     before = {section: {**defaults.get(section, {}), **before.get(section, {})} for section in now}
     different = [
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
@@ -207,3 +207,14 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
     ]
     if different:
         raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")
+
+
+def _as_kept_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's recipe; those of older ones held what the run had found among what it was asked for."""
+    if "found" in recipe:
+        return recipe
+    names = ("pictures", "vae_sha256", "latent_shape", "condition_values")
+    data, optim = {**recipe["data"]}, {**recipe["optim"]}
+    found = {name: data.pop(name, None) for name in names} | {"optimizer": optim["optimizer"]}
+    optim["optimizer"] = "muon" if found["optimizer"].startswith("Muon") else "adamw"
+    return {**recipe, "data": data, "optim": optim, "found": found}

@@ -121,8 +121,10 @@ def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any
     """What the model card says of this run after `step` steps; no path of this machine is among it."""
     last, settings = report.read_log(run)[-1], reader.info["settings"]
     base = config.model.init_from
+    asked = {section: values for section, values in recipe.items() if section != "found"}
     return {
-        "recipe": yaml.safe_dump(recipe, sort_keys=False),
+        "recipe": yaml.safe_dump(asked, sort_keys=False),
+        "optimizer": recipe["found"]["optimizer"],
         "pictures": reader.info["counts"]["train"],
         **{name: settings[name] for name in ("source", "crop", "resolution", "vae")},
         "columns": list(reader.info["conditions"]),

@@ -221,11 +221,16 @@ class Trainer:
         return [*report.COLUMNS, *extra, *([self.quality.name] if self.quality else [])]
 
     def _recipe(self) -> dict[str, Any]:
+        """What must be the same for this run to be continued: its recipe, and what was `found` with it."""
         recipe = self.config.decisive()
-        recipe["data"] |= {"pictures": len(self.reader), "vae_sha256": self.reader.info["vae_sha256"]}
-        recipe["data"] |= {"latent_shape": list(self.reader.latent_shape), "condition_values": self.reader.conditions}
-        recipe["optim"] |= {"optimizer": self.step.optimizer_name}
         recipe["train"] |= {"mixed_precision": self.accelerator.mixed_precision}
+        recipe["found"] = {
+            "pictures": len(self.reader),
+            "vae_sha256": self.reader.info["vae_sha256"],
+            "latent_shape": list(self.reader.latent_shape),
+            "condition_values": self.reader.conditions,
+            "optimizer": self.step.optimizer_name,
+        }
         return recipe
 
     def _resume(self) -> int:

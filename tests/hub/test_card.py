@@ -11,6 +11,7 @@ from PIL import Image
 from test_push import snippets
 
 from dit_hf import LatentDiTPipeline
+from dit_hf.cli import main
 from dit_hf.data.vae import weights_sha256
 from dit_hf.hub.card import (
     card_data,
@@ -140,7 +141,7 @@ def test_what_the_card_says_of_the_data(tmp_path, training, says, says_not):
     assert "None" not in text
 
 
-def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp_path, monkeypatch):
+def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp_path, monkeypatch, capsys):
     config.data.conditions = ["Male", "Smiling"]
     run = train(config)
     write_repository(tmp_path / "repository", load_pipeline(str(run), "cpu"), str(run), "faces", ".")
@@ -157,8 +158,14 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp
             Image.open(folder / picture).verify()
         assert 'pipe({"Male": True}, num_inference_steps=25)' in text
         assert re.search(r"\| steps \| 8 \|", text)
-        recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
-        assert recipe["optim"]["learning_rate"] == config.optim.learning_rate
+        assert "| optimizer | torch AdamW (fused) |" in text
+        # The recipe that is shown can be trained.
+        (tmp_path / "again.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="0"):
+            main(["train", "--config", str(tmp_path / "again.yaml"), "--print_config"])
+        read = yaml.safe_load(capsys.readouterr().out)
+        assert all(read[section].items() >= values.items() for section, values in config.decisive().items())
 
 
 def test_the_evaluation_travels_but_no_path_does(config, tmp_path):

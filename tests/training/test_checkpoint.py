@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -115,3 +116,16 @@ def test_an_option_that_is_newer_than_the_checkpoint_was_at_its_default(tmp_path
     now["objective"]["timestep_sampling"] = "logit_normal"
     with pytest.raises(ValueError, match=r"objective\.timestep_sampling was 'uniform', now 'logit_normal'"):
         check_same_recipe(before, now, tmp_path)
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("apex FusedAdam", "adamw"), ("Muon and torch AdamW (fused)", "muon")])
+def test_a_recipe_that_was_kept_with_what_the_run_found_is_read(tmp_path, kept, asked):
+    found = {"pictures": 8, "vae_sha256": "ab", "latent_shape": [4, 2, 2], "condition_values": {"Male": 2}}
+    now, before = Config().decisive(), Config().decisive()
+    now["optim"]["optimizer"], before["optim"]["optimizer"] = asked, kept
+    before["data"] |= found
+    check_same_recipe(before, now | {"found": found | {"optimizer": kept}}, tmp_path)
+    with pytest.raises(ValueError, match=rf"found\.optimizer was '{re.escape(kept)}', now 'another'"):
+        check_same_recipe(before, now | {"found": found | {"optimizer": "another"}}, tmp_path)
+    with pytest.raises(ValueError, match=r"found\.pictures was 8, now 9"):
+        check_same_recipe(before, now | {"found": found | {"optimizer": kept, "pictures": 9}}, tmp_path)
