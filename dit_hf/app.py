@@ -12,7 +12,7 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
     """Serve a page that draws pictures with `model`, changes given ones, and paints parts of them anew, until Ctrl-C.
 
     Args:
-        model: A run's folder, a pipeline's folder or a Hub id.
+        model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
         host: The address to listen at; 0.0.0.0 lets other machines in.
         port: The port; None is the first free one from 7860 on.
 
@@ -23,7 +23,7 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
     try:
         from .page import build_page, look
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; the app needs it: pip install 'dit_hf[app]'") from error
+        raise ValueError(f"{error}; the app needs it: pip install gradio") from error
     name = Path(model).absolute().name if Path(model).is_dir() else model
     page = build_page(Studio(load_pipeline(model)), name)
     _, url, _ = page.launch(

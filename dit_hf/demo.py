@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline
-from jsonargparse import ArgumentParser
 from PIL import Image
 
 from .data.latents import open_latents, prepare_latents
@@ -20,7 +18,7 @@ from .pipelines.guidance import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .sheets import beside, draw_sheet, save_sheet
 from .storage import write_text
-from .training.config import Config, recipe_path
+from .training.config import Config, read_config, recipe_path
 from .training.loop import Trainer
 from .training.muon import MuonAdamW
 
@@ -41,11 +39,12 @@ CAPTIONS = (
 )
 
 NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU helps):
-  dit-hf prepare-latents --source celeba --crop celeba-178 --resolution 256 --output_dir runs/celeba/latents
+  dit-hf prepare-latents --source celeba --crop celeba-178 --resolution 256 --flip --output_dir runs/celeba/latents
   dit-hf train --config recipes/celeba.yaml
   dit-hf sample runs/celeba-dit --output_dir faces
-And with this model, in a browser (pip install 'dit_hf[app]'):
-  dit-hf app {run}"""
+And with this model, in a browser:
+  dit-hf app {run}
+(After `make demo` the commands are in .venv: `. .venv/bin/activate`.)"""
 
 
 def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:
@@ -78,14 +77,6 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
     for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
         print(f"  {run / name}")
     print(f"\n{NEXT.format(run=run)}")
-
-
-def read_config(path: Path) -> Config:
-    """The recipe that a run's `config.yaml` holds."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
-    values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    return Config(values.data, values.model, values.objective, values.optim, values.train)
 
 
 def draw_sheets(run: Path) -> None:

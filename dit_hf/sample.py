@@ -25,7 +25,7 @@ from .pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from .pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from .sampling import draw, generators, load_pipeline, model_sha256, to_uint8
-from .series import Series, write_series
+from .series import FILM, SETTINGS, SHEET, Series, write_series
 from .storage import disk_errors
 
 Mode = Literal["generate", "img2img", "inpaint", "interpolate", "edit"]
@@ -91,7 +91,7 @@ def sample(
     killed goes on where it was when it is given again.
 
     Args:
-        model: The folder of a run or of a pipeline, or an id of the Hub.
+        model: The folder of a run, of one of its checkpoints or of a pipeline, or an id of the Hub.
         output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and perhaps `film.gif` go.
         mode: `generate`, `img2img`, `inpaint`, `interpolate` or `edit`.
         num_images: How many; without it 16, or one for each picture or edit. With `interpolate`, the noises to pass.
@@ -156,7 +156,7 @@ def sample(
     except torch.OutOfMemoryError as error:
         raise OSError(f"the GPU's memory is too small for --batch_size {batch_size}; give a smaller one") from error
     if state.is_main_process:
-        print(f"{folder}: {series.num_images} pictures; {folder / 'sheet.png'} shows the first", flush=True)
+        print(f"{folder}: {series.num_images} pictures; {folder / SHEET} shows the first", flush=True)
     return folder
 
 
@@ -299,12 +299,14 @@ def _read_rows(option: str, given: Rows, conditions: list[str], count: int | Non
 
 
 def _picture_files(given: str | None) -> list[Path]:
-    """A picture, or those of a folder in the order of their names."""
+    """A picture, or those of a folder in the order of their names; of what `sample` wrote the numbered ones."""
     if given is None:
         return []
     path = Path(given)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
+    overviews = {SHEET, FILM} if path.is_dir() and (path / SETTINGS).is_file() else set()
     found = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
+    found = [p for p in found if p.name not in overviews]
     if not found:
         raise ValueError(f"{path}: no picture there ({', '.join(EXTENSIONS)})")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from .storage import first_line
 
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
-    """The pipeline of a run's folder, of a pipeline's folder, or of a Hub id.
+    """The pipeline of a run's or a checkpoint's folder, of a pipeline's folder, or of a Hub id.
 
     Args:
-        model: The folder of a run (its `pipeline/` is taken) or of a pipeline, or an id of the Hub.
+        model: The folder of a run (its `pipeline/` is taken), of one of its checkpoints (its averaged weights are) or
+            of a pipeline, or an id of the Hub.
         device: Where it goes; None is the accelerator where there is one.
         options: Of `DiffusionPipeline.from_pretrained`.
 
@@ -30,6 +32,14 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
         ValueError: if no [`LatentDiTPipeline`] can be loaded from there.
     """
     folder = Path(model) / "pipeline"
+    if is_checkpoint(model):
+        from .training.export import checkpoint_pipeline  # which needs this module
+
+        with tempfile.TemporaryDirectory(prefix="dit_hf-checkpoint-") as saved:
+            checkpoint_pipeline(Path(model)).save_pretrained(saved)
+            return load_pipeline(saved, device, **options)
+    if not folder.is_dir() and run_folder(model) == Path(model):
+        raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, **options)
     except Exception as error:  # no such folder, no network, a damaged file: each raises its own
@@ -39,6 +49,19 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or torch.accelerator.current_accelerator() or "cpu")
     return pipeline
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether it is the folder of a run's checkpoint."""
+    return (Path(model) / "state.json").is_file()
+
+
+def run_folder(model: str) -> Path | None:
+    """The run's folder that `model` is, or whose `pipeline/` or checkpoint it is; None if it is none of these."""
+    for folder in (Path(model), Path(model).absolute().parent):
+        if (folder / "config.yaml").is_file() and (folder / "training_log.csv").is_file():
+            return folder
+    return None
 
 
 def model_facts(pipeline: LatentDiTPipeline) -> dict[str, Any]:

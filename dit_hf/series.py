@@ -20,6 +20,7 @@ from .sheets import draw_sheet, save_sheet
 from .storage import new_file, write_text
 
 SETTINGS = "settings.json"
+SHEET, FILM = "sheet.png", "film.gif"
 NPZ = "samples.npz"
 SHEET_SIZE = 64
 
@@ -70,9 +71,9 @@ def write_series(
     state.wait_for_everyone()
     if state.is_main_process:
         first = _join_batches(folder, series, batch_size) if as_npz else _read_images(folder, SHEET_SIZE)
-        save_sheet(draw_sheet(first, columns=min(8, len(first)), min_side=96), folder / "sheet.png")
+        save_sheet(draw_sheet(first, columns=min(8, len(first)), min_side=96), folder / SHEET)
         if series.is_film and not as_npz:
-            save_gif(_read_images(folder, series.num_images), folder / "film.gif")
+            save_gif(_read_images(folder, series.num_images), folder / FILM)
     state.wait_for_everyone()
 
 

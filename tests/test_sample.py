@@ -142,6 +142,9 @@ def test_from_given_pictures(model, faces, tmp_path):
     kept = pixels(sample(model, str(tmp_path / "kept"), mode="img2img", strength=0.0, **options))
     assert len(near) == 2
     assert np.abs(near - kept).mean() < np.abs(far - kept).mean()
+    # Of what was sampled the pictures are taken, and not the sheet beside them.
+    again = sample(model, str(tmp_path / "again"), mode="img2img", image=str(painted), num_inference_steps=2)
+    assert len(pixels(again)) == 4
     options = {"image": str(faces), "mode": "edit", "attributes": {"Smiling": False}, "edit": {"Smiling": True}}
     edited = sample(model, str(tmp_path / "edit"), edit_strength=0.0, **options)
     assert np.abs(pixels(edited) - kept).mean() < 4

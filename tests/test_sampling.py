@@ -1,10 +1,14 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
 from PIL import Image
 
+from dit_hf.data.vae import weights_sha256
 from dit_hf.sampling import batches, draw, load_pipeline, to_uint8
+from dit_hf.training.loop import train
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -46,3 +50,23 @@ def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="no pipeline could be loaded"):
         load_pipeline(str(tmp_path / "x.png"))
+
+
+def test_a_checkpoint_is_a_model_too(config):
+    run = train(config)
+    last, earlier = load_pipeline(f"{run}/checkpoint-8", "cpu"), load_pipeline(f"{run}/checkpoint-4", "cpu")
+    exported = load_pipeline(str(run), "cpu")
+    drawn = [draw(pipeline, [0], [{"Smiling": 1}], 0, num_inference_steps=2) for pipeline in (last, exported)]
+    assert np.array_equal(*drawn)
+    for name in ("guidance_scale", "condition_labels", "latents_mean", "latents_std"):
+        assert last.config[name] == exported.config[name]
+    assert weights_sha256(earlier.transformer) != weights_sha256(last.transformer)
+    assert load_pipeline(f"{run}/checkpoint-4", "cpu", dtype=torch.bfloat16, vae=None).dtype == torch.bfloat16
+    # Without its end the run is no model, and says what is.
+    shutil.rmtree(run / "pipeline")
+    with pytest.raises(ValueError, match=rf"the run is not finished; name one of its checkpoints \({run}/checkpoint-"):
+        load_pipeline(str(run))
+    weights = run / "checkpoint-4" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged"):
+        load_pipeline(f"{run}/checkpoint-4")

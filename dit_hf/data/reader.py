@@ -24,12 +24,15 @@ class LatentReader:
         folder: A cache made by `dit-hf prepare-latents`.
         split: `"train"` or `"validation"`.
         conditions: Columns to read as condition ids, in this order; None is all.
+        posterior: Whether batches hold `latent_std` too, where the cache does.
 
     Raises:
         ValueError: if the cache is not whole, has no picture in the split, or lacks a condition.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", conditions: list[str] | None = None):
+    def __init__(
+        self, folder: str | Path, split: str = "train", conditions: list[str] | None = None, posterior: bool = True
+    ):
         dataset, self.info = open_latents(folder)
         known = self.info["conditions"]
         names = list(known) if conditions is None else list(conditions)
@@ -39,7 +42,9 @@ class LatentReader:
         self.folder = str(folder)
         self.conditions = {name: known[name] for name in names}
         self.latent_shape = tuple(self.info["latent_shape"])
-        self.columns = [name for name in ("latent_mean", "latent_std") if name in dataset.column_names]
+        self.columns = ["latent_mean"]
+        if posterior and "latent_std" in dataset.column_names:
+            self.columns.append("latent_std")
         self.has_flip = "latent_mean_flip" in dataset.column_names
         self._table = dataset.data.table
         self.indices = np.flatnonzero(pc.equal(self._table.column("split"), split).to_numpy())
@@ -57,7 +62,7 @@ class LatentReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Opened anew in another process: views of memory-mapped files cannot travel."""
-        return _reopen, (self.folder, self.indices, list(self.conditions))
+        return _reopen, (self.folder, self.indices, list(self.conditions), "latent_std" in self.columns)
 
     def rows(self, seed: int, first: int, count: int) -> np.ndarray:
         """Rows of the cache that are pictures `first` … `first + count - 1` of a run with `seed`."""
@@ -146,7 +151,7 @@ class BatchPrefetcher:
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.device.type == "cuda" else batch
 
 
-def _reopen(folder: str, indices: np.ndarray, conditions: list[str]) -> LatentReader:
-    reader = LatentReader(folder, conditions=conditions)
+def _reopen(folder: str, indices: np.ndarray, conditions: list[str], posterior: bool) -> LatentReader:
+    reader = LatentReader(folder, conditions=conditions, posterior=posterior)
     reader.indices = indices
     return reader

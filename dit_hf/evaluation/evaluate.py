@@ -23,7 +23,7 @@ from ..data.vae import weights_sha256
 from ..hub.card import training_facts, write_run_card
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import draw, load_pipeline, model_facts
+from ..sampling import draw, load_pipeline, model_facts, run_folder
 from ..sheets import save_sheet
 from ..storage import disk_errors
 from .attributes import AttributeHead, train_head
@@ -62,7 +62,7 @@ def evaluate(
     the first is the one that is reported. In a run's folder the figures go into the model card too.
 
     Args:
-        model: a run's folder, a pipeline's folder, or a Hub id.
+        model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
         reference: a folder of `dit-hf reference`, or any source of pictures (see prepare-latents), a latent cache
             too, which is decoded; without it the pictures that the run learned from.
         num_samples: how many pictures are drawn.
@@ -307,7 +307,7 @@ def _pictures(
         return None
     if reference is not None:
         return open_pictures(reference, resolution, crop, split, num_images)
-    config = Path(model) / "config.yaml"
+    config = (run_folder(model) or Path(model)) / "config.yaml"
     cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
     if cache is None or not (cache / CACHE_INFO).is_file():
         raise ValueError(f"{model}: what it learned from is not here; give --reference a source or statistics")

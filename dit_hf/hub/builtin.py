@@ -96,7 +96,7 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
     if difference > MAX_DIFFERENCE:
         raise ValueError(
             f"the built-in transformer gives other pictures: they differ by {difference:.2f} of 1 ({protocol}), and "
-            f"{MAX_DIFFERENCE} is allowed; train with timestep_freq_shift=1, or push without --builtin"
+            f"{MAX_DIFFERENCE} is allowed; push without --builtin"
         )
     return result
 

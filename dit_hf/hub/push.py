@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import draw, load_pipeline
+from ..sampling import draw, is_checkpoint, load_pipeline, run_folder
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, first_line, new_folder, write_text
 from .builtin import BuiltinExport, to_builtin
@@ -49,7 +49,7 @@ def push(
     """Share a model: weights, card, sheet, recipe, log and evaluation, as a repository of the Hub or a folder.
 
     Args:
-        model: the folder of a run or of a pipeline, or a Hub id.
+        model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
         repo_id: the repository (`OWNER/NAME`); it is made if it is not there.
         output_dir: write the repository to this folder (too).
         builtin: as diffusers' own `DiTPipeline`, which loads without dit_hf and without code of ours.
@@ -75,6 +75,10 @@ def push(
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
     pipeline = load_pipeline(model, "cpu")
     shown: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
+    if is_checkpoint(model):
+        from ..training.export import checkpoint_facts  # which needs this module
+
+        shown["training"] = checkpoint_facts(Path(model))
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
@@ -115,7 +119,7 @@ def write_repository(
     saved = pipeline if export is None else export.pipeline
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
     run = run_folder(model)
-    if run is not None:
+    if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
         training = training if training is not None else training_facts(run)
         shown |= _copy_run(run, folder)
     if export is not None:
@@ -125,14 +129,6 @@ def write_repository(
         _draw_sheet(pipeline, folder / "samples.png")
         shown["sheet"] = "samples.png"
     write_card(folder, pipeline, name, source, training, **shown)
-
-
-def run_folder(model: str) -> Path | None:
-    """The run's folder that `model` is, or whose `pipeline/` it is; None if it is neither."""
-    for folder in (Path(model), Path(model).absolute().parent):
-        if (folder / "config.yaml").is_file() and (folder / "training_log.csv").is_file():
-            return folder
-    return None
 
 
 def upload(

@@ -25,6 +25,7 @@ from .config import Config
 from .optimizer import EMA
 
 BEST = "best.json"
+STATE = "state.json"
 FORMAT_VERSION = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -111,7 +112,7 @@ def save_checkpoint(
     """
     folder = run / f"checkpoint-{state['step']}"
     with new_folder(folder) as partial:
-        for name, content in {**contents, "state.json": {"format": FORMAT_VERSION, **state}}.items():
+        for name, content in {**contents, STATE: {"format": FORMAT_VERSION, **state}}.items():
             if name.endswith(".safetensors"):
                 save_file({key: value.contiguous() for key, value in content.items()}, partial / name)
             else:
@@ -185,7 +186,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if another version of dit_hf wrote it.
     """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT_VERSION:
         raise ValueError(f"{folder} was written by another version of dit_hf; begin a new run")
     return state
@@ -197,7 +198,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
     Raises:
         ValueError: naming every key that differs.
     """
-    before, defaults = _as_kept_now(before), Config().decisive()
+    before, defaults = as_kept_now(before), Config().decisive()
     before = {section: {**defaults.get(section, {}), **before.get(section, {})} for section in now}
     different = [
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
@@ -209,7 +210,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
         raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")
 
 
-def _as_kept_now(recipe: dict[str, Any]) -> dict[str, Any]:
+def as_kept_now(recipe: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's recipe; those of older ones held what the run had found among what it was asked for."""
     if "found" in recipe:
         return recipe

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from ..models.transformer_latent_dit import PRESETS
 from ..storage import shipped_file
@@ -46,8 +47,9 @@ class ModelConfig:
         attention_head_dim: Width of a head.
         mlp_ratio: Width of the feed-forward layers over the model's width.
         qk_norm: `rms_norm` normalises queries and keys, which keeps attention stable in half precision.
-        init_from: A run's folder, a pipeline's folder or a Hub id whose weights training begins with. It may have
-            other conditions or another resolution; sizes, patches and what it predicts must be the same.
+        init_from: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id, whose weights training
+            begins with. It may have other conditions or another resolution; sizes, patches and what it predicts must
+            be the same.
     """
 
     preset: str = "reference"
@@ -262,6 +264,14 @@ class Config:
         decisive["model"].pop("init_from")
         decisive["train"] = {name: decisive["train"][name] for name in ("global_batch_size", "seed")}
         return decisive
+
+
+def read_config(path: Path) -> Config:
+    """The recipe that a file holds; what it leaves out is at its default."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    return Config(values.data, values.model, values.objective, values.optim, values.train)
 
 
 def recipe_path(name: str) -> Path:

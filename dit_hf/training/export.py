@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ..data.reader import LatentReader
 from ..data.vae import load_vae
@@ -20,9 +21,9 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from ..sheets import draw_sheet, save_sheet
-from ..storage import new_folder, write_text
-from . import report
-from .config import Config
+from ..storage import new_folder, read_manifest, write_text
+from . import checkpoint, report
+from .config import Config, read_config
 from .initialize import Normalization
 
 SHEET_SIZE = 16
@@ -47,6 +48,32 @@ def build_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def checkpoint_pipeline(folder: Path) -> LatentDiTPipeline:
+    """The pipeline of a checkpoint's averaged weights, on the CPU.
+
+    Args:
+        folder: The checkpoint's; the run's recipe beside it and the latent cache are needed too.
+
+    Raises:
+        ValueError: if it is damaged, or the cache is not there.
+    """
+    read_manifest(folder, hashes=True)
+    config, state = read_config(folder.parent / "config.yaml"), checkpoint.read_state(folder)
+    transformer = LatentDiTTransformer2DModel(**state["transformer"]).eval()
+    transformer.load_state_dict(load_file(folder / "ema.safetensors"))
+    return build_pipeline(config, _reader(config), transformer, state["normalization"])
+
+
+def checkpoint_facts(folder: Path) -> dict[str, Any]:
+    """What the model card says of a checkpoint, like `facts`."""
+    config, state = read_config(folder.parent / "config.yaml"), checkpoint.read_state(folder)
+    return facts(folder.parent, config, _reader(config), checkpoint.as_kept_now(state["recipe"]), state["step"])
+
+
+def _reader(config: Config) -> LatentReader:
+    return LatentReader(config.data.latents, conditions=config.data.conditions)
 
 
 def draw_samples(pipeline: LatentDiTPipeline, reader: LatentReader, steps: int, path: Path) -> None:
@@ -119,9 +146,12 @@ def share(
 
 def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any], step: int) -> dict[str, Any]:
     """What the model card says of this run after `step` steps; no path of this machine is among it."""
-    last, settings = report.read_log(run)[-1], reader.info["settings"]
+    rows = [row for row in report.read_log(run) if int(row["step"]) <= step]
+    validated = [row["validation_loss"] for row in rows if row["validation_loss"] and int(row["step"]) == step]
+    settings = reader.info["settings"]
     base = config.model.init_from
     asked = {section: values for section, values in recipe.items() if section != "found"}
+    asked["train"] = {"max_train_steps": config.train.max_train_steps, **asked["train"]}
     return {
         "recipe": yaml.safe_dump(asked, sort_keys=False),
         "optimizer": recipe["found"]["optimizer"],
@@ -131,9 +161,9 @@ def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any
         "steps": step,
         "max_steps": config.train.max_train_steps,
         "images_seen": step * config.train.global_batch_size,
-        "last_loss": float(last["loss"]),
+        "last_loss": float(rows[-1]["loss"]) if rows else None,
         "logging_steps": config.train.logging_steps,
-        "validation_loss": float(last["validation_loss"]) if last["validation_loss"] else None,
+        "validation_loss": float(validated[0]) if validated else None,
         "validation_images": config.train.validation_images,
         "base_model": base if base and not Path(base).exists() else base and Path(base).name,
     }

@@ -73,7 +73,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         cpu = not torch.accelerator.is_available()
         PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
-        self.reader = LatentReader(config.data.latents, conditions=config.data.conditions)
+        data = config.data
+        self.reader = LatentReader(data.latents, conditions=data.conditions, posterior=data.sample_posterior)
         self.accelerator = self._accelerate(cpu)
         self.device = self.accelerator.device
         # What a run began with is in its checkpoints: where that came from need not be there any more.

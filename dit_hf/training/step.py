@@ -147,7 +147,7 @@ class TrainingStep:
     def _ingredients(self, batch: dict[str, torch.Tensor], draws: Draws) -> tuple[torch.Tensor, ...]:
         """Latents, noise, timesteps and condition ids of a micro-batch."""
         latents = batch["latent_mean"].float()
-        if self.config.data.sample_posterior and "latent_std" in batch:
+        if "latent_std" in batch:
             latents = latents + batch["latent_std"].float() * draws.posterior_noise
         condition_ids = torch.where(draws.keep, batch["condition_ids"], self.transformer.null_condition_ids)
         return latents, draws.noise, draws.timesteps, condition_ids

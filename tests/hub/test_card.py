@@ -21,8 +21,8 @@ from dit_hf.hub.card import (
     write_card,
     write_run_card,
 )
-from dit_hf.hub.push import run_folder, without_paths, write_repository
-from dit_hf.sampling import load_pipeline
+from dit_hf.hub.push import without_paths, write_repository
+from dit_hf.sampling import load_pipeline, run_folder
 from dit_hf.training.loop import train
 
 # What the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
@@ -165,6 +165,7 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp
         with pytest.raises(SystemExit, match="0"):
             main(["train", "--config", str(tmp_path / "again.yaml"), "--print_config"])
         read = yaml.safe_load(capsys.readouterr().out)
+        assert read["train"]["max_train_steps"] == 8
         assert all(read[section].items() >= values.items() for section, values in config.decisive().items())
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from test_layout import WITHOUT, assert_no_leaks
 
 from dit_hf.cli import main
+from dit_hf.data.vae import weights_sha256
 from dit_hf.sampling import load_pipeline
 from dit_hf.training.loop import train
 
@@ -60,6 +61,20 @@ def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys)
     code, said = push(capsys, run, "--output_dir", tmp_path / "out")
     assert code == 1
     assert "is not empty; name a new folder, or give --overwrite true" in said
+
+
+def test_a_checkpoint_is_pushed_as_what_it_is(run, tmp_path, capsys):
+    assert push(capsys, run / "checkpoint-4", "--output_dir", tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 4 of 8 |" in text
+    assert "| images seen | 32 |" in text
+    validation = json.loads((run / "checkpoint-4" / "state.json").read_text())["validation_loss"]
+    assert f"| validation loss, of these weights | {validation:.4f} " in text
+    assert not (tmp_path / "out" / "training_log.csv").exists()
+    assert (tmp_path / "out" / "samples.png").is_file()
+    assert_no_leaks(tmp_path / "out")
+    pushed, own = load_pipeline(str(tmp_path / "out"), "cpu"), load_pipeline(str(run / "checkpoint-4"), "cpu")
+    assert weights_sha256(pushed.transformer) == weights_sha256(own.transformer)
 
 
 def test_large_weights_are_sharded(folder, tmp_path, capsys):

@@ -17,9 +17,8 @@ from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.reader import LatentReader
-from dit_hf.demo import read_config
 from dit_hf.training.checkpoint import check_space
-from dit_hf.training.config import recipe_path
+from dit_hf.training.config import read_config, recipe_path
 from dit_hf.training.loop import Trainer, train
 
 ROOT = Path(__file__).parents[2]
