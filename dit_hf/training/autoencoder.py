@@ -40,7 +40,8 @@ def train_autoencoder(
 
     The loss is L1 + 0.5 MSE on pixels in [-1, 1] plus 1e-4 of the KL divergence to the unit normal, the mean over its
     elements (Kingma & Welling, https://arxiv.org/abs/1312.6114, eq. 10). The learning rate falls to zero in the
-    second half; the saved weights are an exponential moving average in half precision.
+    second half; the saved weights are an exponential moving average in half precision. The VAE's `scaling_factor` is one
+    over the standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
 
     Args:
         output_dir: a new or empty folder for the weights, and `training.json` with settings and held-out PSNR.
@@ -81,6 +82,7 @@ def train_autoencoder(
     ema = _fit(vae, train, device, settings)
     ema.copy_to(vae.parameters())
     seconds = round(time.monotonic() - started)
+    vae.register_to_config(scaling_factor=scaling_factor(vae, held))
     figures = {"psnr_db": psnr(vae.half().float(), held), "held_out": len(held), "seconds": seconds}
     with new_folder(folder) as partial:
         vae.half().save_pretrained(partial)
@@ -101,6 +103,14 @@ def new_autoencoder(sample_size: int) -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=sample_size,
     )
+
+
+@torch.no_grad()
+def scaling_factor(vae: AutoencoderKL, images: Dataset, count: int = 1000) -> float:
+    """What brings the latents of the first `count` pictures, all channels together, to standard deviation 1."""
+    rows = images[:count]["image"]
+    parts = [vae.encode(_to_pixels(image)[None].to(vae.device)).latent_dist.sample().float() for image in rows]
+    return round(1 / torch.cat(parts).std().item(), 5)
 
 
 @torch.no_grad()

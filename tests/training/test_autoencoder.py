@@ -1,6 +1,7 @@
 import json
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,15 @@ def test_bundled_vae_rebuilds_avatars_it_has_not_seen(resolution, latents):
     assert psnr(vae, open_images("avatars", resolution=resolution, num_images=200, seed=4711)) >= 32
     shape = vae.encode(torch.zeros(1, 3, resolution, resolution)).latent_dist.mean.shape
     assert shape == (1, 4, latents, latents)
+    assert unit(vae, resolution) == pytest.approx(1, rel=0.03)
+
+
+def unit(vae, resolution):
+    """Standard deviation of the scaled latents of 100 avatars."""
+    faces = open_images("avatars", resolution=resolution, num_images=100, seed=4711)["image"]
+    pixels = torch.stack([torch.from_numpy(np.array(face)).permute(2, 0, 1) / 127.5 - 1 for face in faces])
+    with torch.no_grad():
+        return (vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor).std().item()
 
 
 def test_bundled_vae_is_small_and_says_where_it_comes_from():
@@ -31,7 +41,9 @@ def test_training_one_lowers_the_error(tmp_path):
         train_autoencoder(str(tmp_path / str(steps)), max_train_steps=steps, **options)
         scores.append(json.loads((tmp_path / str(steps) / "training.json").read_text())["psnr_db"])
     assert scores[1] > scores[0] + 2
-    assert load_vae(str(tmp_path / "60")).dtype == torch.float32
+    vae = load_vae(str(tmp_path / "60"))
+    assert vae.dtype == torch.float32
+    assert unit(vae, 16) == pytest.approx(1, rel=0.1)
     with pytest.raises(FileExistsError, match="not empty"):
         train_autoencoder(str(tmp_path / "60"), max_train_steps=1, **options)
 
