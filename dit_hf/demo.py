@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,14 +71,28 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
         _set_speed(config, minutes * 60)
         write_text(run / "config.yaml", config.to_yaml())
     # From here on it is an ordinary run, and the sheets are drawn by a process that loads what it exported.
-    python, environment = sys.executable, {**os.environ, "HF_HUB_OFFLINE": "1"}
-    resume = ["--train.resume_from_checkpoint", "latest"]
-    subprocess.run([python, "-m", "dit_hf", "train", "--config", str(run / "config.yaml"), *resume], check=True)
-    subprocess.run([python, "-m", "dit_hf.demo", str(run)], check=True, env=environment)
+    _run("dit_hf", "train", "--config", str(run / "config.yaml"), "--train.resume_from_checkpoint", "latest")
+    _run("dit_hf.demo", str(run), HF_HUB_OFFLINE="1")
     print(f"\n{run} holds:")
     for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
         print(f"  {run / name}")
     print(f"\n{NEXT.format(run=run)}")
+
+
+def _run(module: str, *args: str, **environment: str) -> None:
+    """`python -m MODULE ARGS`, which is let finish what it does on Ctrl-C, and told of a SIGTERM.
+
+    Raises:
+        CalledProcessError: if it fails, or was told to stop.
+    """
+    process = subprocess.Popen([sys.executable, "-m", module, *args], env={**os.environ, **environment})
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    while process.returncode is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the terminal has told it too
+            process.wait()
+    signal.signal(signal.SIGTERM, before)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, module)
 
 
 def draw_sheets(run: Path) -> None:

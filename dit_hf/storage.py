@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
@@ -108,6 +109,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(lock: Path, place: str) -> Iterator[None]:
+    """Keep other processes out of `place`; the system lets go of the lock when this process dies.
+
+    Raises:
+        FileExistsError: if another process holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"{place} is being written by another process; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, load_from_disk
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..storage import disk_errors, first_line, partial_folder, put_in_place, read_manifest, write_manifest, write_text
+from ..storage import (
+    disk_errors,
+    first_line,
+    locked,
+    partial_folder,
+    put_in_place,
+    read_manifest,
+    write_manifest,
+    write_text,
+)
 from .cache_card import draw_reconstructions, write_cache_card
 from .images import Geometry, parse_resolution
 from .shards import Job, ShardEncoder, cache_features, encode_in_processes, latent_columns, no_bars, plan_sizes
@@ -199,7 +207,8 @@ def _build(
 ) -> None:
     """Encode what is not encoded yet, on all ranks, and put the whole in place."""
     partial = partial_folder(final)
-    with _lock(partial) if state.is_main_process else contextlib.nullcontext():
+    lock = locked(partial / "building" / "lock", str(partial))
+    with lock if state.is_main_process else contextlib.nullcontext():
         if state.is_main_process:
             _open_partial(partial, vae, identity)
         state.wait_for_everyone()
@@ -229,21 +238,6 @@ def _build(
             shutil.rmtree(partial / "building")
             put_in_place(partial, final)
     state.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def _lock(partial: Path) -> Iterator[None]:
-    """Keep other builds of the same cache out; the system lets go of it when this process dies."""
-    (partial / "building").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(partial / "building" / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(f"{partial} is being written by another process; wait for it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _open_partial(partial: Path, vae: VAE, identity: dict[str, Any]) -> None:

@@ -206,11 +206,12 @@ class ShardEncoder:
         if not images:
             return {name: np.zeros((0, int(np.prod(self.job.latent_shape))), np.float16) for name in names}
         mean, std = encode(self.vae, torch.from_numpy(np.stack(images)))
+        mean, std = mean.cpu(), std.cpu() if std is not None else None
         exact = mean.double()
         variance = std.double().square() if std is not None else torch.zeros_like(exact)
-        sums += torch.stack([x.sum((0, 2, 3)) for x in (exact, exact.square(), variance)]).cpu()
+        sums += torch.stack([x.sum((0, 2, 3)) for x in (exact, exact.square(), variance)])
         notes.count += mean[:, 0].numel()
-        latents = [x.flatten(1).cpu().numpy() for x in (mean, std) if x is not None]
+        latents = [x.flatten(1).numpy() for x in (mean, std) if x is not None]
         return dict(zip(names, latents, strict=True))
 
     def _decode_ahead(self, shards: list[int], pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | str]]:

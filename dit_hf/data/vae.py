@@ -14,6 +14,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 from ..storage import first_line
 
 BUNDLED = "avatar"
+# Of the pictures that go through a VAE at once: Stable Diffusion's takes some 3 GB for so many.
+PART_PIXELS = 16 * 256 * 256
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
 
@@ -52,12 +54,17 @@ def latent_shape(vae: VAE, resolution: tuple[int, int]) -> tuple[int, int, int]:
     Raises:
         ValueError: if the resolution is not divisible by what the VAE reduces a side by.
     """
-    blocks = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
-    factor = 2 ** (len(blocks) - 1)
+    factor = _reduction(vae)
     height, width = resolution
     if height % factor or width % factor:
         raise ValueError(f"resolution {height}x{width} is not divisible by {factor}, the VAE's reduction")
     return vae.config.latent_channels, height // factor, width // factor
+
+
+def _reduction(vae: VAE) -> int:
+    """By how much it makes a side smaller."""
+    blocks = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
+    return 2 ** (len(blocks) - 1)
 
 
 @torch.no_grad()
@@ -69,22 +76,28 @@ def encode(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     Raises:
         ValueError: if a latent does not fit fp16.
     """
-    pixels = images.to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory, as they came
-    encoded = vae.encode(pixels)
-    if has_posterior(vae):
-        posterior = encoded.latent_dist
-        mean, std = posterior.mean.half(), posterior.std.half()
-    else:
-        mean, std = (encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latents).half(), None
+    size = max(1, PART_PIXELS // (images.shape[1] * images.shape[2]))
+    parts = [_encode_part(vae, part) for part in images.split(size)]
+    mean = torch.cat([part[0] for part in parts])
+    std = torch.cat([part[1] for part in parts if part[1] is not None]) if has_posterior(vae) else None
     if not torch.isfinite(mean).all():
         raise ValueError("the VAE's latents are not finite, or beyond fp16's 65,504; they cannot be stored")
     return mean, std
 
 
+def _encode_part(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    pixels = images.to(vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last in memory, as they came
+    encoded = vae.encode(pixels)
+    if has_posterior(vae):
+        return encoded.latent_dist.mean.half(), encoded.latent_dist.std.half()
+    return (encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latents).half(), None
+
+
 @torch.no_grad()
 def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     """Images, uint8 [batch, height, width, 3], of the VAE's own latents [batch, channels, height, width]."""
-    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    size = max(1, PART_PIXELS // (latents.shape[2] * latents.shape[3] * _reduction(vae) ** 2))
+    pixels = torch.cat([vae.decode(part.to(vae.device, vae.dtype)).sample for part in latents.split(size)])
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -90,7 +90,7 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / IDENTITY
     if path.is_file():
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity))
-        different = [f"{k} {before.get(k)}, now {v}" for k, v in now.items() if before.get(k) != v]
+        different = _differences(before, now)
         if different:
             raise FileExistsError(
                 f"{folder} holds features of something else ({'; '.join(different)}); name a new folder"
@@ -98,6 +98,14 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(identity, indent=2) + "\n")
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What of `now` was otherwise, a short text each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = [_differences(before.get(key), now.get(key), f"{name}.{key}") for key in {**before, **now}]
+        return [text for part in found for text in part]
+    return [] if before == now else [f"{name[1:]} {str(before)[:40]}, now {str(now)[:40]}"]
 
 
 def _file(folder: Path, part: range) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +29,7 @@ from ..sampling import draw, load_pipeline, model_facts, run_folder
 from ..sheets import save_sheet
 from ..storage import disk_errors
 from .attributes import AttributeHead, train_head
-from .collect import collect, ranks
+from .collect import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import NEIGHBOURS, Gaussian, measure
 from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
@@ -105,6 +107,8 @@ def evaluate(
     else:
         real = make_reference(folder / "reference", pictures, net, batch_size)
     real.check(net, resolution)
+    if len(real.features) < 2 * MIN_SAMPLES:
+        raise ValueError(f"the reference has {len(real.features)} pictures, and at least {2 * MIN_SAMPLES} are needed")
     evaluation = Evaluation(pipeline, net, real, pictures, folder, num_samples, batch_size, seed, dtype, save_images)
     scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
     steps = num_inference_steps if isinstance(num_inference_steps, list) else [num_inference_steps]
@@ -116,6 +120,8 @@ def evaluate(
     if not settings:
         raise ValueError("guidance_scale and num_inference_steps must have a value")
     with disk_errors(f"output_dir {folder}"):
+        if output_dir is None:  # the run may have gone on since
+            evaluation.forget_other_models()
         evaluation.run(_name(model), settings)
         if output_dir is None and ranks().is_main_process:
             write_run_card(Path(model), pipeline, training_facts(Path(model)))
@@ -164,6 +170,15 @@ class Evaluation:
         write_report(self.folder, report, neighbours)
         print(f"\n{markdown(report)}\n{self.folder / REPORT} has it all", flush=True)
 
+    def forget_other_models(self) -> None:
+        """Remove features of samples of other weights."""
+        if ranks().is_main_process:
+            now = json.loads(json.dumps(model_facts(self.pipeline)))
+            for path in (self.folder / "features").glob(f"*/{IDENTITY}"):
+                if json.loads(path.read_text(encoding="utf-8")).get("model", now) != now:
+                    shutil.rmtree(path.parent)
+        ranks().wait_for_everyone()
+
     def _draw(self, asked: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]) -> np.ndarray:
         """Features of the samples, [num_samples, dim]."""
         name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
@@ -175,7 +190,7 @@ class Evaluation:
             return drawn, np.array(numbers)
 
         facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
-        facts |= {"asked": self.real.info["pictures"]["sha256_of_rows"] if asked else None}
+        facts |= {"asked": self.real.attributes_sha256(list(asked[0])) if asked else None}
         folder = self.folder / "features" / name
         return collect(folder, self.net, read, range(self.num_samples), self.batch_size, facts, name).features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -50,6 +51,13 @@ class Reference:
             return None
         columns = [self.conditions[name].tolist() for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def attributes_sha256(self, names: list[str]) -> str:
+        """Of the rows' conditions of these names."""
+        digest = hashlib.sha256(json.dumps(names).encode())
+        for name in names:
+            digest.update(np.ascontiguousarray(self.conditions[name], np.int64).tobytes())
+        return digest.hexdigest()
 
     def check(self, net: FeatureNet, resolution: str) -> None:
         """Refuse to be compared with what is not comparable.

@@ -314,9 +314,13 @@ class LatentDiTPipeline(DiffusionPipeline):
                 known = ", ".join(labels) if labels else f"0 to {count - 1}"
                 raise ValueError(f"{name}={value!r} is unknown; known are {known}")
             return labels.index(value)
-        if int(value) != value or not 0 <= value < count:
+        try:
+            number = int(value)
+        except (TypeError, ValueError):  # of lists and the like
+            number = -1
+        if number != value or not 0 <= number < count:
             raise ValueError(f"{name}={value} is none of the numbers between 0 and {count - 1}")
-        return int(value)
+        return number
 
     def _prepare_latents(
         self,

@@ -40,8 +40,8 @@ def train_autoencoder(
 
     The loss is L1 + 0.5 MSE on pixels in [-1, 1] plus 1e-4 of the KL divergence to the unit normal, the mean over its
     elements (Kingma & Welling, https://arxiv.org/abs/1312.6114, eq. 10). The learning rate falls to zero in the
-    second half; the saved weights are an exponential moving average in half precision. The VAE's `scaling_factor` is one
-    over the standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
+    second half; the saved weights are an exponential moving average in half precision. The VAE's `scaling_factor` is
+    one over the standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
 
     Args:
         output_dir: a new or empty folder for the weights, and `training.json` with settings and held-out PSNR.

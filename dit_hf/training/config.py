@@ -214,6 +214,7 @@ _BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("checkpointing_steps", "checkpoints_total_limit", "logging_steps"), (1, math.inf)),
         **dict.fromkeys(("best_checkpoints_limit", "validation_images", "sampling_steps"), (0, math.inf)),
         "push_to_hub_steps": (0, math.inf),
+        "seed": (0, 2**63 - 1),
         "num_inference_steps": (1, math.inf),
         "evaluation_steps": (0, math.inf),
         "evaluation_samples": (16, math.inf),

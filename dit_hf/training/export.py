@@ -27,6 +27,7 @@ from .config import Config, read_config
 from .initialize import Normalization
 
 SHEET_SIZE = 16
+MARK = "export.json"
 
 
 def build_pipeline(
@@ -103,7 +104,7 @@ def export(
         recipe: What the card shows.
     """
     steps = config.train.max_train_steps
-    sheet, mark = f"samples/step-{steps}.png", run / "export.json"
+    sheet, mark = f"samples/step-{steps}.png", run / MARK
     only_missing = mark.is_file() and json.loads(mark.read_text())["step"] == steps
     training = facts(run, config, reader, recipe, steps)
     exports: dict[str, Callable[[], None]] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ..data.reader import LatentReader
 from ..hub.background import BackgroundPush
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..storage import disk_errors, write_text
+from ..storage import disk_errors, locked, write_text
 from . import checkpoint, export, report
 from .config import Config
 from .health import check_health
@@ -39,14 +41,14 @@ def train(config: Config) -> Path:
     """
     config.check()
     run = Path(config.train.output_dir)
-    if config.train.resume_from_checkpoint is None and (run / "config.yaml").exists():
+    if not config.train.resume_from_checkpoint and (run / "config.yaml").exists():
         raise FileExistsError(
             f"train.output_dir {run} holds a run; go on with it by --train.resume_from_checkpoint latest, "
             "or name a new folder"
         )
     try:
         trainer = Trainer(config)
-        with disk_errors(f"train.output_dir {run}"):
+        with disk_errors(f"train.output_dir {run}"), trainer.alone(run):
             trainer.fit(run)
     except torch.OutOfMemoryError as error:
         raise OSError(
@@ -88,6 +90,11 @@ class Trainer:
                 LatentDiTTransformer2DModel(**state["transformer"]),
                 state["normalization"],
             )
+        if self.reader.conditions and not config.objective.condition_dropout and config.train.guidance_scale != 1:
+            raise ValueError(
+                "objective.condition_dropout=0 never learns what guidance leads away from; give one above 0, or "
+                "train.guidance_scale 1"
+            )
         self.transformer = transformer.to(self.device)
         if config.train.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -106,6 +113,16 @@ class Trainer:
         self.validation = choose_validation(config, list(self.reader.conditions), self.step, _say_once)
         self.quality = SampleQuality(config, self.reader, self.accelerator) if config.train.evaluation_steps else None
 
+    @contextlib.contextmanager
+    def alone(self, run: Path) -> Iterator[None]:
+        """No other process writes the run while the block does; to be used by all ranks.
+
+        Raises:
+            FileExistsError: if one does.
+        """
+        with locked(run / ".lock", f"train.output_dir {run}") if self.accelerator.is_main_process else nullcontext():
+            yield
+
     def fit(self, run: Path) -> None:
         """Go on from the checkpoint, if there is one, until `max_train_steps`, and export.
 
@@ -118,7 +135,9 @@ class Trainer:
         if main:
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "config.yaml", self.config.to_yaml())
-            report.start_log(run, start, self._columns())
+            self.columns = report.start_log(run, start, self._columns())
+            if start < total:
+                (run / export.MARK).unlink(missing_ok=True)  # what is exported is of another end of the run
         if start < total:
             self._on_main(checkpoint.check_space, run, self.tensors.bytes())
             self._start_trackers(run)
@@ -155,20 +174,23 @@ class Trainer:
         due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
         quality = self.quality if train.evaluation_steps and done % train.evaluation_steps == 0 else None
         pushed = self.hub is not None and train.push_to_hub_steps > 0 and done % train.push_to_hub_steps == 0
+        drawn = train.sampling_steps > 0 and done % train.sampling_steps == 0
         row: dict[str, Any] = {}
         if due or quality or pushed or done % train.logging_steps == 0:
             row = self._measure(run, done, grad_norm, speed)
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+        if not row and not drawn:  # and nothing waits for the device
+            return False
         with speed.paused():
             if due:
                 row |= self.validation.of_averages(self.step, self.accelerator) if self.validation else {}
             if quality:
                 row |= self._evaluate(quality)
             if row and self.accelerator.is_main_process:
-                report.append_log(run, row, self._columns())
+                report.append_log(run, row, self.columns)
             if row:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
-            if train.sampling_steps and done % train.sampling_steps == 0:
+            if drawn:
                 self._draw_samples(run, done)
             if due:
                 self._save(run, done, row)

@@ -17,13 +17,14 @@ from .muon import MuonAdamW
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, device: torch.device, mixed_precision: str = "no"
+    model: nn.Module, config: OptimConfig, device: torch.device, mixed_precision: str = "no", sharded: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer and its name. Only matrices are decayed, embeddings are not.
 
     `adamw` is fused: apex's in fp16 on CUDA where there is one, else torch's (apex's alone would not stand still where
-    a gradient is not finite; in fp16 the loss scaler sees to it). `muon` is Muon for the matrices of attention and
-    feed-forward layers, and torch's fused AdamW for the rest.
+    a gradient is not finite; in fp16 the loss scaler sees to it), and torch's for weights that will be sharded, whose
+    memory apex would not find. `muon` is Muon for the matrices of attention and feed-forward layers, and torch's fused
+    AdamW for the rest.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
@@ -44,14 +45,24 @@ def build_optimizer(
         else:
             options["dtype"] = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
         return MuonAdamW(_muon_groups(model, groups), **options), "Muon and torch AdamW (fused)"
-    if device.type == "cuda" and mixed_precision == "fp16":
-        try:
-            from apex.optimizers import FusedAdam
-        except ImportError:  # apex is optional, and the PyPI package of that name is another one
-            pass
-        else:
-            return FusedAdam(groups, adam_w_mode=True, **options), "apex FusedAdam"
+    apex_adam = _apex_adam() if device.type == "cuda" and mixed_precision == "fp16" and not sharded else None
+    if apex_adam is not None:
+        return apex_adam(groups, adam_w_mode=True, **options), "apex FusedAdam"
     return torch.optim.AdamW(groups, fused=True, **options), "torch AdamW (fused)"
+
+
+def _apex_adam() -> Any:
+    """apex's FusedAdam, called as torch calls its own when a state is loaded; None where there is no apex."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:  # apex is optional, and the PyPI package of that name is another one
+        return None
+
+    class ResumableFusedAdam(FusedAdam):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad()
+
+    return ResumableFusedAdam
 
 
 def _muon_groups(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

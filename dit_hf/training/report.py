@@ -106,14 +106,20 @@ def peak_flops(device_name: str) -> float | None:
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if f" {known} " in words), None)
 
 
-def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
-    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run goes on."""
+def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> list[str]:
+    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run goes on.
+
+    Returns:
+        Its columns: those asked for, and those that it had and that are not measured any more.
+    """
     kept = [row for row in read_log(run) if int(row["step"]) <= step]
+    columns = list(dict.fromkeys([*columns, *(kept[0] if kept else [])]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(kept)
     write_text(run / LOG, text.getvalue())
+    return columns
 
 
 def append_log(run: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:

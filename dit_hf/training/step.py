@@ -53,7 +53,7 @@ class TrainingStep:
             num_train_timesteps=config.objective.num_train_timesteps, prediction_type=config.objective.prediction_type
         )
         self.optimizer, self.optimizer_name = build_optimizer(
-            transformer, config.optim, self.device, accelerator.mixed_precision
+            transformer, config.optim, self.device, accelerator.mixed_precision, accelerator.is_fsdp2
         )
         self.model, self.prepared_optimizer = accelerator.prepare(transformer, self.optimizer)
         decays = {f"ema-{decay:g}": decay for decay in config.optim.extra_ema_decays}

@@ -159,6 +159,33 @@ def test_features_of_another_protocol_are_not_mixed_in(evaluated, run, net, stat
         evaluate(str(run), str(statistics), features=net, output_dir=str(evaluated), seed=1, **OPTIONS)
 
 
+def test_a_run_that_went_on_is_evaluated_anew(config, net):
+    options = {"features": net, **OPTIONS}
+    report = evaluate(str(train(config)), **options) / "evaluation.json"
+    before = json.loads(report.read_text())
+    config.train.max_train_steps, config.train.resume_from_checkpoint = 12, "latest"
+    run = train(config)
+    assert "not measured" in (run / "README.md").read_text()
+    with pytest.raises(FileExistsError, match=r"model\.transformer_sha256") as refused:
+        evaluate(
+            str(run / "checkpoint-12"), str(run / "evaluation" / "reference"), output_dir=report.parent, **options
+        )
+    assert len(str(refused.value)) < 400
+    evaluate(str(run), **options)
+    after = json.loads(report.read_text())
+    assert after["figures"]["frechet_distance"] != before["figures"]["frechet_distance"]
+    assert after["protocol"]["reference"] == before["protocol"]["reference"]
+
+
+def test_attributes_of_other_rows_are_other_samples(run, net, latents, tmp_path):
+    """Train and validation of one cache come from one source."""
+    options = {"features": net, "output_dir": str(tmp_path / "out"), **OPTIONS}
+    sources = [reference(str(latents), str(tmp_path / str(n)), net, num_images=n) for n in (40, 50)]
+    evaluate(str(run), str(sources[0]), **options)
+    with pytest.raises(FileExistsError, match="asked "):
+        evaluate(str(run), str(sources[1]), **options)
+
+
 def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
     """Against the avatars it learned from, with the floor of its VAE; sheet, plots, table, and its card."""
     run = train(config)
@@ -188,6 +215,7 @@ def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
         ({"features": "efficientnet-lite0"}, "name dino, now efficientnet-lite0"),
         ({"num_samples": 4}, "num_samples=4 must be at least"),
         ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
+        ({"reference": "few"}, "the reference has 20 pictures, and at least 32 are needed"),
         ({"model": "nowhere"}, "no pipeline could be loaded"),
         ({"reference": None}, "give --reference"),
         ({"reference": "nowhere"}, "no such folder"),
@@ -198,6 +226,8 @@ def test_what_does_not_fit_is_one_line(run, statistics, net, tmp_path, capsys, c
     options = {"model": str(run), "reference": str(statistics), "output_dir": str(tmp_path / "out"), **OPTIONS}
     options |= {"features": net}
     options |= change
+    if options["reference"] == "few":
+        options["reference"] = str(reference("avatars", str(tmp_path / "few"), net, resolution="16", num_images=20))
     if options["model"] == "pipeline":
         options["model"] = str(run / "pipeline")
     flags = [f"--{k}={v}" for k, v in options.items() if v is not None and k != "model"]

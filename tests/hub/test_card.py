@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_pipeline
 from huggingface_hub import EvalResult, ModelCard
@@ -182,10 +183,14 @@ def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     assert "| FD-512 | 12.5 |" in (tmp_path / "out" / "README.md").read_text()
     write_run_card(run, pipeline, training_facts(run))
     assert "| FD-512 | 12.5 |" in (run / "README.md").read_text()
-    # Figures of other weights are none of this model's.
-    pipeline.transformer.proj_out.bias.data += 1
-    write_run_card(run, pipeline, training_facts(run))
-    assert "not measured" in (run / "README.md").read_text()
+    # Of weights in half precision too; but figures of other weights are none of this model's.
+    half = load_pipeline(str(run), "cpu", dtype=torch.bfloat16)
+    measured = report(half) | {"protocol": report(half)["protocol"] | {"dtype": "bfloat16"}}
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
+    for change in (0, 1):
+        pipeline.transformer.proj_out.bias.data += change
+        write_run_card(run, pipeline, training_facts(run))
+        assert ("| FD-512 | 12.5 |" in (run / "README.md").read_text()) is (change == 0)
 
 
 def test_small_parts():

@@ -313,6 +313,8 @@ def test_many_latents_are_decoded_a_few_at_a_time():
         ({"attributes": {"class": "cow"}}, "known are cat, dog, owl"),
         ({"attributes": {"class": 3}}, "between 0 and 2"),
         ({"attributes": {"Smiling": 0.9}}, "Smiling=0.9 is none of the numbers between 0 and 1"),
+        ({"attributes": {"Smiling": [1]}}, r"Smiling=\[1\] is none of the numbers"),
+        ({"attributes": {"Smiling": float("nan")}}, "Smiling=nan is none of the numbers"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
         ({"attributes": [{}, {}], "batch_size": 3}, "2 rows"),
         ({"attributes": []}, "at least one"),

@@ -17,9 +17,11 @@ from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.reader import LatentReader
+from dit_hf.storage import locked
 from dit_hf.training.checkpoint import check_space
 from dit_hf.training.config import read_config, recipe_path
 from dit_hf.training.loop import Trainer, train
+from dit_hf.training.report import Speed
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +66,32 @@ def test_resumed_run_ends_with_the_same_bits_and_log(config, tmp_path):
     assert_same_bits(whole / "checkpoint-8", cut / "checkpoint-8")
     assert comparable(whole) == comparable(cut)
     assert (cut / "pipeline" / "model_index.json").is_file()
+
+
+def test_between_rows_of_the_log_nothing_waits_for_the_device(config, monkeypatch):
+    paused, steps = Speed.paused, []
+    monkeypatch.setattr(Speed, "paused", lambda speed: steps.append(speed.steps) or paused(speed))
+    train(config)
+    assert len(steps) == 4  # of 8 steps: rows of the log at 3 and 6, checkpoints at 4 and 8
+
+
+def test_two_processes_do_not_write_one_run(config):
+    run = Path(config.train.output_dir)
+    with locked(run / ".lock", "run"), pytest.raises(FileExistsError, match="being written by another process"):
+        train(config)
+    assert not (run / "training_log.csv").exists()
+    assert train(config) == run
+
+
+def test_a_run_that_is_trained_anew_exports_what_it_has_learned(config):
+    run = train(config)
+    for name in ("checkpoint-4", "checkpoint-8"):
+        shutil.rmtree(run / name)
+    train(changed(config, optim={"learning_rate": 5e-3}, train={"resume_from_checkpoint": "latest"}))
+    ema = load_file(run / "checkpoint-8" / "ema.safetensors")
+    transformer = DiffusionPipeline.from_pretrained(run / "pipeline").transformer
+    assert all(torch.equal(value, ema[name]) for name, value in transformer.state_dict().items())
+    assert "learning_rate: 0.005" in (run / "README.md").read_text()
 
 
 def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_export(config):
@@ -312,6 +340,8 @@ def test_loss_is_what_the_formulas_say(config):
         ({"data": {"latents": "nowhere"}}, ValueError, "no latent cache"),
         ({"train": {"logging_steps": 0}}, ValueError, "train.logging_steps=0 must be at least 1"),
         ({"objective": {"condition_dropout": 0.7}}, ValueError, "condition_dropout=0.7 must be between 0 and 0.5"),
+        ({"objective": {"condition_dropout": 0.0}}, ValueError, "condition_dropout=0 never learns"),
+        ({"train": {"seed": -1}}, ValueError, "train.seed=-1 must be between 0"),
         ({"objective": {"snr_gamma": 0.0}}, ValueError, "snr_gamma must be above 0"),
         ({"train": {"num_inference_steps": 501}}, ValueError, "num_inference_steps"),
         ({"optim": {"max_grad_norm": -1.0}}, ValueError, "max_grad_norm=-1 must be at least 0"),
@@ -330,6 +360,8 @@ def test_another_run_or_recipe_is_not_overwritten(config):
     log = (run / "training_log.csv").read_text()
     with pytest.raises(FileExistsError, match="holds a run"):
         train(config)
+    with pytest.raises(FileExistsError, match="holds a run"):  # as from a script whose variable is empty
+        train(changed(config, train={"resume_from_checkpoint": ""}))
     with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.001, now 0\.002"):
         train(changed(config, optim={"learning_rate": 2e-3}, train={"resume_from_checkpoint": "latest"}))
     assert (run / "training_log.csv").read_text() == log

@@ -1,6 +1,10 @@
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dit_hf.training.config import OptimConfig
 from dit_hf.training.optimizer import EMA, build_optimizer, learning_rate
@@ -67,6 +71,37 @@ def test_swapping_the_average_in_and_out_changes_no_bit():
         raise RuntimeError("in the block")
     assert torch.equal(model.weight, weight)
     assert torch.equal(average_of(model, ema), average)
+
+
+def test_apex_adam_takes_up_a_saved_state(monkeypatch):
+    """With apex's signatures, which are not torch's: loading a state calls `zero_grad(set_to_none=True)`."""
+
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, params, adam_w_mode, **options):
+            super().__init__(params, **options)
+
+        def zero_grad(self):
+            super().zero_grad()
+
+    module = types.ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+    def build(**options):
+        model = nn.Linear(3, 2)
+        return model, *build_optimizer(model, OptimConfig(), torch.device("cuda"), "fp16", **options)
+
+    model, optimizer, name = build()
+    assert name == "apex FusedAdam"
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    state = get_optimizer_state_dict(model, optimizer)
+    model, optimizer, _ = build()
+    set_optimizer_state_dict(model, optimizer, state)
+    assert [entry["step"].item() for entry in optimizer.state.values()] == [3, 3]
+    assert build(sharded=True)[2] == "torch AdamW (fused)"  # apex's kernels find no memory behind a DTensor
 
 
 def test_biases_gains_and_embeddings_are_not_decayed():

@@ -40,6 +40,14 @@ def test_log_is_cut_back_to_where_the_run_goes_on(tmp_path):
     Image.open(tmp_path / "loss_curve.png").verify()
 
 
+def test_a_log_keeps_the_columns_that_are_not_measured_any_more(tmp_path):
+    start_log(tmp_path, 0, [*COLUMNS, "FD-a-2k"])
+    append_log(tmp_path, row(10) | {"FD-a-2k": 5.0}, [*COLUMNS, "FD-a-2k"])
+    columns = start_log(tmp_path, 10, [*COLUMNS, "FD-b-1k"])
+    append_log(tmp_path, row(20) | {"FD-b-1k": 7.0}, columns)
+    assert [(r["FD-a-2k"], r["FD-b-1k"]) for r in read_log(tmp_path)] == [("5.0", ""), ("", "7.0")]
+
+
 def test_wandb_without_a_login_is_offline_and_never_asks(config, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
