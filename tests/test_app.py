@@ -52,7 +52,7 @@ def test_what_cannot_be_served_is_one_line(capsys, tmp_path, monkeypatch):
     assert len([line for line in err.splitlines() if "error" in line]) == 1
     monkeypatch.setitem(sys.modules, "gradio", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "dit_hf.page", raising=False)
-    with pytest.raises(ValueError, match=re.escape("pip install 'dit_hf[app]'")):
+    with pytest.raises(ValueError, match=re.escape("pip install gradio")):
         app(str(tmp_path))
 
 
