@@ -304,9 +304,9 @@ def _picture_files(given: str | None) -> list[Path]:
         return []
     path = Path(given)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    overviews = {SHEET, FILM} if path.is_dir() and (path / SETTINGS).is_file() else set()
-    found = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
-    found = [p for p in found if p.name not in overviews]
+    left_out = {SHEET, FILM} if (path / SETTINGS).is_file() else set()
+    files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
+    found = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS]
     if not found:
         raise ValueError(f"{path}: no picture there ({', '.join(EXTENSIONS)})")
     return found

@@ -17,6 +17,7 @@ from .data.vae import weights_sha256
 from .pipelines.guidance import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .storage import first_line
+from .training.checkpoint import is_checkpoint
 
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
@@ -49,11 +50,6 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or torch.accelerator.current_accelerator() or "cpu")
     return pipeline
-
-
-def is_checkpoint(model: str) -> bool:
-    """Whether it is the folder of a run's checkpoint."""
-    return (Path(model) / "state.json").is_file()
 
 
 def run_folder(model: str) -> Path | None:

@@ -101,10 +101,14 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 of a VAE's or another model's weights, whatever the file they came from."""
-    hashes = {
-        name: hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy()).hexdigest()
-        for name, tensor in model.state_dict().items()
-    }
+def weights_sha256(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of a VAE's or another model's weights, whatever the file they came from.
+
+    With `dtype` of what `from_pretrained(dtype=dtype)` makes of them, which keeps some parts in float32.
+    """
+    kept, hashes = getattr(model, "_keep_in_fp32_modules", None) or (), {}
+    for name, tensor in model.state_dict().items():
+        if dtype is not None and tensor.is_floating_point() and not set(name.split(".")) & set(kept):
+            tensor = tensor.to(dtype)
+        hashes[name] = hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy()).hexdigest()
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

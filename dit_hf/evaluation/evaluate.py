@@ -120,9 +120,7 @@ def evaluate(
     if not settings:
         raise ValueError("guidance_scale and num_inference_steps must have a value")
     with disk_errors(f"output_dir {folder}"):
-        if output_dir is None:  # the run may have gone on since
-            evaluation.forget_other_models()
-        evaluation.run(_name(model), settings)
+        evaluation.run(_name(model), settings, own_folder=output_dir is None)
         if output_dir is None and ranks().is_main_process:
             write_run_card(Path(model), pipeline, training_facts(Path(model)))
     return folder
@@ -143,10 +141,12 @@ class Evaluation:
     dtype: str
     save_images: bool
 
-    def run(self, name: str, settings: list[dict[str, Any]]) -> None:
-        """Draw, measure and report; to be called on all ranks."""
+    def run(self, name: str, settings: list[dict[str, Any]], own_folder: bool) -> None:
+        """Draw, measure and report; to be called on all ranks. `own_folder` is the model's, which may have changed."""
         asked = self.real.attributes(list(self.pipeline.transformer.config.conditions or {}))
         identity = model_facts(self.pipeline)
+        if own_folder and ranks().is_main_process:
+            self._forget_other_models(identity)
         samples = [self._draw(asked, identity, setting) for setting in settings]
         held_out, rest = self._split()
         rebuilt = self._reconstruct(held_out)
@@ -170,14 +170,11 @@ class Evaluation:
         write_report(self.folder, report, neighbours)
         print(f"\n{markdown(report)}\n{self.folder / REPORT} has it all", flush=True)
 
-    def forget_other_models(self) -> None:
-        """Remove features of samples of other weights."""
-        if ranks().is_main_process:
-            now = json.loads(json.dumps(model_facts(self.pipeline)))
-            for path in (self.folder / "features").glob(f"*/{IDENTITY}"):
-                if json.loads(path.read_text(encoding="utf-8")).get("model", now) != now:
-                    shutil.rmtree(path.parent)
-        ranks().wait_for_everyone()
+    def _forget_other_models(self, identity: dict[str, Any]) -> None:
+        """Remove features of samples of another model than `identity`."""
+        for path in (self.folder / "features").glob(f"*/{IDENTITY}"):
+            if json.loads(path.read_text(encoding="utf-8")).get("model", identity) != identity:
+                shutil.rmtree(path.parent)
 
     def _draw(self, asked: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]) -> np.ndarray:
         """Features of the samples, [num_samples, dim]."""

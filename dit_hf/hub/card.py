@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -14,7 +13,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..data.sources import AVATARS
 from ..data.vae import weights_sha256
 from ..evaluation.report import model_index
-from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.guidance import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import shipped_file, write_text
@@ -125,18 +123,9 @@ def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
         return []
     content = json.loads(report.read_text(encoding="utf-8"))
     dtype = getattr(torch, content["protocol"]["dtype"])
-    if content["model"]["transformer_sha256"] != weights_sha256(_as_loaded(pipeline.transformer, dtype)):
+    if content["model"]["transformer_sha256"] != weights_sha256(pipeline.transformer, dtype):
         return []
     return model_index(content)
-
-
-def _as_loaded(transformer: LatentDiTTransformer2DModel, dtype: torch.dtype) -> LatentDiTTransformer2DModel:
-    """A copy with the precision of `from_pretrained(dtype=dtype)`, which keeps some parts in float32."""
-    copied, kept = copy.deepcopy(transformer), transformer._keep_in_fp32_modules or ()
-    for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:
-        if not any(part in name.split(".") for part in kept):
-            tensor.data = tensor.data.to(dtype)
-    return copied
 
 
 def is_celeba(training: dict[str, Any]) -> bool:

@@ -19,9 +19,10 @@ from PIL import Image
 
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import draw, is_checkpoint, load_pipeline, run_folder
+from ..sampling import draw, load_pipeline, run_folder
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, first_line, new_folder, write_text
+from ..training.checkpoint import is_checkpoint
 from .builtin import BuiltinExport, to_builtin
 from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
 

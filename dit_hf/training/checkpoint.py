@@ -180,6 +180,11 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) ->
     return None
 
 
+def is_checkpoint(model: str) -> bool:
+    """Whether it is the folder of a run's checkpoint."""
+    return (Path(model) / STATE).is_file()
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The state that `save_checkpoint` was given.
 

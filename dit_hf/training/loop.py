@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,11 @@ class Trainer:
         PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
         data = config.data
         self.reader = LatentReader(data.latents, conditions=data.conditions, posterior=data.sample_posterior)
+        if self.reader.conditions and not config.objective.condition_dropout and config.train.guidance_scale != 1:
+            raise ValueError(
+                "objective.condition_dropout=0 never learns what guidance leads away from; give one above 0, or "
+                "train.guidance_scale 1"
+            )
         self.accelerator = self._accelerate(cpu)
         self.device = self.accelerator.device
         # What a run began with is in its checkpoints: where that came from need not be there any more.
@@ -89,11 +93,6 @@ class Trainer:
             transformer, self.normalization = (
                 LatentDiTTransformer2DModel(**state["transformer"]),
                 state["normalization"],
-            )
-        if self.reader.conditions and not config.objective.condition_dropout and config.train.guidance_scale != 1:
-            raise ValueError(
-                "objective.condition_dropout=0 never learns what guidance leads away from; give one above 0, or "
-                "train.guidance_scale 1"
             )
         self.transformer = transformer.to(self.device)
         if config.train.gradient_checkpointing:
@@ -113,15 +112,10 @@ class Trainer:
         self.validation = choose_validation(config, list(self.reader.conditions), self.step, _say_once)
         self.quality = SampleQuality(config, self.reader, self.accelerator) if config.train.evaluation_steps else None
 
-    @contextlib.contextmanager
-    def alone(self, run: Path) -> Iterator[None]:
-        """No other process writes the run while the block does; to be used by all ranks.
-
-        Raises:
-            FileExistsError: if one does.
-        """
-        with locked(run / ".lock", f"train.output_dir {run}") if self.accelerator.is_main_process else nullcontext():
-            yield
+    def alone(self, run: Path) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing the run (see `locked`); to be used by all ranks."""
+        main = self.accelerator.is_main_process
+        return locked(run / ".lock", f"train.output_dir {run}") if main else contextlib.nullcontext()
 
     def fit(self, run: Path) -> None:
         """Go on from the checkpoint, if there is one, until `max_train_steps`, and export.
@@ -135,7 +129,7 @@ class Trainer:
         if main:
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "config.yaml", self.config.to_yaml())
-            self.columns = report.start_log(run, start, self._columns())
+            report.start_log(run, start, self._columns())
             if start < total:
                 (run / export.MARK).unlink(missing_ok=True)  # what is exported is of another end of the run
         if start < total:
@@ -187,7 +181,7 @@ class Trainer:
             if quality:
                 row |= self._evaluate(quality)
             if row and self.accelerator.is_main_process:
-                report.append_log(run, row, self.columns)
+                report.append_log(run, row)
             if row:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
             if drawn:

@@ -106,11 +106,10 @@ def peak_flops(device_name: str) -> float | None:
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if f" {known} " in words), None)
 
 
-def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> list[str]:
+def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
     """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run goes on.
 
-    Returns:
-        Its columns: those asked for, and those that it had and that are not measured any more.
+    Its columns are those asked for, and those that it had and that are not measured any more.
     """
     kept = [row for row in read_log(run) if int(row["step"]) <= step]
     columns = list(dict.fromkeys([*columns, *(kept[0] if kept else [])]))
@@ -119,12 +118,13 @@ def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> list[st
     writer.writeheader()
     writer.writerows(kept)
     write_text(run / LOG, text.getvalue())
-    return columns
 
 
-def append_log(run: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
-    """Add one row to `training_log.csv`; values that are None stay empty."""
-    with open(run / LOG, "a", newline="", encoding="utf-8") as file:
+def append_log(run: Path, row: dict[str, Any]) -> None:
+    """Add one row to `training_log.csv`, which `start_log` has begun; values that are None stay empty."""
+    with open(run / LOG, "r+", newline="", encoding="utf-8") as file:
+        columns = next(csv.reader(file))
+        file.seek(0, os.SEEK_END)
         csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
 
 

@@ -178,7 +178,7 @@ def test_a_run_that_went_on_is_evaluated_anew(config, net):
 
 
 def test_attributes_of_other_rows_are_other_samples(run, net, latents, tmp_path):
-    """Train and validation of one cache come from one source."""
+    """Also where the references have one source, of which they are parts."""
     options = {"features": net, "output_dir": str(tmp_path / "out"), **OPTIONS}
     sources = [reference(str(latents), str(tmp_path / str(n)), net, num_images=n) for n in (40, 50)]
     evaluate(str(run), str(sources[0]), **options)

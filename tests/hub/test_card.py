@@ -191,6 +191,7 @@ def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
         pipeline.transformer.proj_out.bias.data += change
         write_run_card(run, pipeline, training_facts(run))
         assert ("| FD-512 | 12.5 |" in (run / "README.md").read_text()) is (change == 0)
+    assert "not measured" in (run / "README.md").read_text()
 
 
 def test_small_parts():

@@ -42,9 +42,9 @@ def test_log_is_cut_back_to_where_the_run_goes_on(tmp_path):
 
 def test_a_log_keeps_the_columns_that_are_not_measured_any_more(tmp_path):
     start_log(tmp_path, 0, [*COLUMNS, "FD-a-2k"])
-    append_log(tmp_path, row(10) | {"FD-a-2k": 5.0}, [*COLUMNS, "FD-a-2k"])
-    columns = start_log(tmp_path, 10, [*COLUMNS, "FD-b-1k"])
-    append_log(tmp_path, row(20) | {"FD-b-1k": 7.0}, columns)
+    append_log(tmp_path, row(10) | {"FD-a-2k": 5.0})
+    start_log(tmp_path, 10, [*COLUMNS, "FD-b-1k"])
+    append_log(tmp_path, row(20) | {"FD-b-1k": 7.0})
     assert [(r["FD-a-2k"], r["FD-b-1k"]) for r in read_log(tmp_path)] == [("5.0", ""), ("", "7.0")]
 
 
