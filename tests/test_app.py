@@ -24,7 +24,7 @@ FLAGS = [
 ]
 # The command, in a process that says when anything of it reaches for another machine.
 SERVER = """
-import ipaddress, sys
+import ipaddress, signal, sys
 
 def watch(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
@@ -34,6 +34,7 @@ def watch(event, args):
             print("OUTSIDE", event, host, flush=True)
 
 sys.addaudithook(watch)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start with &
 from dit_hf.cli import main
 sys.exit(main(sys.argv[1:]))
 """
