@@ -1,12 +1,18 @@
 """What a benchmark ran on."""
 
 import platform
+import re
+from pathlib import Path
 
 import torch
+
+PROCESSORS = Path("/proc/cpuinfo")  # Linux's, where platform.processor() has no name
 
 
 def machine() -> str:
     """The GPU's name, or the processor's and how many threads torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    named = re.search(r"model name\s*: (.+)", PROCESSORS.read_text()) if PROCESSORS.is_file() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -3,9 +3,9 @@
 python benchmarks/recipes.py benchmarks/races/cpu.yaml [--minutes 50] [--only NAME ...]       (hours on 2 cores)
 
 A race's file says what is learned from, what is compared with, and who runs: recipes, each with its own number of
-images and its seeds. One without an `evaluation` has only what is measured while training. What is finished is not
-done again; a run that is stopped by `--minutes` goes on with the next call. Results go by the race's name to
-benchmarks/results/, as JSON and table, those of an evaluation also as plot and as a sheet of faces.
+images and its seeds. One without an `evaluation` has only what is measured while training. Results go by the race's
+name to benchmarks/results/, as JSON and table, those of an evaluation also as plot and as a row of faces a recipe.
+What is finished or on record there is not done again; a run that is stopped by `--minutes` goes on with the next call.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from dit_hf.sampling import draw, load_pipeline
 from dit_hf.sheets import draw_sheet, save_sheet
 from dit_hf.training.report import read_log
 
+CUDA = torch.cuda.is_available()
+DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FACES = 12
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,8 +47,12 @@ def main() -> None:
     parser.add_argument("race", type=Path)
     parser.add_argument("--minutes", type=float, default=10_000.0, help="Stop after so many.")
     parser.add_argument("--only", nargs="+", help="Names of contestants.")
+    parser.add_argument("--precision", default="fp16" if CUDA else "no", choices=["no", "fp16", "bf16"])
     options = parser.parse_args()
     race = yaml.safe_load(options.race.read_text())
+    race["base"]["train"]["mixed_precision"] = options.precision
+    path = RESULTS / f"recipes-{options.race.stem}.json"
+    recorded = json.loads(path.read_text())["contestants"] if path.is_file() else {}
     commands = Commands(time.monotonic() + 60 * options.minutes)
     folder = Path("runs/race") / options.race.stem
     latents, real = folder / "latents", folder / "reference"
@@ -58,9 +64,9 @@ def main() -> None:
         commands.run("reference", str(latents), output_dir=folder / "reconstructed", num_images=count)
     for name, contestant in race["contestants"].items():
         for seed in contestant["seeds"]:
-            if not options.only or name in options.only:
-                run = folder / f"{name}-{seed}"
-                compete(commands, race, contestant, seed, run, latents, real)
+            wanted = not options.only or name in options.only
+            if wanted and "frechet_distance" not in on_record(recorded, name, contestant["images"], seed):
+                compete(commands, race, contestant, seed, folder / f"{name}-{seed}", latents, real)
     column = figure_name("FD-efficientnet-lite0", race["base"]["train"]["evaluation_samples"])
     result = {
         "machine": machine(),
@@ -68,15 +74,14 @@ def main() -> None:
         "torch": torch.__version__,
         "floor": floor(folder / "reconstructed", real),
         "race": {name: value for name, value in race.items() if name != "contestants"},
-        "contestants": {name: describe(race, folder, name, column) for name in race["contestants"]},
+        "contestants": {name: describe(race, folder, name, column, recorded) for name in race["contestants"]},
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"recipes-{options.race.stem}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text(table(result))
     if "evaluation" in race:
         plot(result, path.with_suffix(".png"))
-        save_sheet(faces(race, folder, real), path.with_name(f"{path.stem}-faces.png"))
+        draw_faces(race, folder, real, path.with_name(f"{path.stem}-faces"))
     print(table(result))
 
 
@@ -117,6 +122,7 @@ def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Pa
     for name, seed_of_samples in (("guidance", 1), ("evaluation", 0)):
         if measured and name in race and not (run / name / "evaluation.json").is_file():
             options = {**race[name], "reference": real, "output_dir": run / name, "seed": seed_of_samples}
+            options["dtype"] = DTYPES[recipe["train"]["mixed_precision"]]
             if name == "evaluation":
                 options["guidance_scale"] = best_guidance(run)
             measured = commands.run("evaluate", str(run), **options)
@@ -144,16 +150,31 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {name: {**base.get(name, {}), **over.get(name, {})} for name in {**base, **over}}
 
 
-def describe(race: dict, folder: Path, name: str, column: str) -> dict[str, Any]:
-    """What is known of a contestant: its curve, its distance at the best guidance, and the attributes found there."""
+def on_record(recorded: dict[str, Any], name: str, images: int, seed: int) -> dict[str, Any]:
+    """What an earlier call wrote of a contestant's seed; nothing where it is of another number of images."""
+    contestant = recorded.get(name, {})
+    entries = contestant["seeds"] if contestant.get("images") == images else []
+    return next((entry for entry in entries if entry["seed"] == seed), {})
+
+
+def describe(race: dict, folder: Path, name: str, column: str, recorded: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a contestant: its curve, its distance at the best guidance, and the attributes found there.
+
+    A seed that was finished earlier stands as it was recorded, also where its run is no longer here.
+    """
     contestant, seeds = race["contestants"][name], []
     for seed in contestant["seeds"]:
-        run = folder / f"{name}-{seed}"
+        run, entry = folder / f"{name}-{seed}", on_record(recorded, name, contestant["images"], seed)
         log, report = read_log(run), run / "evaluation" / "evaluation.json"
+        if "frechet_distance" in entry or not log:
+            seeds.append(entry or {"seed": seed, "curve": []})
+            continue
         points = [row for row in log if row.get(column)]
-        entry: dict[str, Any] = {
+        entry = {
             "seed": seed,
-            "images_per_second": statistics.median(float(row["images_per_second"]) for row in log) if log else None,
+            "machine": machine(),
+            "precision": race["base"]["train"]["mixed_precision"],
+            "images_per_second": statistics.median(float(row["images_per_second"]) for row in log),
             "curve": [[int(row["images_seen"]), float(row[column])] for row in points],
         }
         if report.is_file():
@@ -196,7 +217,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Distance against images and against time while training, and that of more samples at the end."""
+    """Distance against images and against time while training, and that of more samples at the end.
+
+    Time is compared between the runs of one machine, this one.
+    """
     race = result["race"]
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     by_images, by_time, at_end = figure.subplots(1, 3)
@@ -206,7 +230,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             if entry["curve"]:
                 images, distances = zip(*entry["curve"], strict=True)
                 by_images.plot(images, distances, **style)
-                by_time.plot([count / entry["images_per_second"] / 60 for count in images], distances, **style)
+                if entry["machine"] == result["machine"]:
+                    by_time.plot([count / entry["images_per_second"] / 60 for count in images], distances, **style)
         found = [entry["frechet_distance"] for entry in row["seeds"] if "frechet_distance" in entry]
         if found:
             at_end.plot([row["images"]] * len(found), found, linestyle="", label=name, **style)
@@ -228,14 +253,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def faces(race: dict[str, Any], folder: Path, real: Path) -> Image.Image:
+def draw_faces(race: dict[str, Any], folder: Path, real: Path, output: Path) -> None:
     """A row of faces a contestant, of its first seed at its best guidance, from the same noise and attributes.
 
-    The first row are the avatars that have these attributes.
+    `avatars.png` are the avatars that have these attributes. The row of a run that is no longer here stays as it is.
     """
     numbers = range(FACES)
     avatars = open_images("avatars", **{**race["reference"], "num_images": FACES})
-    rows = [draw_sheet(list(avatars["image"]), FACES, title="avatars")]
+    output.mkdir(exist_ok=True)
+    save_sheet(draw_sheet(list(avatars["image"]), FACES, title="avatars"), output / "avatars.png")
     for name, contestant in race["contestants"].items():
         run = folder / f"{name}-{contestant['seeds'][0]}"
         if not (run / "guidance" / "evaluation.json").is_file():
@@ -243,11 +269,8 @@ def faces(race: dict[str, Any], folder: Path, real: Path) -> Image.Image:
         pipeline, title = load_pipeline(str(run)), f"{name}, {contestant['images']:,} images seen"
         asked = load_reference(real).attributes(list(pipeline.transformer.config.conditions))
         drawn = draw(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run))
-        rows.append(draw_sheet([Image.fromarray(face) for face in drawn], FACES, title=title))
-    sheet = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height))
-    for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * row.height))
-    return sheet
+        row = draw_sheet([Image.fromarray(face) for face in drawn], FACES, title=title)
+        save_sheet(row, output / f"{name}.png")
 
 
 if __name__ == "__main__":
