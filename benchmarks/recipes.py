@@ -233,16 +233,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 if entry["machine"] == result["machine"]:
                     by_time.plot([count / entry["images_per_second"] / 60 for count in images], distances, **style)
         found = [entry["frechet_distance"] for entry in row["seeds"] if "frechet_distance" in entry]
-        if found:
+        if found or any(entry["curve"] for entry in row["seeds"]):
             at_end.plot([row["images"]] * len(found), found, linestyle="", label=name, **style)
-            if name in race["baselines"]:
-                at_end.axhline(row["frechet_distance"], color=f"C{number}", linewidth=0.8, linestyle="--")
+        if found and name in race["baselines"]:
+            at_end.axhline(row["frechet_distance"], color=f"C{number}", linewidth=0.8, linestyle="--")
     if isinstance(result["floor"], float):
         at_end.axhline(result["floor"], color="grey", linewidth=0.8, linestyle=":", label="the VAE's reconstructions")
     samples = race["base"]["train"]["evaluation_samples"]
     counts = sorted({row["images"] for row in result["contestants"].values()})
     by_images.set(xlabel="images seen", ylabel=f"Fréchet distance of {samples} samples", title="while training")
-    by_time.set(xlabel="minutes of training", title="while training")
+    by_time.set(xlabel=f"minutes of training on {result['machine']}", title="while training")
     at_end.set(xlabel="images seen", title="at the end", ylabel=f"of {race['evaluation']['num_samples']} samples")
     for axes, values in ((by_images, counts), (by_time, ()), (at_end, counts)):
         axes.set(xscale="log" if values else "linear", ylim=(0, None))
