@@ -14,7 +14,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -39,7 +39,12 @@ class LatentDiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -47,6 +52,8 @@ class LatentDiTAttnProcessor:
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         if attn.norm_q is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -88,10 +95,19 @@ class LatentDiTTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` [batch, tokens, dim]; `temb` [batch, dim], already through SiLU."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`hidden_states` [batch, tokens, dim]; `temb` [batch, dim], already through SiLU.
+
+        `image_rotary_emb`, where positions are rotary, is cosine and sine, each [tokens, head_dim].
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(temb).unsqueeze(1).chunk(6, dim=-1)
-        hidden_states = hidden_states + gate1 * self.attn(self.norm1(hidden_states) * (1 + scale1) + shift1)
+        attended = self.attn(self.norm1(hidden_states) * (1 + scale1) + shift1, image_rotary_emb=image_rotary_emb)
+        hidden_states = hidden_states + gate1 * attended
         return hidden_states + gate2 * self.ff(self.norm2(hidden_states) * (1 + scale2) + shift2)
 
 
@@ -117,9 +133,13 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             in https://arxiv.org/abs/2403.03206), which keeps attention logits small in half precision; None does not.
         position_base_size: Height and width, in latents, of what positions are stretched over; None is `sample_size`.
             A model that goes on from one of another resolution keeps that one's.
+        use_rotary_positional_embeddings: Beside the fixed positions that are added to the tokens, turn queries and
+            keys by their column (the first half of each head) and row (the second), so that attention knows how far
+            apart two tokens are (RoPE: https://arxiv.org/abs/2104.09864; by axes: https://arxiv.org/abs/2403.13298).
 
     Raises:
-        ValueError: if the latents are not divisible by the patch, or the width is not divisible by 4.
+        ValueError: if the latents are not divisible by the patch, the width not by 4, or the width of a head not by 4
+            where positions are rotary.
     """
 
     _supports_gradient_checkpointing = True
@@ -143,6 +163,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         timestep_freq_shift: float = 0.0,
         qk_norm: str | None = None,
         position_base_size: int | tuple[int, int] | None = None,
+        use_rotary_positional_embeddings: bool = False,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -153,6 +174,8 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             raise ValueError(f"the width {dim} (num_attention_heads * attention_head_dim) is not divisible by 4")
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm={qk_norm!r} is none of None, 'rms_norm'")
+        if use_rotary_positional_embeddings and attention_head_dim % 4:
+            raise ValueError(f"rotary positions need an attention_head_dim divisible by 4, not {attention_head_dim}")
         self.out_channels = in_channels if out_channels is None else out_channels
         self.inner_dim = dim
         base = (height, width) if position_base_size is None else position_base_size
@@ -230,6 +253,8 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         hidden_states = hidden_states.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         hidden_states = self.proj_in(hidden_states)
         hidden_states = hidden_states + self._positions(rows, columns, hidden_states)
+        rotary = self.config.use_rotary_positional_embeddings
+        image_rotary_emb = self._rotations(rows, columns, hidden_states.device) if rotary else None
 
         # 2. What the blocks are modulated by.
         timestep = torch.as_tensor(timestep, device=hidden_states.device)
@@ -244,9 +269,9 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         # 3. Blocks.
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, image_rotary_emb)
             else:
-                hidden_states = block(hidden_states, temb)
+                hidden_states = block(hidden_states, temb, image_rotary_emb)
 
         # 4. Output, and unpatchify.
         shift, scale = self.modulation_out(temb).unsqueeze(1).chunk(2, dim=-1)
@@ -272,8 +297,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     def _positions(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         """Fixed 2-D sin-cos positions [rows * columns, dim]: the first half of the width tells the column."""
         axes = []
-        for count, base in ((columns, self.base_grid[1]), (rows, self.base_grid[0])):
-            position = torch.arange(count, device=like.device, dtype=torch.float32) * (base / count)
+        for position in self._axes(rows, columns, like.device):
             frequency = torch.arange(self.inner_dim // 4, device=like.device, dtype=torch.float32)
             frequency = torch.exp(frequency * (-4 * math.log(10000) / self.inner_dim))
             angle = position[:, None] * frequency
@@ -281,6 +305,22 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         x = axes[0][None].expand(rows, -1, -1)
         y = axes[1][:, None].expand(-1, columns, -1)
         return torch.cat([x, y], dim=-1).flatten(0, 1).to(like.dtype)
+
+    def _rotations(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of each token's angles, float32 [rows * columns, head_dim]; neighbours in a head turn alike.
+
+        The fastest frequency is one radian a token, the slowest nearly a hundredth of it.
+        """
+        x, y = self._axes(rows, columns, device)
+        tokens = x.repeat(rows), y.repeat_interleave(columns, output_size=rows * columns)
+        dim = self.config.attention_head_dim // 2
+        (cos_x, sin_x), (cos_y, sin_y) = (get_1d_rotary_pos_embed(dim, p, theta=100.0, use_real=True) for p in tokens)
+        return torch.cat([cos_x, cos_y], dim=-1), torch.cat([sin_x, sin_y], dim=-1)
+
+    def _axes(self, rows: int, columns: int, device: torch.device) -> list[torch.Tensor]:
+        """Where the columns are, and the rows, in tokens of the trained extent; float32 [columns] and [rows]."""
+        extents = (columns, self.base_grid[1]), (rows, self.base_grid[0])
+        return [torch.arange(n, device=device, dtype=torch.float32) * (base / n) for n, base in extents]
 
 
 # What diffusers' feature caches (FirstBlockCache, ...) need to know about the block.

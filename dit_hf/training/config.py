@@ -47,6 +47,7 @@ class ModelConfig:
         attention_head_dim: Width of a head.
         mlp_ratio: Width of the feed-forward layers over the model's width.
         qk_norm: `rms_norm` normalises queries and keys, which keeps attention stable in half precision.
+        use_rotary_positional_embeddings: Queries and keys are turned by their position, too.
         init_from: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id, whose weights training
             begins with. It may have other conditions or another resolution; sizes, patches and what it predicts must
             be the same.
@@ -59,13 +60,15 @@ class ModelConfig:
     attention_head_dim: int | None = None
     mlp_ratio: float = 4.0
     qk_norm: Literal["rms_norm"] | None = None
+    use_rotary_positional_embeddings: bool = False
     init_from: str | None = None
 
     def sizes(self) -> dict[str, Any]:
         """Keywords for `LatentDiTTransformer2DModel`."""
         own = {name: getattr(self, name) for name in PRESETS[self.preset]}
         sizes = {name: PRESETS[self.preset][name] if value is None else value for name, value in own.items()}
-        return {**sizes, "mlp_ratio": self.mlp_ratio, "qk_norm": self.qk_norm}
+        alike = ("mlp_ratio", "qk_norm", "use_rotary_positional_embeddings")
+        return {**sizes, **{name: getattr(self, name) for name in alike}}
 
 
 @dataclass

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_transformer
+from diffusers.models.embeddings import apply_rotary_emb
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.models.transformer_latent_dit import PRESETS
@@ -66,6 +67,8 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
                 x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.attn.{n}.weight"]
                 for x, n in ((q, "norm_q"), (k, "norm_k"))
             )
+        if config.use_rotary_positional_embeddings:
+            q, k = (turned(x, rows, columns) for x in (q, k))
         attention = ((q @ k.transpose(2, 3)) / math.sqrt(dim // heads)).softmax(-1) @ v
         x = x + g1 * linear(attention.transpose(1, 2).reshape(batch, -1, dim), f"{name}.attn.to_out.0")
         h = linear(norm(x) * (1 + b2) + s2, f"{name}.ff.net.0.proj")
@@ -81,9 +84,23 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
     return out
 
 
-@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
-def test_forward_is_the_papers(qk_norm):
-    model = tiny_transformer(conditions=CONDITIONS, qk_norm=qk_norm)
+def turned(x, rows, columns):
+    """Rotary positions by complex numbers, token by token: the head's first half by column, its second by row."""
+    turned, half = x.clone(), x.shape[-1] // 2
+    omega = 100.0 ** (-np.arange(0, half, 2) / half)
+    for i in range(rows):
+        for j in range(columns):
+            for place, begin in ((j, 0), (i, half)):
+                pairs = x[:, :, i * columns + j, begin : begin + half].unflatten(-1, (-1, 2)).contiguous()
+                rotation = torch.from_numpy(np.exp(1j * place * omega)).to(torch.complex64)
+                values = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+                turned[:, :, i * columns + j, begin : begin + half] = values.flatten(-2)
+    return turned
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": "rms_norm"}, {"use_rotary_positional_embeddings": True}])
+def test_forward_is_the_papers(options):
+    model = tiny_transformer(conditions=CONDITIONS, **options)
     hidden_states, timestep = inputs()
     ids = torch.tensor([[0, 1, 4], [1, 2, 5], [2, 0, 0]])
     with torch.no_grad():
@@ -121,6 +138,19 @@ def test_any_size_divisible_by_the_patch(height, width):
     out = tiny_transformer()(hidden_states, timestep, return_dict=False)[0]
     assert out.shape == hidden_states.shape
     assert out.isfinite().all()
+
+
+def test_rotary_positions_tell_how_far_apart_two_tokens_are():
+    model = tiny_transformer(use_rotary_positional_embeddings=True)
+    cos, sin = model._rotations(4, 4, torch.device("cpu"))
+    query, key = torch.randn(2, model.config.attention_head_dim)
+    vectors = torch.stack([query, key]).expand(16, 2, -1)[None]  # the same two at every token
+    query, key = apply_rotary_emb(vectors, (cos, sin), sequence_dim=1)[0].unbind(1)
+    products = (query @ key.T).reshape(4, 4, 4, 4)  # row and column of the query, row and column of the key
+    torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], atol=1e-4, rtol=1e-4)
+    assert products[0, 0].unique().numel() == 16
+    fine, coarse = model._rotations(8, 4, torch.device("cpu"))[0], cos
+    torch.testing.assert_close(fine.reshape(8, 4, -1)[::2], coarse.reshape(4, 4, -1))
 
 
 def test_positions_stretch_over_the_trained_extent():
@@ -169,8 +199,9 @@ def test_saves_and_loads_bit_for_bit_with_conditions_in_order(tmp_path):
     assert torch.equal(loaded(*inputs(), ids).sample, model(*inputs(), ids).sample)
 
 
-def test_compiles_as_one_graph():
-    model = tiny_transformer(conditions=CONDITIONS)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_compiles_as_one_graph(rotary):
+    model = tiny_transformer(conditions=CONDITIONS, use_rotary_positional_embeddings=rotary)
     ids = torch.tensor([[0, 1, 4], [1, 2, 5], [2, 0, 0]])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -180,7 +211,7 @@ def test_compiles_as_one_graph():
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_transformer().train()
+        model = tiny_transformer(use_rotary_positional_embeddings=True).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
         model(*inputs()).sample.square().sum().backward()
@@ -203,6 +234,12 @@ def test_fused_projections_give_the_same():
     [
         (lambda: tiny_transformer(sample_size=7), "not divisible by patch_size"),
         (lambda: tiny_transformer(attention_head_dim=3), "not divisible by 4"),
+        (
+            lambda: tiny_transformer(
+                num_attention_heads=2, attention_head_dim=6, use_rotary_positional_embeddings=True
+            ),
+            "rotary positions need",
+        ),
         (lambda: tiny_transformer()(torch.zeros(1, 4, 7, 8), torch.tensor(0)), "7x8"),
         (lambda: tiny_transformer(conditions={"a": 2})(*inputs(), torch.zeros(3, 2).long()), r"expected \(3, 1\)"),
         (lambda: tiny_transformer()(*inputs(), torch.zeros(3, 1).long()), "no conditions"),
