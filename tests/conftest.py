@@ -48,9 +48,10 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def tiny_pipeline(**options) -> LatentDiTPipeline:
+def tiny_pipeline(rotary: bool = True, **options) -> LatentDiTPipeline:
     """A pipeline of random parts with two conditions."""
-    transformer = tiny_transformer(conditions={"Smiling": 2, "class": 3})
+    conditions = {"Smiling": 2, "class": 3}
+    transformer = tiny_transformer(conditions=conditions, use_rotary_positional_embeddings=rotary)
     scheduler = CosineLatentScheduler(prediction_type="v_prediction")
     options = {"condition_labels": {"class": ["cat", "dog", "owl"]}, "guidance_scale": 2.0, **options}
     pipeline = LatentDiTPipeline(transformer, scheduler, tiny_vae(), **options)

@@ -33,7 +33,8 @@ def run(config):
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "mine")
+    """A pipeline that has a form of diffusers' own, too."""
+    tiny_pipeline(rotary=False).save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
 
 

@@ -152,8 +152,8 @@ def test_attention_backends(expected, backend):
 
 def test_processors_can_be_read_and_replaced(expected):
     class Doubled(LatentDiTAttnProcessor):
-        def __call__(self, attn, hidden_states):
-            return 2 * super().__call__(attn, hidden_states)
+        def __call__(self, attn, hidden_states, **kwargs):
+            return 2 * super().__call__(attn, hidden_states, **kwargs)
 
     pipeline = tiny_pipeline()
     before = pipeline.transformer.attn_processors
