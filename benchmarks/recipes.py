@@ -173,7 +173,7 @@ def describe(race: dict, folder: Path, name: str, column: str, recorded: dict[st
         entry = {
             "seed": seed,
             "machine": machine(),
-            "precision": race["base"]["train"]["mixed_precision"],
+            "precision": yaml.safe_load((run / "config.yaml").read_text())["train"]["mixed_precision"],
             "images_per_second": statistics.median(float(row["images_per_second"]) for row in log),
             "curve": [[int(row["images_seen"]), float(row[column])] for row in points],
         }

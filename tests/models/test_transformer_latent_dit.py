@@ -86,7 +86,7 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
 
 def turned(x, rows, columns):
     """Rotary positions by complex numbers, token by token: the head's first half by column, its second by row."""
-    turned, half = x.clone(), x.shape[-1] // 2
+    out, half = x.clone(), x.shape[-1] // 2
     omega = 100.0 ** (-np.arange(0, half, 2) / half)
     for i in range(rows):
         for j in range(columns):
@@ -94,8 +94,8 @@ def turned(x, rows, columns):
                 pairs = x[:, :, i * columns + j, begin : begin + half].unflatten(-1, (-1, 2)).contiguous()
                 rotation = torch.from_numpy(np.exp(1j * place * omega)).to(torch.complex64)
                 values = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
-                turned[:, :, i * columns + j, begin : begin + half] = values.flatten(-2)
-    return turned
+                out[:, :, i * columns + j, begin : begin + half] = values.flatten(-2)
+    return out
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": "rms_norm"}, {"use_rotary_positional_embeddings": True}])
