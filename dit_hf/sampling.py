@@ -39,7 +39,8 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
         with tempfile.TemporaryDirectory(prefix="dit_hf-checkpoint-") as saved:
             checkpoint_pipeline(Path(model)).save_pretrained(saved)
             return load_pipeline(saved, device, **options)
-    if not folder.is_dir() and run_folder(model) == Path(model):
+    exported = (Path(model) / "model_index.json").is_file()  # what `dit-hf push` writes of a run has its log, too
+    if not folder.is_dir() and not exported and run_folder(model) == Path(model):
         raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, **options)

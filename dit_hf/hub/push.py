@@ -31,7 +31,9 @@ SHEET_SIZE = 8
 RETRY_SECONDS = (2.0, 10.0, 30.0)
 _EVALUATION = ("evaluation.json", "evaluation.png", "settings.png")
 # What a push replaces as a whole: weights that are not part of it any more go.
-_COMPONENTS = ["transformer/*", "scheduler/*", "vae/*", "evaluation/*"]
+_FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
+_PICTURES = ("samples.png", "loss_curve.png")
+_FILES = ("README.md", "model_index.json", "pipeline.py", "training_log.csv", "config.yaml", *_PICTURES)
 
 
 def push(
@@ -60,7 +62,8 @@ def push(
         license: one of the Hub's identifiers, e.g. `apache-2.0`; by default what the data's terms leave.
         datasets: ids of the data on the Hub.
         max_shard_size: weights are stored in files of at most this size.
-        overwrite: write over what is there even if it is another model, or none.
+        overwrite: write over what is there even if it is another model, or, on the Hub, none. A folder with anything
+            else in it than a push has written is left alone.
 
     Raises:
         FileExistsError: if the folder or the repository holds something else and `overwrite` was not asked for.
@@ -72,8 +75,8 @@ def push(
     if attributes is not None and not builtin:
         raise ValueError("--attributes is for --builtin; other exports can be asked for any attributes")
     folder = Path(output_dir) if output_dir is not None else None
-    if folder is not None and folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
+    if folder is not None and folder.exists():
+        _check_folder(folder, overwrite)
     pipeline = load_pipeline(model, "cpu")
     shown: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
     if is_checkpoint(model):
@@ -158,7 +161,7 @@ def upload(
             folder_path=folder,
             revision=revision,
             commit_message="Upload a model by dit_hf",
-            delete_patterns=_COMPONENTS,
+            delete_patterns=[f"{name}/*" for name in _FOLDERS],
         )
         return str(url)
 
@@ -206,6 +209,16 @@ def _draw_sheet(pipeline: LatentDiTPipeline, path: Path) -> None:
     images = [Image.fromarray(image) for image in draw(pipeline, range(SHEET_SIZE), rows, seed=0)]
     captions = [", ".join(f"{k}: {v}" for k, v in rows[i % len(rows)].items()) or "any" for i in range(SHEET_SIZE)]
     save_sheet(draw_sheet(images, 4, captions, min_side=96), path)
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Whether it is empty, or may be replaced: with `overwrite`, and if all in it was pushed there."""
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name not in (*_FOLDERS, *_FILES)]
+    if others:
+        raise FileExistsError(f"output_dir {folder} holds {', '.join(others[:3])}, no push's; name a new folder")
+    if names and not overwrite:
+        raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
 
 
 def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:

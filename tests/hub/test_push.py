@@ -62,6 +62,22 @@ def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys)
     code, said = push(capsys, run, "--output_dir", tmp_path / "out")
     assert code == 1
     assert "is not empty; name a new folder, or give --overwrite true" in said
+    assert push(capsys, run, "--output_dir", tmp_path / "out", "--overwrite")[0] == 0
+
+
+def test_what_was_pushed_of_a_run_is_a_pipeline_like_any_other(run, tmp_path, capsys):
+    assert push(capsys, run, "--output_dir", tmp_path / "out")[0] == 0
+    pushed, own = load_pipeline(str(tmp_path / "out"), "cpu"), load_pipeline(str(run), "cpu")
+    assert weights_sha256(pushed.transformer) == weights_sha256(own.transformer)
+    assert push(capsys, tmp_path / "out", "--output_dir", tmp_path / "again")[0] == 0
+
+
+def test_a_folder_with_something_else_in_it_is_never_written_over(folder, tmp_path, capsys):
+    (tmp_path / "out" / ".git").mkdir(parents=True)
+    code, said = push(capsys, folder, "--output_dir", tmp_path / "out", "--overwrite")
+    assert code == 1
+    assert "holds .git, no push's; name a new folder" in said
+    assert (tmp_path / "out" / ".git").is_dir()
 
 
 def test_a_checkpoint_is_pushed_as_what_it_is(run, tmp_path, capsys):
