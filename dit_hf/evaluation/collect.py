@@ -56,21 +56,20 @@ def collect(
     """Features of the pictures of `rows`; to be called on all ranks, each of which does some of the batches.
 
     Args:
-        folder: Where each batch is kept until all are there, as one file.
+        folder: Where each batch is kept as one file until all are there, in a folder of what decides the features.
         net: The feature network.
         read: Rows to pictures, uint8 [n, height, width, 3], and the rows they are of (some may be broken).
         rows: All rows.
         batch_size: Pictures at once; batch k is the same whoever does it.
-        identity: What decides the features; a folder of other ones is refused.
+        identity: What decides the features, beside network, batches and number of pictures.
         what: The pictures' name, for the progress bar.
-
-    Raises:
-        FileExistsError: if `folder` holds features of something else, naming what differs.
     """
     state = ranks()
     identity = {**identity, "features": net.identity(), "batch_size": batch_size, "count": len(rows)}
+    folder = folder / digest(identity)
     if state.is_main_process:
-        _check_identity(folder, identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
     state.wait_for_everyone()
     mine = batches(len(rows), batch_size, state.process_index, state.num_processes)
     total, missing = sum(map(len, mine)), [part for part in mine if not _file(folder, part).is_file()]
@@ -80,32 +79,16 @@ def collect(
     ) as bar:
         for part in missing:
             pictures, kept = read([int(rows[place]) for place in part])
-            _save(_file(folder, part), net(pictures), np.asarray(kept), hashlib.sha256(pictures.tobytes()).hexdigest())
+            features = net(pictures) if len(kept) else np.empty((0, net.dim), np.float32)
+            _save(_file(folder, part), features, np.asarray(kept), hashlib.sha256(pictures.tobytes()).hexdigest())
             bar.update(len(part))
     state.wait_for_everyone()
     return _join([_file(folder, part) for part in batches(len(rows), batch_size)])
 
 
-def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / IDENTITY
-    if path.is_file():
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity))
-        different = _differences(before, now)
-        if different:
-            raise FileExistsError(
-                f"{folder} holds features of something else ({'; '.join(different)}); name a new folder"
-            )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(identity, indent=2) + "\n")
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What of `now` was otherwise, a short text each."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = [_differences(before.get(key), now.get(key), f"{name}.{key}") for key in {**before, **now}]
-        return [text for part in found for text in part]
-    return [] if before == now else [f"{name[1:]} {str(before)[:40]}, now {str(now)[:40]}"]
+def digest(facts: dict[str, Any]) -> str:
+    """A short name of the facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _file(folder: Path, part: range) -> Path:
@@ -118,10 +101,10 @@ def _save(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str
 
 
 def _join(files: list[Path]) -> Collected:
-    features, rows, digest = [], [], hashlib.sha256()
+    features, rows, pixels = [], [], hashlib.sha256()
     for file in files:
         with safe_open(file, "numpy") as opened:
             features.append(opened.get_tensor("features"))
             rows.append(opened.get_tensor("rows"))
-            digest.update(opened.metadata()["pixels_sha256"].encode())
-    return Collected(np.concatenate(features), np.concatenate(rows), digest.hexdigest())
+            pixels.update(opened.metadata()["pixels_sha256"].encode())
+    return Collected(np.concatenate(features), np.concatenate(rows), pixels.hexdigest())

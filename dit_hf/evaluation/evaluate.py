@@ -29,7 +29,7 @@ from ..sampling import draw, load_pipeline, model_facts, run_folder
 from ..sheets import save_sheet
 from ..storage import disk_errors
 from .attributes import AttributeHead, train_head
-from .collect import IDENTITY, collect, ranks
+from .collect import IDENTITY, collect, digest, ranks
 from .features import FeatureNet, load_features
 from .metrics import NEIGHBOURS, Gaussian, measure
 from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
@@ -61,7 +61,8 @@ def evaluate(
 
     Under `accelerate launch` or `torchrun` every rank draws its part. Conditional models are asked for the attribute
     rows of the reference in order. Lists of guidance scales or steps are measured in every combination and plotted;
-    the first is the one that is reported. In a run's folder the figures go into the model card too.
+    the first is the one that is reported. In a run's folder the figures go into the model card too. A call with other
+    options replaces the report, and features are kept for each, so that an earlier call is soon repeated.
 
     Args:
         model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
@@ -87,7 +88,7 @@ def evaluate(
         where there are several.
 
     Raises:
-        FileExistsError: if the folder holds features or statistics of something else.
+        FileExistsError: if `output_dir` holds the evaluation of another model.
         ValueError: for options that do not fit, a reference that does not match, or weights that cannot be had.
     """
     if num_samples < MIN_SAMPLES:
@@ -105,7 +106,8 @@ def evaluate(
     elif pictures.facts["resolution"] != resolution:  # only a cache has its own
         raise ValueError(f"{reference}: pictures of {pictures.facts['resolution']} px, the model's are {resolution}")
     else:
-        real = make_reference(folder / "reference", pictures, net, batch_size)
+        asked = {"pictures": pictures.facts, "features": net.identity()}
+        real = make_reference(folder / f"reference-{digest(asked)}", pictures, net, batch_size)
     real.check(net, resolution)
     if len(real.features) < 2 * MIN_SAMPLES:
         raise ValueError(f"the reference has {len(real.features)} pictures, and at least {2 * MIN_SAMPLES} are needed")
@@ -145,7 +147,9 @@ class Evaluation:
         """Draw, measure and report; to be called on all ranks. `own_folder` is the model's, which may have changed."""
         asked = self.real.attributes(list(self.pipeline.transformer.config.conditions or {}))
         identity = model_facts(self.pipeline)
-        if own_folder and ranks().is_main_process:
+        if not own_folder:
+            self._check_model(identity)
+        elif ranks().is_main_process:
             self._forget_other_models(identity)
         samples = [self._draw(asked, identity, setting) for setting in settings]
         held_out, rest = self._split()
@@ -170,10 +174,23 @@ class Evaluation:
         write_report(self.folder, report, neighbours)
         print(f"\n{markdown(report)}\n{self.folder / REPORT} has it all", flush=True)
 
+    def _check_model(self, identity: dict[str, Any]) -> None:
+        """Refuse to write over another model's report; by weights in one precision those in another are not known."""
+        report = self.folder / REPORT
+        if not report.is_file():
+            return
+        before = json.loads(report.read_text(encoding="utf-8"))
+        name = before["model"].pop("name")
+        if before["protocol"]["dtype"] == self.dtype and before["model"] != identity:
+            raise FileExistsError(
+                f"output_dir {self.folder} holds the evaluation of another model, {name}; name a new folder"
+            )
+
     def _forget_other_models(self, identity: dict[str, Any]) -> None:
-        """Remove features of samples of another model than `identity`."""
-        for path in (self.folder / "features").glob(f"*/{IDENTITY}"):
-            if json.loads(path.read_text(encoding="utf-8")).get("model", identity) != identity:
+        """Remove features of samples that another model than `identity` drew in this precision."""
+        for path in (self.folder / "features").glob(f"*/*/{IDENTITY}"):
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts.get("dtype") == self.dtype and facts["model"] != identity:
                 shutil.rmtree(path.parent)
 
     def _draw(self, asked: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]) -> np.ndarray:

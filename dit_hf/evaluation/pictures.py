@@ -35,23 +35,16 @@ class Pictures:
     read: Callable[[Sequence[int]], np.ndarray]
 
     def read_whole(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures of `rows` that can be read, and their rows.
-
-        Raises:
-            ValueError: if none can, with the reason of the first.
-        """
-        try:
+        """The pictures of `rows` that can be read, perhaps none, and their rows."""
+        with contextlib.suppress(ValueError):
             return self.read(rows), np.array(rows)
-        except ValueError as error:
-            first = error
-        found, kept = [], []
+        height, width = (int(side) for side in self.facts["resolution"].split("x"))
+        found, kept = [np.empty((0, height, width, 3), np.uint8)], []
         for row in rows:
             with contextlib.suppress(ValueError):  # counted by those who know how many there should be
                 found.append(self.read([row]))
                 kept.append(row)
-        if not found:
-            raise first
-        return np.concatenate(found), np.array(kept)
+        return np.concatenate(found), np.array(kept, np.int64)
 
 
 def open_pictures(
@@ -103,14 +96,20 @@ def reconstructed(pictures: Pictures, vae: VAE) -> Callable[[Sequence[int]], np.
     return read
 
 
-def check_left_out(left_out: int, total: int, what: str) -> None:
-    """Refuse a set of which too much is missing.
+def check_left_out(pictures: Pictures, rows: np.ndarray) -> None:
+    """Refuse a set of which too much is missing; `rows` are those that could be read.
 
     Raises:
-        ValueError: if more than 1 % of the pictures could not be read.
+        ValueError: if more than 1 % of the pictures could not, with the reason of the first.
     """
-    if left_out > MAX_LEFT_OUT * total:
-        raise ValueError(f"{left_out} of {total} pictures of {what} cannot be read, more than {MAX_LEFT_OUT:.0%}")
+    missing = sorted({*range(pictures.count)} - {*rows.tolist()})
+    if len(missing) > MAX_LEFT_OUT * pictures.count:
+        what = f"{len(missing)} of {pictures.count} pictures of {pictures.facts['source']} cannot be read"
+        try:
+            pictures.read(missing[:1])
+        except ValueError as error:
+            what = f"{what} ({error})"
+        raise ValueError(f"{what}, more than {MAX_LEFT_OUT:.0%}")
 
 
 def _decoded(folder: str, split: str | None, num_images: int | None) -> Pictures:

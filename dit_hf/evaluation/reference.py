@@ -143,7 +143,7 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
                 {"pictures": facts},
                 "real pictures",
             )
-            check_left_out(pictures.count - len(found.rows), pictures.count, facts["source"])
+            check_left_out(pictures, found.rows)
             if state.is_main_process:
                 _write(folder, pictures, facts, net, found)
                 shutil.rmtree(parts)

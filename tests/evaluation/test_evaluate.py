@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,8 +102,10 @@ def test_a_broken_picture_is_left_out_and_too_many_are_an_error(net, tmp_path):
     (pictures / "007.png").write_bytes(b"nothing")
     found = load_reference(reference(str(pictures), str(tmp_path / "one"), net, resolution="16"))
     assert found.rows.tolist() == [row for row in range(120) if row != 7]
+    alone = load_reference(reference(str(pictures), str(tmp_path / "alone"), net, resolution="16", batch_size=1))
+    assert alone.rows.tolist() == found.rows.tolist()
     (pictures / "008.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="2 of 120 pictures"):
+    with pytest.raises(ValueError, match=r"2 of 120 pictures .* cannot be read \(007\.png"):
         reference(str(pictures), str(tmp_path / "two"), net, resolution="16")
 
 
@@ -150,13 +153,30 @@ def test_half_precision_is_another_protocol_of_about_the_same_figure(evaluated, 
     report, whole = report_of(evaluate(str(run), str(statistics), **options)), report_of(evaluated)
     assert report["protocol"]["dtype"] == "bfloat16"
     assert report["figures"]["frechet_distance"] == pytest.approx(whole["figures"]["frechet_distance"], rel=0.2)
-    with pytest.raises(FileExistsError, match="dtype float32, now bfloat16"):
-        evaluate(str(run), str(statistics), **options | {"output_dir": str(evaluated)})
 
 
-def test_features_of_another_protocol_are_not_mixed_in(evaluated, run, net, statistics):
-    with pytest.raises(FileExistsError, match="seed 0, now 1"):
-        evaluate(str(run), str(statistics), features=net, output_dir=str(evaluated), seed=1, **OPTIONS)
+def test_another_protocol_replaces_the_report_and_the_earlier_one_is_soon_repeated(
+    evaluated, run, net, statistics, tmp_path, capsys
+):
+    folder = shutil.copytree(evaluated, tmp_path / "copy")
+    options = {"features": net, "output_dir": str(folder), **OPTIONS}
+    evaluate(str(run), str(statistics), seed=1, **options)
+    assert report_of(folder)["protocol"]["seed"] == 1
+    assert report_of(folder)["figures"] != report_of(evaluated)["figures"]
+    capsys.readouterr()
+    evaluate(str(run), str(statistics), **options)
+    assert report_of(folder) == report_of(evaluated)
+    assert "pictures/s" not in capsys.readouterr().err  # nothing was drawn again
+
+
+def test_a_run_is_compared_with_other_pictures_and_by_other_features_in_its_own_folder(config, net):
+    run = train(config)
+    for features, count in ((net, 64), ("efficientnet-lite0", 64), (net, 48)):
+        evaluate(str(run), "avatars", features=features, num_images=count, **OPTIONS)
+        report = report_of(run / "evaluation")
+        assert report["protocol"]["features"]["name"] in features
+        assert report["protocol"]["reference"]["pictures"] == count
+        assert report["name"] in (run / "README.md").read_text()
 
 
 def test_a_run_that_went_on_is_evaluated_anew(config, net):
@@ -166,11 +186,9 @@ def test_a_run_that_went_on_is_evaluated_anew(config, net):
     config.train.max_train_steps, config.train.resume_from_checkpoint = 12, "latest"
     run = train(config)
     assert "not measured" in (run / "README.md").read_text()
-    with pytest.raises(FileExistsError, match=r"model\.transformer_sha256") as refused:
-        evaluate(
-            str(run / "checkpoint-12"), str(run / "evaluation" / "reference"), output_dir=report.parent, **options
-        )
-    assert len(str(refused.value)) < 400
+    (reference_of_run,) = report.parent.glob("reference-*")
+    with pytest.raises(FileExistsError, match="holds the evaluation of another model"):
+        evaluate(str(run / "checkpoint-12"), str(reference_of_run), output_dir=report.parent, **options)
     evaluate(str(run), **options)
     after = json.loads(report.read_text())
     assert after["figures"]["frechet_distance"] != before["figures"]["frechet_distance"]
@@ -181,9 +199,9 @@ def test_attributes_of_other_rows_are_other_samples(run, net, latents, tmp_path)
     """Also where the references have one source, of which they are parts."""
     options = {"features": net, "output_dir": str(tmp_path / "out"), **OPTIONS}
     sources = [reference(str(latents), str(tmp_path / str(n)), net, num_images=n) for n in (40, 50)]
-    evaluate(str(run), str(sources[0]), **options)
-    with pytest.raises(FileExistsError, match="asked "):
-        evaluate(str(run), str(sources[1]), **options)
+    one, other = (report_of(evaluate(str(run), str(source), **options)) for source in sources)
+    assert one["protocol"]["reference"]["pictures"] == 40
+    assert one["figures"]["frechet_distance"] != other["figures"]["frechet_distance"]
 
 
 def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
