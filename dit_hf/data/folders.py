@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl")  # which are not read: named, so that none is missed silently
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -93,6 +94,8 @@ def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int]
         if suffix not in EXTENSIONS:
             if entry.name in METADATA or PurePosixPath(name).stem in (*CELEBA_LISTS, CELEBA_HQ_MAPPING):
                 lists.append(name)
+            elif suffix in OTHER_PICTURES:
+                left_out.append((printable(name), f"{suffix} is not read: convert it to .jpg or .png"))
             continue
         try:
             name.encode()

@@ -217,8 +217,7 @@ def _build(
         shards = [] if whole else job.unfinished()
         state.wait_for_everyone()  # all ranks have seen the same shards unfinished
         _check_space(job, vae, shards)
-        left_out = _LeftOut(max_left_out, len(source.rows), source.left_out)
-        left_out.check()
+        left_out = _LeftOut(max_left_out, source)
         done = job.num_rows - sum(len(job.rows_of(shard)) for shard in shards)
         if done and state.is_main_process:
             print(f"{final}: going on after {done} of {job.num_rows} pictures", flush=True)
@@ -285,21 +284,24 @@ def _check_space(job: Job, vae: VAE, shards: list[int]) -> None:
 
 
 class _LeftOut:
-    """Counts what is left out and stops the build when it is more than `share` of everything."""
+    """Counts what is left out, and stops the build when it is more than `share`: of the source what its lists say
+    already, however little of it is asked for, and of what is asked for the broken pictures."""
 
-    def __init__(self, share: float, num_rows: int, left_out: list[tuple[str, str]]):
-        self.share, self.total, self.left_out = share, num_rows + len(left_out), list(left_out)
+    def __init__(self, share: float, source: Source):
+        self.share, self.source, self.broken = share, source, list[tuple[str, str]]()
+        self.add([])
 
-    def add(self, left_out: list[tuple[str, str]]) -> None:
-        self.left_out += left_out
-        self.check()
+    def all(self) -> list[tuple[str, str]]:
+        return self.source.left_out + self.broken
 
-    def check(self) -> None:
-        if len(self.left_out) > self.share * self.total:
-            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in self.left_out[:3])
+    def add(self, broken: list[tuple[str, str]]) -> None:
+        self.broken += broken
+        listed, asked, found = len(self.source.left_out), len(self.source.rows), self.all()
+        if listed / max(1, self.source.total) + len(self.broken) / asked > self.share:
+            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in found[:3])
             raise ValueError(
-                f"{len(self.left_out)} of {self.total} pictures cannot be used, more than max_left_out="
-                f"{self.share:g} of them: {first}"
+                f"{len(found)} of {listed + asked if self.broken else self.source.total} pictures cannot be used, "
+                f"more than max_left_out={self.share:g} of them: {first}"
             )
 
 
@@ -308,10 +310,10 @@ def _finish(
 ) -> None:
     """Write what belongs to the shards: the data set's own files, the list of what was left out, facts, card."""
     notes = [job.notes(shard) for shard in range(job.num_shards)]
-    left_out = _LeftOut(max_left_out, job.num_rows, source.left_out)
+    left_out = _LeftOut(max_left_out, source)
     left_out.add([(image_id, reason) for note in notes for image_id, reason in note.left_out])
     with open(job.folder / "left_out.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("id", "reason"), *left_out.left_out])
+        csv.writer(file).writerows([("id", "reason"), *left_out.all()])
     _write_index(job)
     cache = load_from_disk(str(job.folder))
     labels = {k: feature.names for k, feature in cache.features.items() if isinstance(feature, ClassLabel)}
@@ -328,10 +330,10 @@ def _finish(
         "shift_factor": vae.config.get("shift_factor") or 0.0,
         "vae_sha256": weights_sha256(vae),
         "counts": {name: splits.count(name) for name in ("train", "validation", "test")}
-        | {"left_out": len(left_out.left_out)},
+        | {"left_out": len(left_out.all())},
     }
     info["psnr"] = draw_reconstructions(cache, source.rows, vae, job, job.folder / "reconstructions.png")
-    write_cache_card(job.folder, info, left_out.left_out)
+    write_cache_card(job.folder, info, left_out.all())
     write_manifest(job.folder, INFO, "building", **info)
 
 

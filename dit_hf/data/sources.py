@@ -45,13 +45,15 @@ class Source:
         name: What to call it: `avatars`, the folder's name or the Hub id; never a path of this machine.
         rows: `id`, `image` (not decoded), `split` if the source comes divided, and the conditions: int8 (1 is yes)
             or `ClassLabel`.
-        left_out: What of the source is no usable row: id and reason.
+        left_out: What of the source, or of the split, is no usable row: id and reason.
+        total: How many it has with these, `num_images` or not.
         sha256: Of ids, sizes of the pictures, splits and conditions: two sources with the same are the same.
     """
 
     name: str
     rows: Dataset
     left_out: list[tuple[str, str]]
+    total: int
     sha256: str
 
 
@@ -79,22 +81,23 @@ def open_source(
     if source == AVATARS:
         rows = _open_avatars(num_images or DEFAULT_NUM_AVATARS, avatar_size, seed)
     elif path.is_dir() and not _holds_data_set(path):
-        rows, left_out = _open_folder(path)
+        rows, left_out = _open_folder(path, split)
     else:
-        rows, left_out = _open_data_set(source, dataset_config_name)
+        rows, left_out = _open_data_set(source, dataset_config_name, split)
     if split is not None:
         if "split" not in rows.column_names:
             raise ValueError(f"split={split!r}: {source} does not come divided into splits")
         rows = rows.select(np.flatnonzero(np.array(rows["split"][:]) == split))
         if not len(rows):
             raise ValueError(f"split={split!r}: {source} has no such pictures")
+    total = len(rows) + len(left_out)
     if num_images is not None and num_images < len(rows):
         rows = rows.select(range(num_images))
     fingerprint = _fingerprint(rows, left_out)
     if "size" in rows.column_names:
         rows = rows.remove_columns("size")
     name = path.resolve().name if path.exists() and source != AVATARS else source
-    return Source(name, rows, left_out, fingerprint)
+    return Source(name, rows, left_out, total, fingerprint)
 
 
 def available_cpus() -> int:
@@ -107,7 +110,7 @@ def _open_avatars(count: int, size: int, seed: int) -> Dataset:
     return rows.cast_column("image", Image(decode=False))
 
 
-def _open_folder(folder: Path) -> tuple[Dataset, list[tuple[str, str]]]:
+def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[str, str]]]:
     found = read_folder(folder)
     if not found.paths:
         first = f"; {len(found.left_out)} left out, {': '.join(found.left_out[0])}" if found.left_out else ""
@@ -118,7 +121,7 @@ def _open_folder(folder: Path) -> tuple[Dataset, list[tuple[str, str]]]:
         features=Features({"image": Image(decode=False)}),
     )
     columns = {name: _Column(values) for name, values in found.columns.items()}
-    return _assemble(list(found.paths), images, found.sizes, columns, found.left_out)
+    return _assemble(list(found.paths), images, found.sizes, columns, found.left_out, split)
 
 
 def _holds_data_set(folder: Path) -> bool:
@@ -129,19 +132,21 @@ def _holds_data_set(folder: Path) -> bool:
     return bool(suffixes & set(_LOADERS)) and not suffixes & set(EXTENSIONS)
 
 
-def _open_data_set(source: str, dataset_config_name: str | None) -> tuple[Dataset, list[tuple[str, str]]]:
+def _open_data_set(
+    source: str, dataset_config_name: str | None, split: str | None
+) -> tuple[Dataset, list[tuple[str, str]]]:
     """What `datasets` loads: parquet or webdataset shards, a saved data set, or an id of the Hub."""
     ids: list[str] = []
     sizes: list[int] = []
     columns: dict[str, _Column] = {}
     images = []
     loaded = _load(source, dataset_config_name)
-    for split, part in loaded.items():
+    for part_split, part in loaded.items():
         image = _image_column(source, part)
-        ids += _ids(str(split), part)
+        ids += _ids(str(part_split), part)
         sizes += _picture_sizes(part.select_columns(image))
         others = _plain_columns(part.remove_columns(image))
-        others.setdefault("split", _Column([SPLITS.get(str(split).lower(), "train")] * len(part)))
+        others.setdefault("split", _Column([SPLITS.get(str(part_split).lower(), "train")] * len(part)))
         for name, column in others.items():
             whole = columns.setdefault(name, _Column([None] * (len(ids) - len(part)), column.labels))
             whole.values += column.values
@@ -149,7 +154,7 @@ def _open_data_set(source: str, dataset_config_name: str | None) -> tuple[Datase
             columns[name].values += [None] * len(part)
         part = part.select_columns(image).rename_column(image, "image") if image != "image" else part
         images.append(part.select_columns("image").cast_column("image", Image(decode=False)))
-    return _assemble(ids, concatenate_datasets(images), sizes, columns, [])
+    return _assemble(ids, concatenate_datasets(images), sizes, columns, [], split)
 
 
 def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
@@ -226,8 +231,9 @@ def _assemble(
     sizes: list[int],
     columns: dict[str, _Column],
     left_out: list[tuple[str, str]],
+    split: str | None,
 ) -> tuple[Dataset, list[tuple[str, str]]]:
-    """Rows of everything, without duplicates and without rows that lack a condition."""
+    """Rows without duplicates and without rows that lack a condition, which are counted of `split` alone."""
     reasons: dict[int, str] = {}
     first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
     reasons |= {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
@@ -244,7 +250,9 @@ def _assemble(
             reasons.setdefault(row, f"no value of {name}")
     rows = concatenate_datasets([Dataset.from_dict(data, Features(features)), images], axis=1)
     if reasons:
-        left_out = left_out + [(ids[row], reason) for row, reason in sorted(reasons.items())]
+        parts = data.get("split", [split] * len(ids))
+        wanted = [row for row in sorted(reasons) if split in (None, parts[row])]
+        left_out = left_out + [(ids[row], reasons[row]) for row in wanted]
         rows = rows.select([row for row in range(len(ids)) if row not in reasons])
     return rows, left_out
 

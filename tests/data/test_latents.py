@@ -107,6 +107,34 @@ def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp
     assert not (tmp_path / "other").exists()
 
 
+def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_path, vae_folder):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = ["file_name,split,Smiling"]
+    for i, row in enumerate(open_images("avatars", resolution=16, num_images=250)):
+        row["image"].save(folder / f"{i:03}.png")
+        split = "test" if i >= 200 else "train"
+        rows.append(f"{i:03}.png,{split},{'' if i in (0, 1, 210, 211) else i % 2}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    options = (str(vae_folder), "16")
+    with pytest.raises(ValueError, match="4 of 250 pictures cannot be used"):
+        prepare_latents(str(tmp_path / "all"), str(folder), *options)
+    prepare_latents(str(tmp_path / "train"), str(folder), *options, split="train")
+    assert open_latents(tmp_path / "train")[1]["counts"]["left_out"] == 2
+    prepare_latents(str(tmp_path / "few"), str(folder), *options, split="train", num_images=20)
+    assert sum(open_latents(tmp_path / "few")[1]["counts"][name] for name in ("train", "validation")) == 20
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_named(tmp_path, vae_folder):
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    for i, row in enumerate(open_images("avatars", resolution=16, num_images=20)):
+        row["image"].save(folder / f"{i:03}.png")
+    (folder / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    with pytest.raises(ValueError, match=r"1 of 21 pictures .*IMG_1\.HEIC: \.heic is not read: convert it"):
+        prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
+
+
 def test_an_unfinished_or_damaged_cache_is_not_read(latents, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(latents, copy)
