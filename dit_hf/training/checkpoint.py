@@ -198,7 +198,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on from a checkpoint of another recipe; a key that is newer than the checkpoint was at its default.
+    """Refuse to go on from a checkpoint of another recipe.
+
+    An option that is newer than the checkpoint was at its default; what was not looked for then is not compared.
 
     Raises:
         ValueError: naming every key that differs.
@@ -209,7 +211,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
         for section, values in now.items()
         for name, value in values.items()
-        if before[section].get(name) != value
+        if before[section].get(name) != value and (section != "found" or name in before[section])
     ]
     if different:
         raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")

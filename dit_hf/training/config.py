@@ -14,6 +14,8 @@ from jsonargparse import ArgumentParser
 from ..models.transformer_latent_dit import PRESETS
 from ..storage import shipped_file
 
+Precision = Literal["no", "fp16", "bf16"]
+
 
 @dataclass
 class DataConfig:
@@ -76,7 +78,8 @@ class ObjectiveConfig:
     """What the model learns to predict.
 
     Args:
-        prediction_type: `sample` (the clean latent), `epsilon` or `v_prediction`.
+        prediction_type: `sample` (the clean latent) or `v_prediction`. The noise is none of them: at the noisiest
+            level, where sampling begins, its error would count ten thousand times in the clean latent.
         loss: `l1`, `l2` or `huber` (pseudo-Huber).
         huber_c: Where `huber` goes from L2 to L1.
         snr_gamma: Min-SNR weighting (https://arxiv.org/abs/2303.09556) with this gamma; null is no weighting.
@@ -89,7 +92,7 @@ class ObjectiveConfig:
             random part of theirs, so that sampling may ask for a few attributes and leave the others open.
     """
 
-    prediction_type: Literal["sample", "epsilon", "v_prediction"] = "v_prediction"
+    prediction_type: Literal["sample", "v_prediction"] = "v_prediction"
     loss: Literal["l1", "l2", "huber"] = "l2"
     huber_c: float = 0.1
     snr_gamma: float | None = 5.0
@@ -177,7 +180,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     torch_compile: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Precision | None = None
     seed: int = 0
     deterministic: bool = False
     resume_from_checkpoint: str | None = None

@@ -93,7 +93,7 @@ def export(
     extra: dict[str, LatentDiTTransformer2DModel],
     recipe: dict[str, Any],
 ) -> None:
-    """Write what a finished run leaves; what was written of this very step before is left as it is.
+    """Write what a finished run leaves; what was written of this very step, sampled likewise, is left as it is.
 
     Args:
         run: The run's folder.
@@ -105,7 +105,9 @@ def export(
     """
     steps = config.train.max_train_steps
     sheet, mark = f"samples/step-{steps}.png", run / MARK
-    only_missing = mark.is_file() and json.loads(mark.read_text())["step"] == steps
+    sampling = {name: getattr(config.train, name) for name in ("guidance_scale", "num_inference_steps")}
+    before = json.loads(mark.read_text()) if mark.is_file() else {}
+    only_missing = before.get("step") == steps and before.get("sampling", sampling) == sampling
     training = facts(run, config, reader, recipe, steps)
     exports: dict[str, Callable[[], None]] = {
         sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
@@ -118,7 +120,7 @@ def export(
     for name, write in exports.items():
         if not (only_missing and (run / name).exists()):
             write()
-    write_text(mark, json.dumps({"step": steps, "training": training}, indent=2) + "\n")
+    write_text(mark, json.dumps({"step": steps, "sampling": sampling, "training": training}, indent=2) + "\n")
 
 
 def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, folder: Path) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..data.reader import LatentReader
+from ..data.vae import weights_sha256
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..sampling import load_pipeline
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .config import Config
 
 Normalization = tuple[list[float], list[float]]
 
 
-def build_transformer(config: Config, reader: LatentReader) -> tuple[LatentDiTTransformer2DModel, Normalization]:
+def build_transformer(
+    config: Config, reader: LatentReader, say: Callable[[str], None] = print
+) -> tuple[LatentDiTTransformer2DModel, Normalization]:
     """The transformer of a recipe, and mean and standard deviation by channel that its latents are normalised with.
+
+    That the model of `model.init_from` knows latents of another VAE is told through `say`.
 
     Raises:
         ValueError: if sizes do not fit the cache, or the model of `model.init_from` does not fit the recipe.
@@ -31,7 +38,7 @@ def build_transformer(config: Config, reader: LatentReader) -> tuple[LatentDiTTr
     if config.model.init_from is None:
         return LatentDiTTransformer2DModel(**options), cache_normalization(config, reader)
     try:
-        earlier = load_pipeline(config.model.init_from, "cpu", vae=None)
+        earlier = load_pipeline(config.model.init_from, "cpu")
     except ValueError as error:
         raise ValueError(f"model.init_from {error}") from error
     prediction = earlier.scheduler.config.prediction_type
@@ -40,12 +47,23 @@ def build_transformer(config: Config, reader: LatentReader) -> tuple[LatentDiTTr
             f"objective.prediction_type is {config.objective.prediction_type}, but {config.model.init_from} "
             f"(model.init_from) predicts {prediction}"
         )
+    levels = CosineLatentScheduler(config.objective.num_train_timesteps, prediction_type=prediction)
+    if list(earlier.scheduler.config.trained_betas) != list(levels.config.trained_betas):
+        raise ValueError(
+            f"model.init_from {config.model.init_from} knows other noise levels "
+            f"({earlier.scheduler.config.num_train_timesteps} of them) than the cosine schedule's "
+            f"{config.objective.num_train_timesteps} (objective.num_train_timesteps)"
+        )
+    if earlier.vae is not None and weights_sha256(earlier.vae) != reader.info["vae_sha256"]:
+        say(f"{config.model.init_from} (model.init_from) was trained on the latents of another VAE than these")
     before = earlier.transformer.config
     different = [
         f"{name} is {before[name]!r} there and {value!r} here"
         for name, value in options.items()
         if name not in ("sample_size", "conditions") and before[name] != value
     ]
+    if earlier.transformer.out_channels != channels:
+        different.append(f"out_channels is {earlier.transformer.out_channels} there and {channels} here")
     if different:
         raise ValueError(f"model.init_from {config.model.init_from} does not fit: {'; '.join(different)}")
     base = before.position_base_size or before.sample_size

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
@@ -19,7 +20,7 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import disk_errors, locked, write_text
 from . import checkpoint, export, report
-from .config import Config
+from .config import Config, Precision
 from .health import check_health
 from .initialize import build_transformer
 from .objective import NOISE_LEVELS
@@ -88,7 +89,7 @@ class Trainer:
         self.checkpoint = checkpoint.find_checkpoint(run, name, _say_once) if name else None
         state = checkpoint.read_state(self.checkpoint) if self.checkpoint is not None else None
         if state is None:
-            transformer, self.normalization = build_transformer(config, self.reader)
+            transformer, self.normalization = build_transformer(config, self.reader, _say_once)
         else:
             transformer, self.normalization = (
                 LatentDiTTransformer2DModel(**state["transformer"]),
@@ -128,7 +129,7 @@ class Trainer:
         start, total, main = self._resume(), self.config.train.max_train_steps, self.accelerator.is_main_process
         if main:
             run.mkdir(parents=True, exist_ok=True)
-            write_text(run / "config.yaml", self.config.to_yaml())
+            write_text(run / "config.yaml", self._written_config().to_yaml())
             report.start_log(run, start, self._columns())
             if start < total:
                 (run / export.MARK).unlink(missing_ok=True)  # what is exported is of another end of the run
@@ -240,15 +241,29 @@ class Trainer:
     def _recipe(self) -> dict[str, Any]:
         """What must be the same for this run to be continued: its recipe, and what was `found` with it."""
         recipe = self.config.decisive()
-        recipe["train"] |= {"mixed_precision": self.accelerator.mixed_precision}
+        recipe["train"] |= {"mixed_precision": self._precision()}
+        cache = self.reader.info["identity"]
         recipe["found"] = {
             "pictures": len(self.reader),
+            "pictures_sha256": cache["source"].rpartition("(")[2].rstrip(")"),
+            "crop": cache["crop"],
+            "flip": cache["flip"],
             "vae_sha256": self.reader.info["vae_sha256"],
             "latent_shape": list(self.reader.latent_shape),
             "condition_values": self.reader.conditions,
             "optimizer": self.step.optimizer_name,
         }
         return recipe
+
+    def _precision(self) -> Precision:
+        """What is computed in, as accelerate names it; it takes fp16 for an answer on a CPU, which has none."""
+        precision = cast(Precision, self.accelerator.mixed_precision)
+        return "no" if precision == "fp16" and self.device.type == "cpu" else precision
+
+    def _written_config(self) -> Config:
+        """The recipe with the precision that accelerate's configuration may have chosen."""
+        train = dataclasses.replace(self.config.train, mixed_precision=self._precision())
+        return dataclasses.replace(self.config, train=train)
 
     def _resume(self) -> int:
         """Put the checkpoint in place; returns steps done."""

@@ -100,8 +100,6 @@ def training_target(
     """What the model is to predict, by the scheduler's `prediction_type`; the shape of `clean`."""
     if scheduler.config.prediction_type == "sample":
         return clean
-    if scheduler.config.prediction_type == "epsilon":
-        return noise
     return scheduler.get_velocity(clean, noise, timesteps)
 
 
@@ -118,7 +116,7 @@ def loss_weights(
         return torch.ones_like(timesteps)
     alpha, sigma = scheduler.levels(timesteps)
     snr = (alpha / sigma).square()
-    divisors = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}
+    divisors = {"sample": torch.ones_like(snr), "v_prediction": snr + 1}
     bounded = snr.clamp(max=snr_gamma) if kind == "min" else snr * snr_gamma / (snr + snr_gamma)
     return bounded / divisors[scheduler.config.prediction_type]
 

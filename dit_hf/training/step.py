@@ -69,7 +69,8 @@ class TrainingStep:
     def __call__(self, step: int) -> torch.Tensor:
         """Optimizer step `step` (from 0); returns the gradient's norm, on the device.
 
-        Where the gradient is not finite, weights, moments and averages stand still; nothing waits for the device.
+        Where the gradient is not finite, weights, moments and averages stand still. Nothing waits for the device, but
+        for torch's scaler before a step of apex's optimizer, which does not skip steps by itself.
         """
         config, scaler = self.config, self.accelerator.scaler
         self.window += self.accumulate(step)

@@ -1,8 +1,10 @@
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from conftest import tiny_vae
+from diffusers import AutoencoderKL, DiffusionPipeline
 from training_runs import changed
 
+from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
 from dit_hf.data.latents import prepare_latents
 from dit_hf.training.loop import Trainer, train
 
@@ -58,6 +60,7 @@ def test_at_another_resolution_positions_are_stretched_over_what_it_knew(config,
     [
         ({"objective": {"prediction_type": "sample"}}, "prediction_type is sample, but .* predicts v_prediction"),
         ({"model": {"num_layers": 3}}, "does not fit: num_layers is 2 there and 3 here"),
+        ({"objective": {"num_train_timesteps": 100}}, r"knows other noise levels \(500 of them\) than .* 100"),
         ({"model": {"qk_norm": "rms_norm"}}, "qk_norm is None there and 'rms_norm' here"),
         ({"model": {"init_from": "nowhere"}}, "model.init_from nowhere: no pipeline could be loaded"),
     ],
@@ -66,6 +69,26 @@ def test_an_earlier_model_that_does_not_fit_is_refused_with_the_difference(confi
     sections = {**sections, "model": {"init_from": str(earlier), **sections.get("model", {})}}
     with pytest.raises(ValueError, match=message):
         Trainer(changed(config, **sections))
+
+
+def test_of_another_schedule_or_with_a_learned_sigma_it_is_refused_and_another_vae_is_told(config, tmp_path, capsys):
+    """What pipelines that were converted or made elsewhere may be."""
+    config = changed(config, model={"preset": "tiny", "init_from": str(tmp_path / "other")})
+    sizes = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
+    levels = CosineLatentScheduler(prediction_type="v_prediction")
+    betas = torch.linspace(1e-4, 0.02, 500).tolist()
+    linear = CosineLatentScheduler(500, prediction_type="v_prediction", trained_betas=betas)
+    refused = ((4, linear, "other noise levels"), (8, levels, "out_channels is 8 there and 4 here"))
+    for channels, scheduler, message in refused:
+        transformer = LatentDiTTransformer2DModel(**sizes, out_channels=channels)
+        LatentDiTPipeline(transformer, scheduler, tiny_vae()).save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match=message):
+            Trainer(config)
+    torch.manual_seed(1)
+    other_vae = AutoencoderKL.from_config(tiny_vae().config)
+    LatentDiTPipeline(LatentDiTTransformer2DModel(**sizes), levels, other_vae).save_pretrained(tmp_path / "other")
+    Trainer(config)
+    assert "was trained on the latents of another VAE than these" in capsys.readouterr().out
 
 
 def test_what_a_run_began_with_need_not_be_there_when_it_goes_on(config, earlier, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.optimizer import patch_optimizer_step
+from accelerate.state import AcceleratorState
 from accelerate.utils import convert_to_fp32
 from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf import LatentDiTTransformer2DModel
+from dit_hf.data.latents import prepare_latents
 from dit_hf.data.reader import LatentReader
 from dit_hf.storage import locked
 from dit_hf.training.checkpoint import check_space
@@ -120,6 +122,34 @@ def test_a_run_made_longer_exports_anew_and_one_made_shorter_is_refused(config):
     with pytest.raises(ValueError, match="already beyond"):
         train(changed(config, train={"resume_from_checkpoint": "latest"}))
     assert "max_train_steps: 10" in (run / "config.yaml").read_text()
+
+
+def test_a_finished_run_takes_another_guidance_into_its_pipeline(config):
+    train(config)
+    options = {"guidance_scale": 4.5, "resume_from_checkpoint": "latest"}
+    run = train(changed(config, train=options))
+    assert DiffusionPipeline.from_pretrained(run / "pipeline").config.guidance_scale == 4.5
+
+
+def test_a_run_does_not_go_on_with_another_cache_of_as_many_pictures(config, vae_folder, tmp_path):
+    train(config)
+    others = str(tmp_path / "others")
+    prepare_latents(others, "avatars", str(vae_folder), "16", flip=True, num_images=200, seed=1)
+    options = {"max_train_steps": 10, "resume_from_checkpoint": "latest"}
+    config = changed(config, data={"latents": others}, train=options)
+    with pytest.raises(ValueError, match=r"another recipe: found\.pictures_sha256 was '\w{12}', now '\w{12}'$"):
+        train(config)
+
+
+def test_a_run_is_of_the_precision_that_it_was_computed_in(config, monkeypatch):
+    """accelerate's file says fp16, and there is no GPU; what began so goes on by another launcher."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    run = train(config)
+    assert read_config(run / "config.yaml").train.mixed_precision == "no"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    AcceleratorState._reset_state()
+    train(changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"}))
+    assert (run / "checkpoint-10").is_dir()
 
 
 def test_validation_is_the_loss_of_the_average_at_each_level_and_the_best_is_kept(config):

@@ -67,7 +67,7 @@ def test_targets_by_the_closed_forms():
     clean, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     timesteps = torch.tensor([0.0, 200.0, 499.0])
     angle = torch.atan2(*reversed(CosineLatentScheduler().levels(timesteps))).view(-1, 1, 1, 1)
-    expected = {"sample": clean, "epsilon": noise, "v_prediction": angle.cos() * noise - angle.sin() * clean}
+    expected = {"sample": clean, "v_prediction": angle.cos() * noise - angle.sin() * clean}
     for prediction_type, target in expected.items():
         scheduler = CosineLatentScheduler(prediction_type=prediction_type)
         torch.testing.assert_close(training_target(scheduler, clean, noise, timesteps), target, atol=1e-6, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_min_snr_weighs_the_clean_latents_error_the_same_for_every_prediction():
     alpha, sigma = CosineLatentScheduler().levels(timesteps)
     expected = (alpha / sigma).square().clamp(max=5.0)
     clean, noise, error = (torch.randn(4, 4, 2, 2, generator=torch.Generator().manual_seed(s)) for s in range(3))
-    for prediction_type in ("sample", "epsilon", "v_prediction"):
+    for prediction_type in ("sample", "v_prediction"):
         scheduler = CosineLatentScheduler(prediction_type=prediction_type)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = training_target(scheduler, clean, noise, timesteps)
@@ -94,7 +94,7 @@ def test_min_snr_weighs_the_clean_latents_error_the_same_for_every_prediction():
 
 def test_soft_min_snr_is_below_min_snr_and_nears_it_far_from_the_corner():
     timesteps = torch.tensor([2.0, 100.0, 200.0, 400.0, 490.0])
-    for prediction_type in ("sample", "epsilon", "v_prediction"):
+    for prediction_type in ("sample", "v_prediction"):
         scheduler = CosineLatentScheduler(prediction_type=prediction_type)
         hard, soft = (loss_weights(scheduler, timesteps, 5.0, kind) for kind in ("min", "soft_min"))
         alpha, sigma = scheduler.levels(timesteps)
