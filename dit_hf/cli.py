@@ -12,6 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 import docstring_parser
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from .storage import first_line
@@ -79,11 +80,14 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dit-hf {verb}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("DIT_HF_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {first_line(error)}", file=sys.stderr)
+        what = first_line(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            what = f"the GPU's memory is full; a smaller --batch_size, where the verb has one, needs less ({what})"
+        print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {what}", file=sys.stderr)
         return 1
     return 0
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from dit_hf.cli import main
@@ -63,6 +64,17 @@ def test_help_and_version(capsys):
     code, out, _ = run(capsys, "prepare-latents", "--help")
     assert code == 0
     assert "--crop" in out
+
+
+def test_a_full_gpu_is_one_line(capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("dit_hf.evaluation.reference.load_features", full)
+    code, _, error = run(capsys, "reference", "avatars", "--output_dir", str(tmp_path / "out"))
+    assert code == 1
+    assert error.startswith("dit-hf reference: error: the GPU's memory is full; a smaller --batch_size")
+    assert error.count("\n") == 1
 
 
 def test_prepare_and_train_through_the_command(tmp_path, vae_folder):

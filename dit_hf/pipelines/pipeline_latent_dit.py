@@ -23,8 +23,8 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .guidance import Attributes, AttributeValue, Guidance, GuidanceOptions
 
-# The VAE is given so many images at a time: it needs far more memory for one than the transformer.
-VAE_BATCH = 16
+# The pixels that go through the VAE at a time, which needs far more memory for a picture than the transformer.
+VAE_PIXELS = 16 * 256 * 256
 
 
 class LatentDiTPipeline(DiffusionPipeline):
@@ -189,7 +189,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
-        pixels = torch.cat([self.vae.decode(part).sample for part in latents.split(VAE_BATCH)])
+        size = max(1, VAE_PIXELS // (latents[0, 0].numel() * self.image_processor.config.vae_scale_factor**2))
+        pixels = torch.cat([self.vae.decode(part).sample for part in latents.split(size)])
         if not torch.isfinite(pixels).all():
             dtype = str(self.vae.dtype).removeprefix("torch.")
             raise ValueError(f"decoded pictures are not finite: does the VAE need more than {dtype}? pipe.vae.float()")
