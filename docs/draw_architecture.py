@@ -66,7 +66,7 @@ def draw_transformer(axes: Axes) -> None:
     steps = [
         (0.55, "LayerNorm"),
         (1.35, "scale, shift"),
-        (2.15, "self-attention"),
+        (2.15, "self-attention, rotary"),
         (2.95, "gate, add"),
         (3.75, "LayerNorm, scale, shift"),
         (4.55, "feed-forward"),
@@ -78,8 +78,9 @@ def draw_transformer(axes: Axes) -> None:
         if i:
             arrow(axes, (10.0, steps[i - 1][0] + 0.27), (10.0, y - 0.27))
     arrow(axes, (10.0, -0.1), (10.0, 0.28))
-    arrow(axes, (10.0, 0.02), (8.68, 2.95), -0.45)
-    arrow(axes, (8.68, 3.1), (8.68, 5.35), -0.35)
+    for begin, end, x in ((0.02, 2.95, 10.0), (3.1, 5.35, 8.68)):  # past attention, and past the feed-forward layer
+        axes.plot([x, 8.3, 8.3], [begin, begin, end], lw=1.1, color=INK)
+        arrow(axes, (8.3, end), (8.68, end))
     box(axes, 13.0, 2.95, "SiLU, linear\n(starts at zero)", BLUE, 1.7)
     for y in (1.35, 2.95, 3.75, 5.35):
         arrow(axes, (12.13, 2.95), (11.32, y))
