@@ -24,7 +24,7 @@ from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, first_line, new_folder, write_text
 from ..training.checkpoint import is_checkpoint
 from .builtin import BuiltinExport, to_builtin
-from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
+from .card import EVALUATION, TRAINING, example_attributes, run_pictures, training_facts, write_card
 
 SHEET_SIZE = 8
 # Waits before a push is tried again; what the Hub has got by then is not sent again.
@@ -33,7 +33,8 @@ _EVALUATION = ("evaluation.json", "evaluation.png", "settings.png")
 # What a push replaces as a whole: weights that are not part of it any more go.
 _FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
 _PICTURES = ("samples.png", "loss_curve.png")
-_FILES = ("README.md", "model_index.json", "pipeline.py", "training_log.csv", "config.yaml", *_PICTURES)
+_FILES = ("README.md", "model_index.json", "pipeline.py", "training_log.csv", "config.yaml", TRAINING, *_PICTURES)
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # that file managers leave
 
 
 def push(
@@ -66,7 +67,8 @@ def push(
             else in it than a push has written is left alone.
 
     Raises:
-        FileExistsError: if the folder or the repository holds something else and `overwrite` was not asked for.
+        FileExistsError: if the folder or the repository holds something else and `overwrite` was not asked for, or
+            the folder what no push has written.
         ValueError: if there is no such model, it does not fit `builtin`, or the Hub does not take it.
         OSError: if the disk is full, or the Hub cannot be reached.
     """
@@ -123,8 +125,10 @@ def write_repository(
     saved = pipeline if export is None else export.pipeline
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
     run = run_folder(model)
+    training = training if training is not None else training_facts(run or Path(model))
+    if training:  # for who pushes it on
+        write_text(folder / TRAINING, json.dumps({"training": training}, indent=2) + "\n")
     if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
-        training = training if training is not None else training_facts(run)
         shown |= _copy_run(run, folder)
     if export is not None:
         shown |= {"builtin": export.facts(), "sheet": "samples.png"}
@@ -214,9 +218,9 @@ def _draw_sheet(pipeline: LatentDiTPipeline, path: Path) -> None:
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Whether it is empty, or may be replaced: with `overwrite`, and if all in it was pushed there."""
     names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name not in (*_FOLDERS, *_FILES)]
+    others = [name for name in names if name not in (*_FOLDERS, *_FILES, *_LITTER)]
     if others:
-        raise FileExistsError(f"output_dir {folder} holds {', '.join(others[:3])}, no push's; name a new folder")
+        raise FileExistsError(f"output_dir {folder} holds {', '.join(others[:3])}, from no push; name a new folder")
     if names and not overwrite:
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
 

@@ -51,7 +51,7 @@ def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys)
     assert (code, said) == (0, f"{tmp_path / 'out'} holds the repository")
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {
-        *("README.md", "samples.png", "loss_curve.png", "training_log.csv", "config.yaml"),
+        *("README.md", "samples.png", "loss_curve.png", "training_log.csv", "config.yaml", "export.json"),
         *("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "transformer/config.json"),
         *("transformer/diffusion_pytorch_model.safetensors", "vae/config.json"),
         "vae/diffusion_pytorch_model.safetensors",
@@ -70,13 +70,16 @@ def test_what_was_pushed_of_a_run_is_a_pipeline_like_any_other(run, tmp_path, ca
     pushed, own = load_pipeline(str(tmp_path / "out"), "cpu"), load_pipeline(str(run), "cpu")
     assert weights_sha256(pushed.transformer) == weights_sha256(own.transformer)
     assert push(capsys, tmp_path / "out", "--output_dir", tmp_path / "again")[0] == 0
+    cards = [ModelCard.load(tmp_path / name / "README.md", ignore_metadata_errors=False) for name in ("out", "again")]
+    assert [card.data.license for card in cards] == ["apache-2.0"] * 2
+    assert "| images seen | 64 |" in cards[1].text
 
 
 def test_a_folder_with_something_else_in_it_is_never_written_over(folder, tmp_path, capsys):
     (tmp_path / "out" / ".git").mkdir(parents=True)
     code, said = push(capsys, folder, "--output_dir", tmp_path / "out", "--overwrite")
     assert code == 1
-    assert "holds .git, no push's; name a new folder" in said
+    assert "holds .git, from no push; name a new folder" in said
     assert (tmp_path / "out" / ".git").is_dir()
 
 
