@@ -107,7 +107,9 @@ def export(
     sheet, mark = f"samples/step-{steps}.png", run / MARK
     sampling = {name: getattr(config.train, name) for name in ("guidance_scale", "num_inference_steps")}
     before = json.loads(mark.read_text()) if mark.is_file() else {}
-    only_missing = before.get("step") == steps and before.get("sampling", sampling) == sampling
+    only_missing = (before.get("step"), before.get("sampling")) == (steps, sampling)
+    if not only_missing:
+        mark.unlink(missing_ok=True)
     training = facts(run, config, reader, recipe, steps)
     exports: dict[str, Callable[[], None]] = {
         sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),

@@ -48,11 +48,11 @@ def build_transformer(
             f"(model.init_from) predicts {prediction}"
         )
     levels = CosineLatentScheduler(config.objective.num_train_timesteps, prediction_type=prediction)
-    if list(earlier.scheduler.config.trained_betas) != list(levels.config.trained_betas):
+    known = earlier.scheduler.betas
+    if len(known) != len(levels.betas) or not torch.allclose(known, levels.betas, rtol=1e-4):
         raise ValueError(
-            f"model.init_from {config.model.init_from} knows other noise levels "
-            f"({earlier.scheduler.config.num_train_timesteps} of them) than the cosine schedule's "
-            f"{config.objective.num_train_timesteps} (objective.num_train_timesteps)"
+            f"model.init_from {config.model.init_from} has {len(known)} noise levels of its own, which are not the "
+            f"cosine schedule's {len(levels.betas)} (objective.num_train_timesteps)"
         )
     if earlier.vae is not None and weights_sha256(earlier.vae) != reader.info["vae_sha256"]:
         say(f"{config.model.init_from} (model.init_from) was trained on the latents of another VAE than these")

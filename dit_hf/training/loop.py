@@ -102,7 +102,9 @@ class Trainer:
             transformer.compile_repeated_blocks(fullgraph=True)
         self.step = TrainingStep(config, self.reader, self.accelerator, transformer, self.normalization)
         if self.checkpoint is not None and state is not None:
-            checkpoint.check_same_recipe(state["recipe"], self._recipe(), self.checkpoint)
+            before = state["recipe"]
+            before["train"]["mixed_precision"] = self._computed_in(before["train"]["mixed_precision"])
+            checkpoint.check_same_recipe(before, self._recipe(), self.checkpoint)
         self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
         train = config.train
         self.hub = (
@@ -241,7 +243,7 @@ class Trainer:
     def _recipe(self) -> dict[str, Any]:
         """What must be the same for this run to be continued: its recipe, and what was `found` with it."""
         recipe = self.config.decisive()
-        recipe["train"] |= {"mixed_precision": self._precision()}
+        recipe["train"] |= {"mixed_precision": self._computed_in(self.accelerator.mixed_precision)}
         cache = self.reader.info["identity"]
         recipe["found"] = {
             "pictures": len(self.reader),
@@ -255,14 +257,14 @@ class Trainer:
         }
         return recipe
 
-    def _precision(self) -> Precision:
-        """What is computed in, as accelerate names it; it takes fp16 for an answer on a CPU, which has none."""
-        precision = cast(Precision, self.accelerator.mixed_precision)
-        return "no" if precision == "fp16" and self.device.type == "cpu" else precision
+    def _computed_in(self, mixed_precision: str) -> Precision:
+        """The precision that accelerate computes in where it was told this one: fp16 is float32 on a CPU."""
+        return "no" if mixed_precision == "fp16" and self.device.type == "cpu" else cast(Precision, mixed_precision)
 
     def _written_config(self) -> Config:
         """The recipe with the precision that accelerate's configuration may have chosen."""
-        train = dataclasses.replace(self.config.train, mixed_precision=self._precision())
+        precision = self._computed_in(self.accelerator.mixed_precision)
+        train = dataclasses.replace(self.config.train, mixed_precision=precision)
         return dataclasses.replace(self.config, train=train)
 
     def _resume(self) -> int:

@@ -19,7 +19,7 @@ from training_runs import assert_same_bits, changed, comparable, rows
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.latents import prepare_latents
 from dit_hf.data.reader import LatentReader
-from dit_hf.storage import locked
+from dit_hf.storage import locked, write_manifest
 from dit_hf.training.checkpoint import check_space
 from dit_hf.training.config import read_config, recipe_path
 from dit_hf.training.loop import Trainer, train
@@ -144,10 +144,16 @@ def test_a_run_does_not_go_on_with_another_cache_of_as_many_pictures(config, vae
 def test_a_run_is_of_the_precision_that_it_was_computed_in(config, monkeypatch):
     """accelerate's file says fp16, and there is no GPU; what began so goes on by another launcher."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state()
     run = train(config)
     assert read_config(run / "config.yaml").train.mixed_precision == "no"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     AcceleratorState._reset_state()
+    state = run / "checkpoint-8" / "state.json"
+    text = state.read_text()
+    assert text.count('"mixed_precision": "no"') == 1
+    state.write_text(text.replace('"mixed_precision": "no"', '"mixed_precision": "fp16"'))  # as once was written
+    write_manifest(run / "checkpoint-8")
     train(changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"}))
     assert (run / "checkpoint-10").is_dir()
 
