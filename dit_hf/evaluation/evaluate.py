@@ -81,7 +81,7 @@ def evaluate(
         batch_size: pictures at once.
         seed: of the samples; picture i of a seed is always the same.
         dtype: of the pipeline's weights.
-        save_images: keep the samples as PNG, in `images/`.
+        save_images: keep the samples as PNG, in `images/`, by what they were drawn with.
 
     Returns:
         The folder, with `evaluation.json`, `evaluation.md`, `evaluation.png`, `neighbours.png`, and `settings.png`
@@ -148,7 +148,7 @@ class Evaluation:
         asked = self.real.attributes(list(self.pipeline.transformer.config.conditions or {}))
         identity = model_facts(self.pipeline)
         if not own_folder:
-            self._check_model(identity)
+            self._check_model(name, identity)
         elif ranks().is_main_process:
             self._forget_other_models(identity)
         samples = [self._draw(asked, identity, setting) for setting in settings]
@@ -174,16 +174,17 @@ class Evaluation:
         write_report(self.folder, report, neighbours)
         print(f"\n{markdown(report)}\n{self.folder / REPORT} has it all", flush=True)
 
-    def _check_model(self, identity: dict[str, Any]) -> None:
-        """Refuse to write over another model's report; by weights in one precision those in another are not known."""
+    def _check_model(self, name: str, identity: dict[str, Any]) -> None:
+        """Refuse to write over another model's report; weights in another precision can only be told by their name."""
         report = self.folder / REPORT
         if not report.is_file():
             return
         before = json.loads(report.read_text(encoding="utf-8"))
-        name = before["model"].pop("name")
-        if before["protocol"]["dtype"] == self.dtype and before["model"] != identity:
+        there = before["model"].pop("name")
+        same = before["model"] == identity if before["protocol"]["dtype"] == self.dtype else there == name
+        if not same:
             raise FileExistsError(
-                f"output_dir {self.folder} holds the evaluation of another model, {name}; name a new folder"
+                f"output_dir {self.folder} holds the evaluation of another model, {there}; name a new folder"
             )
 
     def _forget_other_models(self, identity: dict[str, Any]) -> None:
@@ -196,23 +197,22 @@ class Evaluation:
     def _draw(self, asked: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]) -> np.ndarray:
         """Features of the samples, [num_samples, dim]."""
         name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
+        facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
+        facts |= {"asked": self.real.attributes_sha256(list(asked[0])) if asked else None}
+        images = self.folder / "images" / name / digest(facts)
+        if self.save_images:
+            facts |= {"images": True}  # others may have features without any
 
         def read(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
             drawn = draw(self.pipeline, numbers, asked, self.seed, **setting)
             if self.save_images:
-                self._keep(drawn, numbers, name)
+                images.mkdir(parents=True, exist_ok=True)
+                for picture, number in zip(drawn, numbers, strict=True):
+                    Image.fromarray(picture).save(images / f"{number:06d}.png")
             return drawn, np.array(numbers)
 
-        facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
-        facts |= {"asked": self.real.attributes_sha256(list(asked[0])) if asked else None}
         folder = self.folder / "features" / name
         return collect(folder, self.net, read, range(self.num_samples), self.batch_size, facts, name).features
-
-    def _keep(self, drawn: np.ndarray, numbers: Sequence[int], name: str) -> None:
-        folder = self.folder / "images" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture, number in zip(drawn, numbers, strict=True):
-            Image.fromarray(picture).save(folder / f"{number:06d}.png")
 
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
         """Places of as many real pictures as there are samples (or half of them), by chance, and those of the rest."""
@@ -262,6 +262,7 @@ class Evaluation:
         self, neighbours: Neighbours, asked: list[Attributes] | None, setting: dict[str, Any]
     ) -> None:
         """A sheet of the closest pairs; statistics alone have no pictures to show."""
+        (self.folder / "neighbours.png").unlink(missing_ok=True)
         if self.pictures is None:
             return
         closest = neighbours.closest()

@@ -29,6 +29,7 @@ def write_report(folder: Path, report: dict[str, Any], neighbours: Neighbours) -
     """Write table and plots, and last the JSON, which says that all is there."""
     write_text(folder / "evaluation.md", markdown(report))
     _save(draw_figures(report, neighbours), folder / "evaluation.png")
+    (folder / "settings.png").unlink(missing_ok=True)
     if len(report["settings"]) > 1:
         _save(draw_settings(report), folder / "settings.png")
     write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
