@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl")  # which are not read: named, so that none is missed silently
+OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl")  # which are not read, but listed as left out
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -255,9 +255,10 @@ def _join(keys: dict[str, str], tables: list[_Table], left_out: list[tuple[str, 
     """What the tables say of each picture (`keys`: the tables' key of each id) that has a good row in all of them."""
     present = set(keys.values())
     missing: dict[str, tuple[str, list[str]]] = {}
+    told = {name for name, _ in left_out}
     for table in tables:
         for key, row in table.rows.items():
-            if row and key not in present:
+            if row and key not in present and row[""] not in told:
                 missing.setdefault(key, (row[""], []))[1].append(table.name)
     left_out += [(name, f"no such picture; it has a row in {' and '.join(files)}") for name, files in missing.values()]
     described: dict[str, dict[str, Any]] = {}

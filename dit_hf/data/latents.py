@@ -296,13 +296,11 @@ class _LeftOut:
 
     def add(self, broken: list[tuple[str, str]]) -> None:
         self.broken += broken
-        listed, asked, found = len(self.source.left_out), len(self.source.rows), self.all()
-        if listed / max(1, self.source.total) + len(self.broken) / asked > self.share:
-            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in found[:3])
-            raise ValueError(
-                f"{len(found)} of {listed + asked if self.broken else self.source.total} pictures cannot be used, "
-                f"more than max_left_out={self.share:g} of them: {first}"
-            )
+        counts = (len(self.source.left_out), self.source.total), (len(self.broken), len(self.source.rows))
+        if sum(count / max(1, total) for count, total in counts) > self.share:
+            told = " and ".join(f"{count} of {total} pictures" for count, total in counts if count)
+            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in self.all()[:3])
+            raise ValueError(f"{told} cannot be used, more than max_left_out={self.share:g} of them: {first}")
 
 
 def _finish(

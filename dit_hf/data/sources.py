@@ -45,7 +45,7 @@ class Source:
         name: What to call it: `avatars`, the folder's name or the Hub id; never a path of this machine.
         rows: `id`, `image` (not decoded), `split` if the source comes divided, and the conditions: int8 (1 is yes)
             or `ClassLabel`.
-        left_out: What of the source, or of the split, is no usable row: id and reason.
+        left_out: What of the source is no usable row, and of the split as far as that is known: id and reason.
         total: How many it has with these, `num_images` or not.
         sha256: Of ids, sizes of the pictures, splits and conditions: two sources with the same are the same.
     """
@@ -233,7 +233,7 @@ def _assemble(
     left_out: list[tuple[str, str]],
     split: str | None,
 ) -> tuple[Dataset, list[tuple[str, str]]]:
-    """Rows without duplicates and without rows that lack a condition, which are counted of `split` alone."""
+    """Rows without duplicates and without those that lack a condition; those left out are listed for `split` only."""
     reasons: dict[int, str] = {}
     first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
     reasons |= {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
