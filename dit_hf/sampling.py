@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from diffusers import DiffusionPipeline
 from .data.vae import weights_sha256
 from .pipelines.guidance import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
-from .storage import first_line
+from .storage import facts_sha256, first_line
 from .training.checkpoint import is_checkpoint
 
 
@@ -75,7 +74,7 @@ def model_facts(pipeline: LatentDiTPipeline) -> dict[str, Any]:
 def model_sha256(pipeline: LatentDiTPipeline) -> str:
     """Of `model_facts`, and of the guidance that the pipeline has by default."""
     facts = {**model_facts(pipeline), "guidance_scale": pipeline.config.guidance_scale}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return facts_sha256(facts)
 
 
 def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[range]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import math
 import shutil
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from ..storage import (
     disk_errors,
+    facts_sha256,
     first_line,
     locked,
     partial_folder,
@@ -185,14 +185,14 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    different = [f"{k} {before.get(k)}, now {v}" for k, v in now.items() if _content(before.get(k)) != _content(v)]
+    different = [f"{k} {before.get(k)}, now {v}" for k, v in now.items() if content(before.get(k)) != content(v)]
     if different:
         raise FileExistsError(f"{what} of {'; '.join(different)}; name a new folder")
 
 
-def _content(value: Any) -> Any:
+def content(value: Any) -> Any:
     """What counts of a value of the identity: of `name (hash)` the hash, for one thing may be called by two names."""
-    return value.rpartition("(")[2] if isinstance(value, str) else value
+    return value.rpartition("(")[2].rstrip(")") if isinstance(value, str) else value
 
 
 def _build(
@@ -270,7 +270,7 @@ def _plan(partial: Path, source: Source, vae: VAE, identity: dict[str, Any]) -> 
         num_rows=len(source.rows),
         batch_size=batch_size,
         shard_size=shard_size,
-        sha256=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        sha256=facts_sha256(identity),
     )
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..sampling import batches
-from ..storage import new_file, write_text
+from ..storage import facts_sha256, new_file, write_text
 from .features import FeatureNet
 
 IDENTITY = "identity.json"
@@ -66,7 +66,7 @@ def collect(
     """
     state = ranks()
     identity = {**identity, "features": net.identity(), "batch_size": batch_size, "count": len(rows)}
-    folder = folder / digest(identity)
+    folder = folder / facts_sha256(identity)[:12]
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
@@ -84,11 +84,6 @@ def collect(
             bar.update(len(part))
     state.wait_for_everyone()
     return _join([_file(folder, part) for part in batches(len(rows), batch_size)])
-
-
-def digest(facts: dict[str, Any]) -> str:
-    """A short name of the facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _file(folder: Path, part: range) -> Path:

@@ -27,14 +27,14 @@ from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..sampling import draw, load_pipeline, model_facts, run_folder
 from ..sheets import save_sheet
-from ..storage import disk_errors
+from ..storage import disk_errors, facts_sha256
 from .attributes import AttributeHead, train_head
-from .collect import IDENTITY, collect, digest, ranks
+from .collect import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import NEIGHBOURS, Gaussian, measure
 from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
 from .pictures import Pictures, open_pictures, reconstructed
-from .reference import INFO, Reference, load_reference, make_reference, versions
+from .reference import INFO, Reference, load_reference, make_reference, statistics_identity, versions
 from .report import REPORT, figure_name, markdown, write_report
 
 MIN_SAMPLES = 16
@@ -106,8 +106,8 @@ def evaluate(
     elif pictures.facts["resolution"] != resolution:  # only a cache has its own
         raise ValueError(f"{reference}: pictures of {pictures.facts['resolution']} px, the model's are {resolution}")
     else:
-        asked = {"pictures": pictures.facts, "features": net.identity()}
-        real = make_reference(folder / f"reference-{digest(asked)}", pictures, net, batch_size)
+        name = f"reference-{facts_sha256(statistics_identity(pictures, net))[:12]}"
+        real = make_reference(folder / name, pictures, net, batch_size)
     real.check(net, resolution)
     if len(real.features) < 2 * MIN_SAMPLES:
         raise ValueError(f"the reference has {len(real.features)} pictures, and at least {2 * MIN_SAMPLES} are needed")
@@ -199,7 +199,7 @@ class Evaluation:
         name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
         facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
         facts |= {"asked": self.real.attributes_sha256(list(asked[0])) if asked else None}
-        images = self.folder / "images" / name / digest(facts)
+        images = self.folder / "images" / name / facts_sha256(facts)[:12]
         if self.save_images:
             facts |= {"images": True}  # others may have features without any
 

@@ -13,7 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset
 
 from ..data.images import Geometry, decode_image, parse_resolution
-from ..data.latents import INFO, open_latents
+from ..data.latents import INFO, content, open_latents
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.vae import VAE, decode, encode, load_vae
 
@@ -122,7 +122,7 @@ def _decoded(folder: str, split: str | None, num_images: int | None) -> Pictures
     facts = {
         "source": f"latents of {info['settings']['source']}, decoded",
         "pictures": len(rows),
-        "sha256_of_rows": info["identity"]["source"].rpartition("(")[2].rstrip(")"),
+        "sha256_of_rows": content(info["identity"]["source"]),
         "split": split,
         "crop": info["identity"]["crop"],
         "resolution": info["identity"]["resolution"],

@@ -149,9 +149,14 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
                 shutil.rmtree(parts)
         state.wait_for_everyone()
     made = load_reference(folder)
-    if made.info["asked"] != {"pictures": facts, "features": net.identity()}:
+    if made.info["asked"] != statistics_identity(pictures, net):
         raise FileExistsError(f"{folder} holds other statistics ({describe(made)}); name a new folder")
     return made
+
+
+def statistics_identity(pictures: Pictures, net: FeatureNet) -> dict[str, Any]:
+    """What decides the statistics, as JSON has it."""
+    return {"pictures": json.loads(json.dumps(pictures.facts)), "features": net.identity()}
 
 
 def load_reference(folder: Path) -> Reference:
@@ -211,6 +216,6 @@ def _write(folder: Path, pictures: Pictures, facts: dict[str, Any], net: Feature
             pictures={**facts, "pictures": len(rows), "pixels_sha256": found.pixels_sha256},
             features=net.identity(),
             conditions=list(pictures.conditions),
-            asked={"pictures": facts, "features": net.identity()},
+            asked=statistics_identity(pictures, net),
             versions=versions(),
         )

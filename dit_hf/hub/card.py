@@ -18,7 +18,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import shipped_file, write_text
 
 EVALUATION = "evaluation/evaluation.json"
-TRAINING = "export.json"
+EXPORT = "export.json"  # what a run, or a push of it, says of itself
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
 CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -102,7 +102,7 @@ def card_data(
 
 def training_facts(run: Path) -> dict[str, Any]:
     """What a run, or a push of it, has written down of it for the card, in `export.json`; nothing if it has not."""
-    mark = run / TRAINING
+    mark = run / EXPORT
     return json.loads(mark.read_text(encoding="utf-8")).get("training", {}) if mark.is_file() else {}
 
 

@@ -24,7 +24,7 @@ from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, first_line, new_folder, write_text
 from ..training.checkpoint import is_checkpoint
 from .builtin import BuiltinExport, to_builtin
-from .card import EVALUATION, TRAINING, example_attributes, run_pictures, training_facts, write_card
+from .card import EVALUATION, EXPORT, example_attributes, run_pictures, training_facts, write_card
 
 SHEET_SIZE = 8
 # Waits before a push is tried again; what the Hub has got by then is not sent again.
@@ -32,8 +32,16 @@ RETRY_SECONDS = (2.0, 10.0, 30.0)
 _EVALUATION = ("evaluation.json", "evaluation.png", "settings.png")
 # What a push replaces as a whole: weights that are not part of it any more go.
 _FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
-_PICTURES = ("samples.png", "loss_curve.png")
-_FILES = ("README.md", "model_index.json", "pipeline.py", "training_log.csv", "config.yaml", TRAINING, *_PICTURES)
+_PICTURES = {"sheet": "samples.png", "curve": "loss_curve.png"}
+_FILES = (
+    "README.md",
+    "model_index.json",
+    "pipeline.py",
+    "training_log.csv",
+    "config.yaml",
+    EXPORT,
+    *_PICTURES.values(),
+)
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # that file managers leave
 
 
@@ -127,15 +135,15 @@ def write_repository(
     run = run_folder(model)
     training = training if training is not None else training_facts(run or Path(model))
     if training:  # for who pushes it on
-        write_text(folder / TRAINING, json.dumps({"training": training}, indent=2) + "\n")
+        write_text(folder / EXPORT, json.dumps({"training": training}, indent=2) + "\n")
     if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
         shown |= _copy_run(run, folder)
     if export is not None:
-        shown |= {"builtin": export.facts(), "sheet": "samples.png"}
-        save_sheet(draw_sheet(export.draw(SHEET_SIZE), 4, min_side=96), folder / "samples.png")
+        shown |= {"builtin": export.facts(), "sheet": _PICTURES["sheet"]}
+        save_sheet(draw_sheet(export.draw(SHEET_SIZE), 4, min_side=96), folder / _PICTURES["sheet"])
     elif "sheet" not in shown and pipeline.vae is not None:
-        _draw_sheet(pipeline, folder / "samples.png")
-        shown["sheet"] = "samples.png"
+        _draw_sheet(pipeline, folder / _PICTURES["sheet"])
+        shown["sheet"] = _PICTURES["sheet"]
     write_card(folder, pipeline, name, source, training, **shown)
 
 
@@ -176,9 +184,8 @@ def upload(
 def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     """Copy what a run tells of itself; returns what the card shows of it."""
     pictures = run_pictures(run)
-    copied = {"sheet": "samples.png", "curve": "loss_curve.png"}
     for what, name in pictures.items():
-        shutil.copyfile(run / name, folder / copied[what])
+        shutil.copyfile(run / name, folder / _PICTURES[what])
     shutil.copyfile(run / "training_log.csv", folder / "training_log.csv")
     recipe = without_paths(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     write_text(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
@@ -191,7 +198,7 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     if report.is_file():
         content = without_paths(json.loads(report.read_text(encoding="utf-8")))
         write_text(report, json.dumps(content, indent=2) + "\n")
-    return {what: copied[what] for what in pictures}
+    return {what: _PICTURES[what] for what in pictures}
 
 
 def without_paths(value: Any) -> Any:

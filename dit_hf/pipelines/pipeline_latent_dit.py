@@ -189,12 +189,16 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
-        size = max(1, VAE_PIXELS // (latents[0, 0].numel() * self.image_processor.config.vae_scale_factor**2))
-        pixels = torch.cat([self.vae.decode(part).sample for part in latents.split(size)])
+        parts = self._vae_parts(latents, self.image_processor.config.vae_scale_factor)
+        pixels = torch.cat([self.vae.decode(part).sample for part in parts])
         if not torch.isfinite(pixels).all():
             dtype = str(self.vae.dtype).removeprefix("torch.")
             raise ValueError(f"decoded pictures are not finite: does the VAE need more than {dtype}? pipe.vae.float()")
         return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _vae_parts(self, images: torch.Tensor, factor: int = 1) -> tuple[torch.Tensor, ...]:
+        """Images [batch, channels, height, width], or latents of a side `factor` times smaller, a few at a time."""
+        return images.split(max(1, VAE_PIXELS // (images[0, 0].numel() * factor**2)))
 
     @torch.no_grad()
     def interpolate(

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from .guidance import Attributes, GuidanceOptions
-from .pipeline_latent_dit import VAE_PIXELS, LatentDiTPipeline
+from .pipeline_latent_dit import LatentDiTPipeline
 
 
 class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
@@ -88,8 +88,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         """
         pixels = self._preprocess(self.image_processor, image)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
-        size = max(1, VAE_PIXELS // pixels[0, 0].numel())
-        latents = torch.cat([self._encode(part) for part in pixels.split(size)])
+        latents = torch.cat([self._encode(part) for part in self._vae_parts(pixels)])
         mean, std = self._statistics(latents.device)
         return (latents.float() - mean) / std
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ..data.reader import LatentReader
 from ..data.vae import load_vae
 from ..hub.background import BackgroundPush
-from ..hub.card import write_run_card
+from ..hub.card import EXPORT, write_run_card
 from ..hub.push import write_repository
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -27,7 +27,6 @@ from .config import Config, read_config
 from .initialize import Normalization
 
 SHEET_SIZE = 16
-MARK = "export.json"
 
 
 def build_pipeline(
@@ -104,7 +103,7 @@ def export(
         recipe: What the card shows.
     """
     steps = config.train.max_train_steps
-    sheet, mark = f"samples/step-{steps}.png", run / MARK
+    sheet, mark = f"samples/step-{steps}.png", run / EXPORT
     sampling = {name: getattr(config.train, name) for name in ("guidance_scale", "num_inference_steps")}
     before = json.loads(mark.read_text()) if mark.is_file() else {}
     only_missing = (before.get("step"), before.get("sampling")) == (steps, sampling)

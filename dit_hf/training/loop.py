@@ -14,8 +14,10 @@ from accelerate import Accelerator, PartialState, init_empty_weights
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
+from ..data.latents import content
 from ..data.reader import LatentReader
 from ..hub.background import BackgroundPush
+from ..hub.card import EXPORT
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import disk_errors, locked, write_text
@@ -134,7 +136,7 @@ class Trainer:
             write_text(run / "config.yaml", self._written_config().to_yaml())
             report.start_log(run, start, self._columns())
             if start < total:
-                (run / export.MARK).unlink(missing_ok=True)  # what is exported is of another end of the run
+                (run / EXPORT).unlink(missing_ok=True)  # what is exported is of another end of the run
         if start < total:
             self._on_main(checkpoint.check_space, run, self.tensors.bytes())
             self._start_trackers(run)
@@ -247,7 +249,7 @@ class Trainer:
         cache = self.reader.info["identity"]
         recipe["found"] = {
             "pictures": len(self.reader),
-            "pictures_sha256": cache["source"].rpartition("(")[2].rstrip(")"),
+            "pictures_sha256": content(cache["source"]),
             "crop": cache["crop"],
             "flip": cache["flip"],
             "vae_sha256": self.reader.info["vae_sha256"],

@@ -87,11 +87,17 @@ def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents,
     assert (latents / "latents.json").stat().st_mtime_ns == before
 
 
-def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp_path, vae_folder):
+def folder_of_avatars(tmp_path, count):
+    """A folder with `count` pictures: 000.png and so on."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, row in enumerate(open_images("avatars", resolution=16, num_images=150)):
+    for i, row in enumerate(open_images("avatars", resolution=16, num_images=count)):
         row["image"].save(folder / f"{i:03}.png")
+    return folder
+
+
+def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp_path, vae_folder):
+    folder = folder_of_avatars(tmp_path, 150)
     (folder / "050.png").write_bytes(b"broken")
     prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
     cache, info = open_latents(tmp_path / "latents")
@@ -108,11 +114,8 @@ def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp
 
 
 def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_path, vae_folder):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rows = ["file_name,split,Smiling"]
-    for i, row in enumerate(open_images("avatars", resolution=16, num_images=250)):
-        row["image"].save(folder / f"{i:03}.png")
+    folder, rows = folder_of_avatars(tmp_path, 250), ["file_name,split,Smiling"]
+    for i in range(250):
         split = "test" if i >= 200 else "train"
         rows.append(f"{i:03}.png,{split},{'' if i in (0, 1, 210, 211) else i % 2}")
     (folder / "metadata.csv").write_text("\n".join(rows))
@@ -126,10 +129,7 @@ def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_pa
 
 
 def test_pictures_of_a_kind_that_is_not_read_are_named(tmp_path, vae_folder):
-    folder = tmp_path / "phone"
-    folder.mkdir()
-    for i, row in enumerate(open_images("avatars", resolution=16, num_images=20)):
-        row["image"].save(folder / f"{i:03}.png")
+    folder = folder_of_avatars(tmp_path, 20)
     (folder / "IMG_1.HEIC").write_bytes(b"ftypheic")
     with pytest.raises(ValueError, match=r"1 of 21 pictures .*IMG_1\.HEIC: \.heic is not read: convert it"):
         prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
