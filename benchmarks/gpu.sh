@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything here that wants a GPU, in one command of at most ten minutes: bash benchmarks/gpu.sh [FOLDER] [PEERS]
-# Results go to FOLDER (benchmarks/results/gpu). PEERS holds checkouts of DiT and fast-DiT, see train_step.py. Where
-# apex can be imported the step is measured with its FusedAdam and with torch's. A part that fails or runs out of its
-# time is named at the end and costs the others nothing.
+# Everything here that wants a GPU, in one command of at most ten minutes: bash benchmarks/gpu.sh [FOLDER [PEERS [PART...]]]
+# Results go to FOLDER (benchmarks/results/gpu). PEERS holds checkouts of DiT and fast-DiT, see train_step.py; PARTs are
+# names below, all by default. Where apex can be imported the step is measured with its FusedAdam and with torch's. A
+# part that fails or runs out of its time is named at the end and costs the others nothing.
 set -uo pipefail
-out=$(realpath -m "${1:-$(dirname "$0")/results/gpu}") peers=${2:+$(realpath "$2")}
+out=$(realpath -m "${1:-$(dirname "$0")/results/gpu}") peers=${2:+$(realpath "$2")} wanted=" ${*:3} "
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 python -c 'import torch; assert torch.cuda.is_available(), "no GPU: nothing is measured"' || exit 1
@@ -12,14 +12,15 @@ failed=()
 part() { # seconds, name, command
   local limit=$1 name=$2
   shift 2
+  [[ $wanted == "  " || $wanted == *" $name "* ]] || return
   timeout "$limit" python "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
 }
-part 60 tests -m pytest tests/training/test_step.py
+part 60 tests -m pytest tests/training/test_step.py tests/training/test_muon.py
 part 110 train_step-fp16 benchmarks/train_step.py ${peers:+--peers "$peers"} --json "$out/train_step-fp16.json"
 part 110 train_step-bf16 benchmarks/train_step.py ${peers:+--peers "$peers"} --precision bf16 --json "$out/train_step-bf16.json"
 part 60 profile benchmarks/profile_step.py --json "$out/profile_step.json"
 part 80 sampling benchmarks/sampling.py --json "$out/sampling.json"
-part 60 overhead benchmarks/overhead.py --json "$out/overhead.json"
+part 80 overhead benchmarks/overhead.py --blocks 4 --json "$out/overhead.json"
 part 50 growth benchmarks/growth.py --json "$out/growth.json" --plot "$out/growth.png"
 part 50 checkpoint benchmarks/checkpoint.py --json "$out/checkpoint.json"
 if ((${#failed[@]})); then
