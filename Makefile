@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow test-gpu lint
 demo: .venv/installed
 	.venv/bin/dit-hf demo --output_dir runs/demo
 
@@ -11,6 +11,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	.venv/bin/python -m pytest -m slow
+
+test-gpu: .venv/installed
+	.venv/bin/python -m pytest -m gpu
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -15,7 +15,7 @@ part() { # seconds, name, command
   [[ $wanted == "  " || $wanted == *" $name "* ]] || return
   timeout "$limit" python "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
 }
-part 60 tests -m pytest tests/training/test_step.py tests/training/test_muon.py
+part 80 tests -m pytest -m gpu
 part 110 train_step-fp16 benchmarks/train_step.py ${peers:+--peers "$peers"} --json "$out/train_step-fp16.json"
 part 110 train_step-bf16 benchmarks/train_step.py ${peers:+--peers "$peers"} --precision bf16 --json "$out/train_step-bf16.json"
 part 60 profile benchmarks/profile_step.py --json "$out/profile_step.json"

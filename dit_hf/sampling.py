@@ -48,7 +48,7 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: {type(pipeline).__name__} is no LatentDiTPipeline")
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device or torch.accelerator.current_accelerator() or "cpu")
+    pipeline.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return pipeline
 
 

@@ -24,6 +24,12 @@ from dit_hf.hub import push
 from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What the tests expect is computed on the CPU; on a GPU there are tests of their own, chosen by `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def tiny_transformer(seed: int = 0, **options) -> LatentDiTTransformer2DModel:
     """A transformer of 30 thousand parameters whose weights are all random, zero-initialised ones too."""
     torch.manual_seed(seed)

@@ -52,6 +52,17 @@ def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
         load_pipeline(str(tmp_path / "x.png"))
 
 
+def test_torch_may_be_built_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    """As PyPI's is on Linux: asked for the accelerator it names CUDA, unless it is told to look."""
+
+    def accelerator(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    assert load_pipeline(str(tmp_path / "pipeline")).device.type == "cpu"
+
+
 def test_a_checkpoint_is_a_model_too(config):
     run = train(config)
     last, earlier = load_pipeline(f"{run}/checkpoint-8", "cpu"), load_pipeline(f"{run}/checkpoint-4", "cpu")

@@ -33,6 +33,25 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+class LatentDiTLayerNorm(nn.LayerNorm):
+    """In and out in the input's own precision, under autocast too, which would hand on float32: twice the bytes.
+
+    torch's kernels sum in float32 whatever they are given.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input)
+
+
+class LatentDiTRMSNorm(nn.RMSNorm):
+    """Likewise; with a weight of another precision than the input's torch has no fused kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class LatentDiTAttnProcessor:
     """Self-attention through diffusers' dispatcher, so that `set_attention_backend` works."""
 
@@ -51,7 +70,7 @@ class LatentDiTAttnProcessor:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         if attn.norm_q is not None:
-            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+            query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         hidden_states = dispatch_attention_fn(
@@ -75,8 +94,8 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else None
-        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else None
+        self.norm_q = LatentDiTRMSNorm(dim // heads, eps=1e-6) if qk_norm else None
+        self.norm_k = LatentDiTRMSNorm(dim // heads, eps=1e-6) if qk_norm else None
         AttentionModuleMixin.set_processor(self, LatentDiTAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -89,9 +108,9 @@ class LatentDiTTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, qk_norm: str | None = None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1 = LatentDiTLayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = LatentDiTAttention(dim, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm2 = LatentDiTLayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = nn.Linear(dim, 6 * dim)
 
@@ -200,7 +219,7 @@ class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         )
 
         # 3. Back to patches.
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_out = LatentDiTLayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, self.out_channels * patch_size**2)
 

@@ -8,7 +8,7 @@ from conftest import tiny_transformer
 from diffusers.models.embeddings import apply_rotary_emb
 
 from dit_hf import LatentDiTTransformer2DModel
-from dit_hf.models.transformer_latent_dit import PRESETS
+from dit_hf.models.transformer_latent_dit import PRESETS, LatentDiTLayerNorm, LatentDiTRMSNorm
 
 CONDITIONS = {"Smiling": 2, "Eyeglasses": 2, "class": 5}
 
@@ -248,3 +248,18 @@ def test_fused_projections_give_the_same():
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LatentDiTLayerNorm, LatentDiTRMSNorm])
+def test_norms_hand_on_the_precision_they_are_given(kind, dtype):
+    """Under autocast too; float32, as autocast would have it on a GPU, is twice the memory to move."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    norm = kind(64, eps=1e-6).to(device)
+    torch.nn.init.normal_(norm.weight, mean=1.0)
+    x = 3 * torch.randn(5, 64, device=device).to(dtype) + 1
+    with torch.autocast(device, dtype):
+        half = norm(x)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), norm(x.float()), rtol=2 * torch.finfo(dtype).eps, atol=0.01)

@@ -112,6 +112,7 @@ def test_a_loaded_state_still_says_that_adam_is_fused():
     assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_run_on_a_gpu_goes_on_after_it_was_stopped(config):
     config = changed(config, optim={"optimizer": "muon"}, train={"resume_from_checkpoint": "latest"})

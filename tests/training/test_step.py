@@ -12,6 +12,7 @@ from dit_hf.training.config import OptimConfig
 from dit_hf.training.loop import Trainer
 from dit_hf.training.optimizer import build_optimizer
 
+pytestmark = pytest.mark.gpu
 NO_GPU = not torch.cuda.is_available()
 STEPS = 4
 
@@ -27,6 +28,11 @@ def losses(config, **train):
         total, count = trainer.step.window.cpu().sum(1).tolist()
         found.append(total / count)
     return torch.tensor(found)
+
+
+def hide_apex(monkeypatch):
+    for name in ("apex", "apex.optimizers"):
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +82,7 @@ def test_fp16_follows_full_precision_on_a_gpu(config):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
 def test_nothing_in_a_step_waits_for_the_gpu(config, precision, optimizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "apex", None)  # whose Adam reads on the host whether a step overflowed
+    hide_apex(monkeypatch)  # whose Adam reads on the host whether a step overflowed
     trainer = Trainer(changed(config, optim={"optimizer": optimizer}, train={"mixed_precision": precision}))
     trainer.step(0)  # the first step sets things up
     torch.cuda.set_sync_debug_mode("error")
@@ -107,7 +113,7 @@ def test_apex_and_torch_take_the_same_steps(config, weight_decay, monkeypatch):
 
     name, by_apex = weights()
     assert name == "apex FusedAdam"
-    monkeypatch.setitem(sys.modules, "apex", None)
+    hide_apex(monkeypatch)
     name, by_torch = weights()
     assert name == "torch AdamW (fused)"
     torch.testing.assert_close(by_apex, by_torch, rtol=1e-4, atol=1e-5)
