@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -139,17 +140,18 @@ def _set_speed(config: Config, seconds: float) -> None:
 
 
 def _time_step(trainer: Trainer, dtype: torch.dtype | None) -> float:
-    """Seconds a step takes: the mean of 20, or of fewer once they have taken ten seconds."""
+    """Seconds a step takes: the median of 20, or of fewer once they have taken ten seconds."""
     optimizer = trainer.step.optimizer
     if isinstance(optimizer, MuonAdamW) and trainer.device.type == "cpu":
         optimizer.dtype = dtype or torch.float32  # as it will be in a run of that precision
     with torch.autocast(trainer.device.type, dtype, enabled=dtype is not None):
         trainer.step(0).item()  # the first step also sets things up
-        started, steps = time.monotonic(), 0
-        while steps < TIMED_STEPS and time.monotonic() - started < 10:
-            steps += 1
-            trainer.step(steps).item()
-    return (time.monotonic() - started) / steps
+        taken: list[float] = []
+        while len(taken) < TIMED_STEPS and sum(taken) < 10:
+            started = time.monotonic()
+            trainer.step(len(taken) + 1).item()
+            taken.append(time.monotonic() - started)
+    return statistics.median(taken)
 
 
 def _words(row: Attributes) -> list[str]:
