@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything here that wants a GPU, in one command of at most ten minutes: bash benchmarks/gpu.sh [FOLDER [PEERS [PART...]]]
+# Everything here that wants a GPU, in one command of some ten minutes: bash benchmarks/gpu.sh [FOLDER [PEERS [PART...]]]
 # Results go to FOLDER (benchmarks/results/gpu). PEERS holds checkouts of DiT and fast-DiT, see train_step.py; PARTs are
 # names below, all by default. Where apex can be imported the step is measured with its FusedAdam and with torch's. A
 # part that fails or runs out of its time is named at the end and costs the others nothing.
@@ -16,8 +16,9 @@ part() { # seconds, name, command
   timeout "$limit" python "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
 }
 part 80 tests -m pytest -m gpu
-part 110 train_step-fp16 benchmarks/train_step.py ${peers:+--peers "$peers"} --json "$out/train_step-fp16.json"
-part 110 train_step-bf16 benchmarks/train_step.py ${peers:+--peers "$peers"} --precision bf16 --json "$out/train_step-bf16.json"
+part 150 train_step-fp16 benchmarks/train_step.py --rounds 5 ${peers:+--peers "$peers"} --json "$out/train_step-fp16.json"
+part 150 train_step-bf16 benchmarks/train_step.py --rounds 5 ${peers:+--peers "$peers"} --precision bf16 \
+  --json "$out/train_step-bf16.json"
 part 60 profile benchmarks/profile_step.py --json "$out/profile_step.json"
 part 80 sampling benchmarks/sampling.py --json "$out/sampling.json"
 part 80 overhead benchmarks/overhead.py --blocks 4 --json "$out/overhead.json"
