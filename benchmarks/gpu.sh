@@ -8,14 +8,15 @@ out=$(realpath -m "${1:-$(dirname "$0")/results/gpu}") peers=${2:+$(realpath "$2
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 python -c 'import torch; assert torch.cuda.is_available(), "no GPU: nothing is measured"' || exit 1
-failed=()
+failed=() ran=
 part() { # seconds, name, command
   local limit=$1 name=$2
   shift 2
   [[ $wanted == "  " || $wanted == *" $name "* ]] || return
+  ran=yes
   timeout "$limit" python "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
 }
-part 80 tests -m pytest -m gpu
+part 80 tests -m pytest -m gpu tests/training/test_step.py tests/training/test_muon.py tests/models
 part 150 train_step-fp16 benchmarks/train_step.py --rounds 5 ${peers:+--peers "$peers"} --json "$out/train_step-fp16.json"
 part 150 train_step-bf16 benchmarks/train_step.py --rounds 5 ${peers:+--peers "$peers"} --precision bf16 \
   --json "$out/train_step-bf16.json"
@@ -24,6 +25,7 @@ part 80 sampling benchmarks/sampling.py --json "$out/sampling.json"
 part 80 overhead benchmarks/overhead.py --blocks 4 --json "$out/overhead.json"
 part 50 growth benchmarks/growth.py --json "$out/growth.json" --plot "$out/growth.png"
 part 50 checkpoint benchmarks/checkpoint.py --json "$out/checkpoint.json"
+[[ $ran ]] || { echo "no such part:$wanted"; exit 1; }
 if ((${#failed[@]})); then
   echo "failed or out of time: ${failed[*]} (their output is in $out/*.log)"
   exit 1

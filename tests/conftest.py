@@ -25,7 +25,7 @@ from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveCon
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the tests expect is computed on the CPU; on a GPU there are tests of their own, chosen by `-m gpu`."""
+    """What the tests expect is computed on the CPU: CUDA is hidden, but from exactly `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

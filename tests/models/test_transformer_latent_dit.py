@@ -142,7 +142,7 @@ def test_any_size_divisible_by_the_patch(height, width):
 
 def test_rotary_positions_tell_how_far_apart_two_tokens_are():
     model = tiny_transformer(use_rotary_positional_embeddings=True)
-    cos, sin = model._rotations(4, 4, torch.zeros(1))
+    cos, sin = model._rotations(4, 4, torch.device("cpu"))
     query, key = torch.randn(2, model.config.attention_head_dim)
     vectors = torch.stack([query, key]).expand(16, 2, -1)[None]  # the same two at every token
     turned = rotate(vectors, cos, sin)
@@ -151,7 +151,7 @@ def test_rotary_positions_tell_how_far_apart_two_tokens_are():
     products = (query @ key.T).reshape(4, 4, 4, 4)  # row and column of the query, row and column of the key
     torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], atol=1e-4, rtol=1e-4)
     assert products[0, 0].unique().numel() == 16
-    fine, coarse = model._rotations(8, 4, torch.zeros(1))[0], cos
+    fine, coarse = model._rotations(8, 4, torch.device("cpu"))[0], cos
     torch.testing.assert_close(fine.reshape(8, 4, -1)[::2], coarse.reshape(4, 4, -1))
 
 
@@ -202,11 +202,13 @@ def test_saves_and_loads_bit_for_bit_with_conditions_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-def test_compiles_as_one_graph(rotary):
-    model = tiny_transformer(conditions=CONDITIONS, use_rotary_positional_embeddings=rotary)
+@pytest.mark.parametrize("half", [False, True])
+def test_compiles_as_one_graph(rotary, half):
+    norm = "rms_norm" if rotary else None
+    model = tiny_transformer(conditions=CONDITIONS, use_rotary_positional_embeddings=rotary, qk_norm=norm)
     ids = torch.tensor([[0, 1, 4], [1, 2, 5], [2, 0, 0]])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         torch.testing.assert_close(compiled(*inputs(), ids).sample, model(*inputs(), ids).sample)
 
 
@@ -253,15 +255,14 @@ def test_what_does_not_fit_is_refused(make, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [LatentDiTLayerNorm, LatentDiTRMSNorm])
 def test_norms_hand_on_the_precision_they_are_given(kind, dtype):
-    """Under autocast too; float32, as autocast would have it on a GPU, is twice the memory to move."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    norm = kind(64, eps=1e-6).to(device)
-    torch.nn.init.normal_(norm.weight, mean=1.0)
-    x = 3 * torch.randn(5, 64, device=device).to(dtype) + 1
-    with torch.autocast(device, dtype):
+    """Under autocast too, which on a GPU would make float32 of it."""
+    norm = kind(64).cuda()
+    x = 3 * torch.randn(5, 64, device="cuda").to(dtype) + 1
+    with torch.autocast("cuda", dtype):
         half = norm(x)
     assert half.dtype == dtype
     torch.testing.assert_close(half.float(), norm(x.float()), rtol=2 * torch.finfo(dtype).eps, atol=0.01)

@@ -15,6 +15,7 @@ from dit_hf.training.optimizer import build_optimizer
 pytestmark = pytest.mark.gpu
 NO_GPU = not torch.cuda.is_available()
 STEPS = 4
+MODELS, IDS = [{}, {"qk_norm": "rms_norm", "use_rotary_positional_embeddings": True}], ["classic", "rotary"]
 
 
 def losses(config, **train):
@@ -67,13 +68,17 @@ def test_every_option_of_speed_and_memory_gives_the_same_losses(config, options,
     assert plain["losses"].unique().numel() == STEPS
 
 
-def test_half_precision_follows_full_precision(config):
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
+def test_half_precision_follows_full_precision(config, model):
+    config = changed(config, model=model)
     full = losses(config)
     assert (losses(config, mixed_precision="bf16") / full - 1).abs().max() < 0.02
 
 
 @pytest.mark.skipif(NO_GPU, reason="no GPU")
-def test_fp16_follows_full_precision_on_a_gpu(config):
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
+def test_fp16_follows_full_precision_on_a_gpu(config, model):
+    config = changed(config, model=model)
     full = losses(config)
     assert (losses(config, mixed_precision="fp16") / full - 1).abs().max() < 0.02
 
@@ -83,7 +88,8 @@ def test_fp16_follows_full_precision_on_a_gpu(config):
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
 def test_nothing_in_a_step_waits_for_the_gpu(config, precision, optimizer, monkeypatch):
     hide_apex(monkeypatch)  # whose Adam reads on the host whether a step overflowed
-    trainer = Trainer(changed(config, optim={"optimizer": optimizer}, train={"mixed_precision": precision}))
+    train = {"mixed_precision": precision}
+    trainer = Trainer(changed(config, model=MODELS[1], optim={"optimizer": optimizer}, train=train))
     trainer.step(0)  # the first step sets things up
     torch.cuda.set_sync_debug_mode("error")
     try:
