@@ -142,7 +142,7 @@ def test_any_size_divisible_by_the_patch(height, width):
 
 def test_rotary_positions_tell_how_far_apart_two_tokens_are():
     model = tiny_transformer(use_rotary_positional_embeddings=True)
-    cos, sin = model._rotations(4, 4, torch.device("cpu"))
+    cos, sin = model._rotations(4, 4, torch.zeros(1))
     query, key = torch.randn(2, model.config.attention_head_dim)
     vectors = torch.stack([query, key]).expand(16, 2, -1)[None]  # the same two at every token
     turned = rotate(vectors, cos, sin)
@@ -151,7 +151,7 @@ def test_rotary_positions_tell_how_far_apart_two_tokens_are():
     products = (query @ key.T).reshape(4, 4, 4, 4)  # row and column of the query, row and column of the key
     torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], atol=1e-4, rtol=1e-4)
     assert products[0, 0].unique().numel() == 16
-    fine, coarse = model._rotations(8, 4, torch.device("cpu"))[0], cos
+    fine, coarse = model._rotations(8, 4, torch.zeros(1))[0], cos
     torch.testing.assert_close(fine.reshape(8, 4, -1)[::2], coarse.reshape(4, 4, -1))
 
 

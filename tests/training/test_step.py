@@ -15,7 +15,8 @@ from dit_hf.training.optimizer import build_optimizer
 pytestmark = pytest.mark.gpu
 NO_GPU = not torch.cuda.is_available()
 STEPS = 4
-MODELS, IDS = [{}, {"qk_norm": "rms_norm", "use_rotary_positional_embeddings": True}], ["classic", "rotary"]
+ROTARY = {"qk_norm": "rms_norm", "use_rotary_positional_embeddings": True}
+either_model = pytest.mark.parametrize("model", [{}, ROTARY], ids=["classic", "rotary"])
 
 
 def losses(config, **train):
@@ -68,7 +69,7 @@ def test_every_option_of_speed_and_memory_gives_the_same_losses(config, options,
     assert plain["losses"].unique().numel() == STEPS
 
 
-@pytest.mark.parametrize("model", MODELS, ids=IDS)
+@either_model
 def test_half_precision_follows_full_precision(config, model):
     config = changed(config, model=model)
     full = losses(config)
@@ -76,7 +77,7 @@ def test_half_precision_follows_full_precision(config, model):
 
 
 @pytest.mark.skipif(NO_GPU, reason="no GPU")
-@pytest.mark.parametrize("model", MODELS, ids=IDS)
+@either_model
 def test_fp16_follows_full_precision_on_a_gpu(config, model):
     config = changed(config, model=model)
     full = losses(config)
@@ -89,7 +90,7 @@ def test_fp16_follows_full_precision_on_a_gpu(config, model):
 def test_nothing_in_a_step_waits_for_the_gpu(config, precision, optimizer, monkeypatch):
     hide_apex(monkeypatch)  # whose Adam reads on the host whether a step overflowed
     train = {"mixed_precision": precision}
-    trainer = Trainer(changed(config, model=MODELS[1], optim={"optimizer": optimizer}, train=train))
+    trainer = Trainer(changed(config, model=ROTARY, optim={"optimizer": optimizer}, train=train))
     trainer.step(0)  # the first step sets things up
     torch.cuda.set_sync_debug_mode("error")
     try:
