@@ -128,7 +128,7 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
         FileExistsError: if the folder holds others.
         ValueError: if too many of the pictures cannot be read.
     """
-    state, facts = ranks(), json.loads(json.dumps(pictures.facts))
+    state, asked = ranks(), statistics_identity(pictures, net)
     parts = folder.with_name(f".{folder.name}.features")
     finished = (folder / INFO).is_file()
     state.wait_for_everyone()  # all ranks have seen the same
@@ -140,16 +140,16 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
                 pictures.read_whole,
                 range(pictures.count),
                 batch_size,
-                {"pictures": facts},
+                {"pictures": asked["pictures"]},
                 "real pictures",
             )
             check_left_out(pictures, found.rows)
             if state.is_main_process:
-                _write(folder, pictures, facts, net, found)
+                _write(folder, pictures, asked, found)
                 shutil.rmtree(parts)
         state.wait_for_everyone()
     made = load_reference(folder)
-    if made.info["asked"] != statistics_identity(pictures, net):
+    if made.info["asked"] != asked:
         raise FileExistsError(f"{folder} holds other statistics ({describe(made)}); name a new folder")
     return made
 
@@ -198,7 +198,7 @@ def versions() -> dict[str, str]:
     return {"dit_hf": __version__} | {name: version(name) for name in names}
 
 
-def _write(folder: Path, pictures: Pictures, facts: dict[str, Any], net: FeatureNet, found: Collected) -> None:
+def _write(folder: Path, pictures: Pictures, asked: dict[str, Any], found: Collected) -> None:
     values, rows = found.features.astype(np.float64), found.rows
     tensors = {
         "mean": values.mean(0),
@@ -213,9 +213,9 @@ def _write(folder: Path, pictures: Pictures, facts: dict[str, Any], net: Feature
             partial,
             INFO,
             format=FORMAT_VERSION,
-            pictures={**facts, "pictures": len(rows), "pixels_sha256": found.pixels_sha256},
-            features=net.identity(),
+            pictures={**asked["pictures"], "pictures": len(rows), "pixels_sha256": found.pixels_sha256},
+            features=asked["features"],
             conditions=list(pictures.conditions),
-            asked=statistics_identity(pictures, net),
+            asked=asked,
             versions=versions(),
         )
