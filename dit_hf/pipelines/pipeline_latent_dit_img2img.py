@@ -51,7 +51,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             strength: How much is noise to begin with: 0 runs no step and gives the VAE's reconstruction, 1 begins
                 with noise alone.
             num_images_per_prompt: Images for each picture.
-            num_inference_steps: Steps of a whole schedule, of which the last `strength` are run.
+            num_inference_steps: Steps of a whole schedule, of which those below `strength` of the timesteps are run.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -128,9 +128,11 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         return rows, known.expand(count, -1, -1, -1).repeat_interleave(each, dim=0)
 
     def _last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
-        """The last `strength` of a schedule's timesteps; the scheduler begins there."""
+        """The timesteps up to `strength` of the way to noise, however many these are; the scheduler begins there."""
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        first = (num_inference_steps - int(num_inference_steps * strength + 1e-6)) * self.scheduler.order
+        order, highest = self.scheduler.order, strength * self.scheduler.config.num_train_timesteps
+        # Where steps begin, with half a timestep for rounding.
+        first = order * int((self.scheduler.timesteps[::order] + 1 > highest + 0.5).sum())
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         return self.scheduler.timesteps[first:]

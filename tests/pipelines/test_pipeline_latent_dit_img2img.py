@@ -123,6 +123,10 @@ def test_a_vae_without_a_posterior_encodes_too(pipeline):
 def test_any_scheduler_begins_where_the_strength_says(pipeline, scheduler):
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     options = {"image": face(), "num_inference_steps": 10}
+    first = []
+    begins = {"callback_on_step_end": lambda _pipe, step, timestep, _tensors: first.append(timestep + 1) or {}}
+    run(pipeline, strength=0.5, **options, **begins)
+    assert 0.3 * 500 < first[0] <= 0.5 * 500  # of the levels of noise, also where steps are not evenly spaced
     low, high = (run(pipeline, strength=strength, **options) for strength in (0.1, 0.9))
     expected = reconstruction(pipeline, face())
     assert np.isfinite(high).all()
