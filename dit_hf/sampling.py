@@ -18,6 +18,8 @@ from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .storage import facts_sha256, first_line
 from .training.checkpoint import is_checkpoint
 
+EXPORT = "export.json"  # what a finished run, or a push of it, says of itself
+
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
     """The pipeline of a run's or a checkpoint's folder, of a pipeline's folder, or of a Hub id.
@@ -39,7 +41,8 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
             checkpoint_pipeline(Path(model)).save_pretrained(saved)
             return load_pipeline(saved, device, **options)
     exported = (Path(model) / "model_index.json").is_file()  # what `dit-hf push` writes of a run has its log, too
-    if not folder.is_dir() and not exported and run_folder(model) == Path(model):
+    finished = folder.is_dir() and (Path(model) / EXPORT).is_file()  # which a run that is made longer loses
+    if not exported and not finished and run_folder(model) == Path(model):
         raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else model, **options)

@@ -15,10 +15,10 @@ from ..data.vae import weights_sha256
 from ..evaluation.report import model_index
 from ..pipelines.guidance import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..sampling import EXPORT
 from ..storage import shipped_file, write_text
 
 EVALUATION = "evaluation/evaluation.json"
-EXPORT = "export.json"  # what a run, or a push of it, says of itself
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
 CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -113,9 +113,15 @@ def write_run_card(run: Path, pipeline: LatentDiTPipeline, training: dict[str, A
 
 def run_pictures(run: Path) -> dict[str, Any]:
     """The newest sheet and the curve of a run, as far as there are, as `write_card` takes them."""
-    sheets = sorted(run.glob("samples/step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+    sheets = [*list_sheets(run).values()]
     pictures: dict[str, Any] = {"sheet": f"samples/{sheets[-1].name}"} if sheets else {}
     return pictures | ({"curve": "loss_curve.png"} if (run / "loss_curve.png").is_file() else {})
+
+
+def list_sheets(run: Path) -> dict[int, Path]:
+    """The sheets of a run by the step after which they were drawn, earliest first."""
+    found = {int(path.stem.removeprefix("step-")): path for path in run.glob("samples/step-*.png")}
+    return dict(sorted(found.items()))
 
 
 def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image
 
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import draw, load_pipeline, run_folder
+from ..sampling import EXPORT, draw, load_pipeline, run_folder
 from ..sheets import draw_sheet, save_sheet
 from ..storage import disk_errors, first_line, new_folder, write_text
 from ..training.checkpoint import is_checkpoint
 from .builtin import BuiltinExport, to_builtin
-from .card import EVALUATION, EXPORT, example_attributes, run_pictures, training_facts, write_card
+from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
 
 SHEET_SIZE = 8
 # Waits before a push is tried again; what the Hub has got by then is not sent again.
@@ -100,6 +100,8 @@ def push(
             name = (repo_id or str(folder)).rsplit("/", 1)[-1]
             export = to_builtin(pipeline, attributes) if builtin else None
             write_repository(partial, pipeline, model, name, repo_id or ".", max_shard_size, export, **shown)
+            if license is None and not (partial / EXPORT).is_file():
+                print("what it was trained on is not known: name its terms by --license", flush=True)
         if output_dir is not None:
             print(f"{folder} holds the repository", flush=True)
         if repo_id is not None:
@@ -133,11 +135,11 @@ def write_repository(
     saved = pipeline if export is None else export.pipeline
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
     run = run_folder(model)
-    training = training if training is not None else training_facts(run or Path(model))
+    training = training if training is not None else training_facts(run or _local_folder(model))
     if training:  # for who pushes it on
         write_text(folder / EXPORT, json.dumps({"training": training}, indent=2) + "\n")
-    if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
-        shown |= _copy_run(run, folder)
+        if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
+            shown |= _copy_run(run, folder)
     if export is not None:
         shown |= {"builtin": export.facts(), "sheet": _PICTURES["sheet"]}
         save_sheet(draw_sheet(export.draw(SHEET_SIZE), 4, min_side=96), folder / _PICTURES["sheet"])
@@ -179,6 +181,15 @@ def upload(
 
     with _hub_errors(repo_id):
         return _with_retries(attempt)
+
+
+def _local_folder(model: str) -> Path:
+    """The folder that `model` is, or, of a Hub id, one that holds what its repository says of the run."""
+    if Path(model).is_dir():
+        return Path(model)
+    with contextlib.suppress(EntryNotFoundError):
+        return Path(hf_hub_download(model, EXPORT)).parent
+    return Path(model)
 
 
 def _copy_run(run: Path, folder: Path) -> dict[str, str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -86,12 +88,15 @@ class TrainingTensors:
         set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
-def check_space(run: Path, needed: int) -> None:
-    """Whether another checkpoint fits the disk, before any work.
+def make_room(run: Path, needed: int) -> None:
+    """Remove what saves that were cut short have left, and see whether another checkpoint fits the disk.
 
     Raises:
         OSError: if not.
     """
+    for kind in ("partial", "replaced"):
+        for left in run.glob(f".checkpoint-*.{kind}"):
+            shutil.rmtree(left)
     free = shutil.disk_usage(run).free
     if needed > free:
         raise OSError(
@@ -178,6 +183,41 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) ->
     if problems:
         raise ValueError(f"no usable checkpoint: {'; '.join(problems)}")
     return None
+
+
+def agreed_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) -> Path | None:
+    """`find_checkpoint` of the first rank, which every rank must see; to be called on all of them.
+
+    Raises:
+        ValueError: on all ranks, if the first finds none that can be used, or another does not see what it found.
+    """
+    choice: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            choice = [find_checkpoint(run, name, say)]
+        except ValueError as error:
+            choice = [error]
+    (chosen,) = broadcast_object_list(choice)
+    if isinstance(chosen, ValueError):
+        raise chosen
+    if chosen is None:
+        return None
+    seen = gather_object([_manifest(run / chosen.name)])
+    blind = [str(rank) for rank, manifest in enumerate(seen) if manifest != seen[0]]
+    if blind:
+        raise ValueError(
+            f"{chosen} is not what rank {', '.join(blind)} finds there; train.output_dir must be a folder that every "
+            "machine can read"
+        )
+    return run / chosen.name
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Of a checkpoint whose files are all there; None if they are not."""
+    try:
+        return read_manifest(folder)
+    except ValueError:
+        return None
 
 
 def is_checkpoint(model: str) -> bool:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from ..data.reader import LatentReader
 from ..data.vae import load_vae
 from ..hub.background import BackgroundPush
-from ..hub.card import EXPORT, write_run_card
+from ..hub.card import write_run_card
 from ..hub.push import write_repository
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..sampling import EXPORT
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from ..sheets import draw_sheet, save_sheet
 from ..storage import new_folder, read_manifest, write_text
@@ -153,7 +154,6 @@ def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any
     rows = [row for row in report.read_log(run) if int(row["step"]) <= step]
     validated = [row["validation_loss"] for row in rows if row["validation_loss"] and int(row["step"]) == step]
     settings = reader.info["settings"]
-    base = config.model.init_from
     asked = {section: values for section, values in recipe.items() if section != "found"}
     asked["train"] = {"max_train_steps": config.train.max_train_steps, **asked["train"]}
     return {
@@ -169,5 +169,5 @@ def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any
         "logging_steps": config.train.logging_steps,
         "validation_loss": float(validated[0]) if validated else None,
         "validation_images": config.train.validation_images,
-        "base_model": base if base and not Path(base).exists() else base and Path(base).name,
+        "base_model": recipe["found"].get("base_model"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def build_transformer(
     transformer = LatentDiTTransformer2DModel(**{**options, **kept})
     _take_weights(transformer, earlier.transformer)
     return transformer, (list(earlier.config.latents_mean), list(earlier.config.latents_std))
+
+
+def base_model(config: Config) -> str | None:
+    """What the card calls the model that a run begins with: its Hub id, or the name of its folder without the path."""
+    base = config.model.init_from
+    return Path(base).name if base and Path(base).exists() else base
 
 
 def cache_normalization(config: Config, reader: LatentReader) -> Normalization:

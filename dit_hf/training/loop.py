@@ -17,14 +17,14 @@ from tqdm import tqdm
 from ..data.latents import content
 from ..data.reader import LatentReader
 from ..hub.background import BackgroundPush
-from ..hub.card import EXPORT
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..sampling import EXPORT
 from ..storage import disk_errors, locked, write_text
 from . import checkpoint, export, report
 from .config import Config, Precision
 from .health import check_health
-from .initialize import build_transformer
+from .initialize import base_model, build_transformer
 from .objective import NOISE_LEVELS
 from .optimizer import learning_rate
 from .preemption import Preempted, StopSignal
@@ -38,7 +38,8 @@ def train(config: Config) -> Path:
 
     Raises:
         ValueError: for a recipe that cannot work, or a checkpoint of another one.
-        FileExistsError: if the folder holds a run and `train.resume_from_checkpoint` was not asked for.
+        FileExistsError: if the folder holds a run, or checkpoints, and `train.resume_from_checkpoint` was not asked
+            for.
         OSError: if the disk is full or cannot be written, or the GPU's memory is too small.
     """
     config.check()
@@ -48,6 +49,8 @@ def train(config: Config) -> Path:
             f"train.output_dir {run} holds a run; go on with it by --train.resume_from_checkpoint latest, "
             "or name a new folder"
         )
+    if not config.train.resume_from_checkpoint and checkpoint.list_checkpoints(run):
+        raise FileExistsError(f"train.output_dir {run} holds checkpoints of something else; name a new folder")
     try:
         trainer = Trainer(config)
         with disk_errors(f"train.output_dir {run}"), trainer.alone(run):
@@ -88,8 +91,9 @@ class Trainer:
         self.device = self.accelerator.device
         # What a run began with is in its checkpoints: where that came from need not be there any more.
         run, name = Path(config.train.output_dir), config.train.resume_from_checkpoint
-        self.checkpoint = checkpoint.find_checkpoint(run, name, _say_once) if name else None
+        self.checkpoint = checkpoint.agreed_checkpoint(run, name, _say_once) if name else None
         state = checkpoint.read_state(self.checkpoint) if self.checkpoint is not None else None
+        self.base_model = base_model(config)
         if state is None:
             transformer, self.normalization = build_transformer(config, self.reader, _say_once)
         else:
@@ -104,7 +108,8 @@ class Trainer:
             transformer.compile_repeated_blocks(fullgraph=True)
         self.step = TrainingStep(config, self.reader, self.accelerator, transformer, self.normalization)
         if self.checkpoint is not None and state is not None:
-            before = state["recipe"]
+            before = checkpoint.as_kept_now(state["recipe"])
+            self.base_model = before["found"].get("base_model", self.base_model)
             before["train"]["mixed_precision"] = self._computed_in(before["train"]["mixed_precision"])
             checkpoint.check_same_recipe(before, self._recipe(), self.checkpoint)
         self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
@@ -138,7 +143,7 @@ class Trainer:
             if start < total:
                 (run / EXPORT).unlink(missing_ok=True)  # what is exported is of another end of the run
         if start < total:
-            self._on_main(checkpoint.check_space, run, self.tensors.bytes())
+            self._on_main(checkpoint.make_room, run, self.tensors.bytes())
             self._start_trackers(run)
             _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
         stop, speed = StopSignal(), report.Speed()
@@ -256,6 +261,7 @@ class Trainer:
             "latent_shape": list(self.reader.latent_shape),
             "condition_values": self.reader.conditions,
             "optimizer": self.step.optimizer_name,
+            "base_model": self.base_model,
         }
         return recipe
 
@@ -264,9 +270,9 @@ class Trainer:
         return "no" if mixed_precision == "fp16" and self.device.type == "cpu" else cast(Precision, mixed_precision)
 
     def _written_config(self) -> Config:
-        """The recipe with the precision that accelerate's configuration may have chosen."""
+        """The recipe with the precision that accelerate's configuration may have chosen; not how this call began."""
         precision = self._computed_in(self.accelerator.mixed_precision)
-        train = dataclasses.replace(self.config.train, mixed_precision=precision)
+        train = dataclasses.replace(self.config.train, mixed_precision=precision, resume_from_checkpoint=None)
         return dataclasses.replace(self.config, train=train)
 
     def _resume(self) -> int:

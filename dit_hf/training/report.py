@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import compare_versions
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..hub.card import list_sheets
 from ..storage import first_line, new_file, write_text
 from .objective import NOISE_LEVELS
 
@@ -107,10 +109,13 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
-    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run goes on.
+    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run goes on; sheets likewise.
 
     Its columns are those asked for, and those that it had and that are not measured any more.
     """
+    for drawn, sheet in list_sheets(run).items():
+        if drawn > step:
+            sheet.unlink()
     kept = [row for row in read_log(run) if int(row["step"]) <= step]
     columns = list(dict.fromkeys([*columns, *(kept[0] if kept else [])]))
     text = io.StringIO()
@@ -178,6 +183,9 @@ def choose_tracker(report_to: str, say: Any) -> tuple[str | None, dict[str, Any]
         return report_to, {}
     import wandb
 
+    if compare_versions("wandb", "<", "0.31"):  # whose login asks where there is none
+        say(f"wandb {wandb.__version__} is too old: the run is logged to {LOG} only (pip install 'wandb>=0.31')")
+        return None, {}
     try:
         reason = None if wandb.login(prompt=False) else "no wandb login"
     except wandb.Error as error:

@@ -75,6 +75,13 @@ def test_what_was_pushed_of_a_run_is_a_pipeline_like_any_other(run, tmp_path, ca
     assert "| images seen | 64 |" in cards[1].text
 
 
+def test_of_a_model_of_unknown_data_the_terms_are_asked_for(folder, tmp_path, capsys):
+    for number, options in enumerate([(), ("--license", "mit")]):
+        assert main(["push", str(folder), "--output_dir", str(tmp_path / str(number)), *options]) == 0
+        said = "what it was trained on is not known: name its terms by --license" in capsys.readouterr().out
+        assert said == (not options)
+
+
 def test_a_folder_with_something_else_in_it_is_never_written_over(folder, tmp_path, capsys):
     (tmp_path / "out" / ".git").mkdir(parents=True)
     code, said = push(capsys, folder, "--output_dir", tmp_path / "out", "--overwrite")
@@ -209,6 +216,14 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
         python(code, tmp_path / "push", "push", run, "you/faces")
         python(code, tmp_path / "push", "push", run, "you/own", "--builtin", "--attributes", json.dumps(row))
         cards = {name: files["README.md"].decode() for name, files in hub.repositories.items()}
+        # Pushed on, it keeps what its repository says of the run, and may say nothing.
+        for name, license in (("faces", "apache-2.0"), ("bare", "unknown")):
+            python(code, tmp_path / "on", "push", f"you/{name}", "--output_dir", tmp_path / "on" / name)
+            card = ModelCard.load(tmp_path / "on" / name / "README.md", ignore_metadata_errors=False)
+            assert card.data.license == license
+            assert ("| images seen | 64 |" in card.text) == (name == "faces")
+            pushed = hub.repositories["you/faces"]
+            hub.repositories["you/bare"] = {path: pushed[path] for path in pushed if path != "export.json"}
         # Each snippet, and then the pixels of its pipeline.
         draw = "options = {'num_inference_steps': 4, 'guidance_scale': 2.0, 'output_type': 'np'}\n"
         draw += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"

@@ -100,3 +100,5 @@ def test_what_a_run_began_with_need_not_be_there_when_it_goes_on(config, earlier
     earlier.rename(tmp_path / "moved")
     run = train(changed(config, train={"max_train_steps": 8, "resume_from_checkpoint": "latest"}))
     assert (run / "checkpoint-8").is_dir()
+    assert f"| began with the weights of | {earlier.name} |" in (run / "README.md").read_text()
+    assert str(earlier.parent) not in (run / "README.md").read_text()

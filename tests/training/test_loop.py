@@ -19,8 +19,9 @@ from training_runs import assert_same_bits, changed, comparable, rows
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.data.latents import prepare_latents
 from dit_hf.data.reader import LatentReader
+from dit_hf.sampling import load_pipeline
 from dit_hf.storage import locked, write_manifest
-from dit_hf.training.checkpoint import check_space
+from dit_hf.training.checkpoint import make_room
 from dit_hf.training.config import read_config, recipe_path
 from dit_hf.training.loop import Trainer, train
 from dit_hf.training.report import Speed
@@ -64,10 +65,12 @@ def test_resumed_run_ends_with_the_same_bits_and_log(config, tmp_path):
     shutil.rmtree(cut / "pipeline")
     with open(cut / "training_log.csv", "a") as file:
         file.write("9,1.0,72,0.1")  # a row cut short
+    (cut / ".checkpoint-7.partial").mkdir()  # a checkpoint cut short, of a step that is not saved again
     train(changed(config, train={"output_dir": str(cut), "resume_from_checkpoint": "latest"}))
     assert_same_bits(whole / "checkpoint-8", cut / "checkpoint-8")
     assert comparable(whole) == comparable(cut)
     assert (cut / "pipeline" / "model_index.json").is_file()
+    assert not list(cut.glob(".*"))
 
 
 def test_between_rows_of_the_log_nothing_waits_for_the_device(config, monkeypatch):
@@ -83,6 +86,39 @@ def test_two_processes_do_not_write_one_run(config):
         train(config)
     assert not (run / "training_log.csv").exists()
     assert train(config) == run
+
+
+def test_checkpoints_of_something_else_are_left_alone(config):
+    other = Path(config.train.output_dir) / "checkpoint-500" / "model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    for resume, message in ((None, "holds checkpoints of something else; name a new"), ("latest", "no usable checkp")):
+        with pytest.raises((FileExistsError, ValueError), match=message):
+            train(changed(config, train={"resume_from_checkpoint": resume}))
+    assert other.is_file()
+
+
+def test_a_run_that_goes_back_shows_and_keeps_nothing_of_what_came_after(config):
+    train(changed(config, train={"sampling_steps": 2}))
+    back = {"max_train_steps": 6, "resume_from_checkpoint": "checkpoint-4"}
+    run = train(changed(config, train=back))
+    assert sorted(path.name for path in run.glob("samples/*")) == ["step-2.png", "step-4.png", "step-6.png"]
+    assert "samples/step-6.png" in (run / "README.md").read_text()
+    # What it wrote down is the recipe, and not that this call went back: it would do so again.
+    assert read_config(run / "config.yaml").train.resume_from_checkpoint is None
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(read_config(run / "config.yaml"))
+
+
+def test_a_run_made_longer_is_no_model_until_its_end(config):
+    run = train(config)
+    trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
+    trainer.transformer.proj_in.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+    with pytest.raises(ValueError, match="not finite at step 9"):
+        trainer.fit(run)
+    with pytest.raises(ValueError, match="the run is not finished; name one of its checkpoints"):
+        load_pipeline(str(run))
+    assert load_pipeline(str(run / "pipeline")).config.guidance_scale == 2.0
 
 
 def test_a_run_that_is_trained_anew_exports_what_it_has_learned(config):
@@ -422,7 +458,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_what_came_after_the_last_c
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
     with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
-        check_space(tmp_path, 10**18)
+        make_room(tmp_path, 10**18)
 
 
 def test_a_gpu_too_small_is_said_in_a_line(config, monkeypatch):

@@ -1,3 +1,4 @@
+import importlib.metadata
 import importlib.util
 
 import pytest
@@ -58,6 +59,14 @@ def test_wandb_without_a_login_is_offline_and_never_asks(config, tmp_path, monke
     assert "no wandb login" in capsys.readouterr().out
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     wandb.teardown()  # or it would go on without the environment that other tests set
+
+
+def test_a_wandb_that_may_ask_for_a_login_is_done_without(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.30.1")
+    said = []
+    assert choose_tracker("wandb", said.append) == (None, {})
+    assert "is too old: the run is logged to training_log.csv only (pip install 'wandb>=0.31')" in said[0]
 
 
 def test_a_tracker_that_is_not_installed_is_said_and_done_without(monkeypatch):

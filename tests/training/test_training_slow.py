@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +126,35 @@ def test_killed_on_some_ranks_a_run_goes_on_on_others_with_the_same_pictures(con
     assert not (run / "pipeline").exists()
     subprocess.run(command(second, whole, run), check=True)
     assert_same_pictures(whole, run)
+
+
+def test_ranks_that_do_not_see_the_same_checkpoint_stop_before_any_work(config, tmp_path):
+    """As on machines that do not share the run's folder."""
+    whole = train(config)
+    shutil.copytree(whole, tmp_path / "rank-0")
+    before = (tmp_path / "rank-0" / "training_log.csv").read_text()
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            command(PYTHON, whole, tmp_path / f"rank-{rank}", "--train.max_train_steps", "12"),
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "checkpoint-8 is not what rank 1 finds there; train.output_dir must be a folder that every" in said
+    assert (tmp_path / "rank-0" / "training_log.csv").read_text() == before
+    assert not list(tmp_path.glob("rank-1/checkpoint-*"))
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def test_sharded_by_fsdp2_a_run_trains_saves_goes_on_elsewhere_and_exports(config, tmp_path):
