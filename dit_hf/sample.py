@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .data.folders import EXTENSIONS
 from .data.images import Geometry, decode_image
@@ -99,7 +99,7 @@ def sample(
             these), a JSON file of it, or a latent cache, whose rows are taken in order. Picture i gets row i, from the
             beginning again after the last.
         image: A picture or a folder of them, in the order of their names.
-        mask_image: A mask (white is painted anew), or a folder with one for each picture, in the order of their names.
+        mask_image: A mask (white is painted anew, what is transparent is kept), or a folder with one for each picture, in the order of their names.
         strength: How far from the picture, 0 to 1; without it the pipeline's default.
         edit: What to change, spelled like `attributes`.
         edit_strength: How much, 1 being as much as the pipeline's guidance.
@@ -135,10 +135,9 @@ def sample(
         raise ValueError(
             f"{mask_image} holds {len(masks)} masks for {len(images)} pictures; want one, or one for each"
         )
-    known = list(pipeline.transformer.config.conditions or {})
-    edits = _read_rows("edit", edit, known, num_images)
+    edits = _read_rows("edit", edit, pipeline, num_images)
     count = num_images or max(len(images), len(edits or [])) or 16
-    rows = _read_rows("attributes", attributes, known, count)
+    rows = _read_rows("attributes", attributes, pipeline, count)
     for asked in (rows, edits):
         pipeline.encode_attributes(asked)  # an unknown name is told before any work
     if mode == "generate":
@@ -172,9 +171,9 @@ def _check(settings: dict[str, Any], mode: str) -> None:
         for name in ("num_images", "scheduler"):
             if name in settings:
                 raise ValueError(f"--{name} is for films between noises; between pictures each is a stop, by DDIM")
-    for name in ("num_images", "batch_size", "num_inference_steps"):
-        if settings.get(name, 1) < 1:
-            raise ValueError(f"--{name} {settings[name]} must be at least 1")
+    for name, least in (("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("seed", 0)):
+        if settings.get(name, least) < least:
+            raise ValueError(f"--{name} {settings[name]} must be at least {least}")
     for name in ("strength", "eta"):
         if not 0 <= settings.get(name, 0) <= 1:
             raise ValueError(f"--{name} {settings[name]} must be between 0 and 1")
@@ -205,6 +204,10 @@ def _options_of_call(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> d
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ValueError(f"--options {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+    for call in (type(pipeline).__call__, pipeline._prepare_guidance):
+        for name, parameter in inspect.signature(call).parameters.items():
+            if isinstance(parameter.default, float) and not isinstance(options.get(name, 0.0), int | float):
+                raise ValueError(f"--options {name}: {options[name]!r} is no number")
     return {name: settings[name] for name in names if name in settings} | options
 
 
@@ -226,7 +229,7 @@ def _changed_pictures(
     def draw_images(images: range) -> np.ndarray:
         chosen: dict[str, list] = {name: [values[i % len(values)] for i in images] for name, values in lists.items()}
         if masks := chosen.get("mask_image"):
-            chosen["mask_image"] = [_open_picture(path).convert("L") for path in masks]
+            chosen["mask_image"] = [_open_mask(path) for path in masks]
         chosen["image"] = [_open_picture(path) for path in chosen["image"]]
         if not isinstance(pipeline, LatentDiTEditPipeline):  # which draws no noise
             chosen["generator"] = generators(seed, images)
@@ -283,11 +286,14 @@ def _film(
     return Series((stops - 1) * (num_frames - 1) + 1, draw_frames, lambda image: {}, is_film=True)
 
 
-def _read_rows(option: str, given: Rows, conditions: list[str], count: int | None) -> list[dict[str, Any]] | None:
+def _read_rows(
+    option: str, given: Rows, pipeline: LatentDiTPipeline, count: int | None
+) -> list[dict[str, Any]] | None:
     """Rows of attributes from JSON, a JSON file, or the first `count` of a latent cache (None is its first)."""
     if isinstance(given, str):
         if Path(given).is_dir():
-            return LatentReader(given, conditions=conditions).attributes(count or 1)
+            known = list(pipeline.transformer.config.conditions or {})
+            return LatentReader(given, conditions=known).attributes(count or 1, pipeline.config.condition_labels)
         try:
             given = json.loads(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -315,6 +321,16 @@ def _picture_files(given: str | None) -> list[Path]:
 def _open_picture(path: Path) -> Image.Image:
     """As pictures are read for a latent cache."""
     return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none"))
+
+
+def _open_mask(path: Path) -> Image.Image:
+    """White where it is painted white: what is transparent, as of a layer of strokes, is black."""
+    picture = _open_picture(path)  # which tells what is broken
+    with Image.open(path) as opened:
+        if not opened.has_transparency_data:
+            return picture.convert("L")
+        layer = ImageOps.exif_transpose(opened).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("L")
 
 
 def _inputs_sha256(rows: list[dict] | None, edits: list[dict] | None, pictures: list[Path]) -> str:

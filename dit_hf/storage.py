@@ -33,14 +33,20 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def partial_folder(final: Path) -> Path:
-    """The folder beside `final` in which it is written."""
-    final = Path(final).absolute()
+    """The folder beside `final`, or beside what it is a link to, in which it is written.
+
+    Raises:
+        OSError: if `final` is a mount point, whose place no folder can take.
+    """
+    final = Path(final).resolve()
+    if os.path.ismount(final):
+        raise OSError(f"{final} is a mount point; name a folder inside it")
     return final.with_name(f".{final.name}.partial")
 
 
 def put_in_place(partial: Path, final: Path) -> None:
     """Sync everything in `partial` and rename it to `final`, whose old content goes after the new one stands."""
-    final = Path(final).absolute()
+    final = Path(final).resolve()
     for path in [*partial.rglob("*"), partial]:
         sync(path)
     replaced = final.with_name(f".{final.name}.replaced")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dit_hf import CosineLatentScheduler, LatentDiTImg2ImgPipeline, LatentDiTPipeline
 from dit_hf.data.avatars import choose_face, render_face
+from dit_hf.data.latents import prepare_latents
 from dit_hf.data.reader import LatentReader
 from dit_hf.sample import sample
 from dit_hf.sampling import draw
@@ -198,6 +199,14 @@ def test_a_mask_for_each_picture_and_several_edits_of_one(model, faces, tmp_path
     own = [np.asarray(Image.open(faces / f"face-{i}.png")) for i in range(2)]
     assert np.array_equal(painted[0][:, 8:], own[0][:, 8:])
     assert np.array_equal(painted[1][:, :8], own[1][:, :8])
+    # As a layer of strokes on nothing it is the same mask.
+    for name in ("a", "b"):
+        strokes = Image.open(masks / f"{name}.png")
+        layer = Image.new("RGBA", strokes.size, (255, 255, 255, 0))
+        layer.putalpha(strokes)
+        layer.save(masks / f"{name}.png")
+    layered = pixels(sample(model, str(tmp_path / "layered"), image=str(faces), **options))
+    assert np.array_equal(layered, painted)
     with pytest.raises(ValueError, match="2 masks for 1 pictures"):
         sample(model, str(tmp_path / "one"), image=str(faces / "face-0.png"), **options)
     edits = [{"class": name} for name in ("cat", "dog", "owl")]
@@ -242,6 +251,21 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
     assert str(latents) not in (by_cache / "settings.json").read_text()
 
 
+def test_classes_of_a_cache_are_asked_for_by_their_names(model, tmp_path, vae_folder):
+    """The model knows cats, dogs and owls; here owls are the second of two."""
+    for name, color in (("cat", "red"), ("owl", "blue")):
+        for i in range(3):
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), color).save(tmp_path / "pictures" / name / f"{i}.png")
+    cache = prepare_latents(str(tmp_path / "cache"), str(tmp_path / "pictures"), str(vae_folder), "16")
+    reader = LatentReader(cache, conditions=["class"])
+    labels = tiny_pipeline().config.condition_labels
+    assert {row["class"] for row in reader.attributes(6)} == {0, 1}
+    assert {row["class"] for row in reader.attributes(6, labels)} == {0, labels["class"].index("owl")}
+    with pytest.raises(ValueError, match="class='owl' is unknown to the model; known are cat, dog"):
+        reader.attributes(6, {"class": ["cat", "dog"]})
+
+
 def test_a_stock_scheduler_and_half_precision(model, tmp_path):
     options = {"num_images": 2, "num_inference_steps": 10, "attributes": {"class": "owl"}}
     for scheduler in ("HeunDiscreteScheduler", "UniPCMultistepScheduler"):
@@ -261,7 +285,9 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
         ({"attributes": []}, "expected a dict"),
         ({"scheduler": "Euler"}, "known are .*DPMSolverMultistepScheduler"),
         ({"options": {"guidance_rescal": 1}}, "known are .*guidance_rescale"),
+        ({"options": {"guidance_rescale": "x"}}, "--options guidance_rescale: 'x' is no number"),
         ({"num_images": 0}, "at least 1"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
         ({"mode": "interpolate", "attributes": [{}, {}]}, "one row of attributes"),
         ({"mode": "interpolate", "num_images": 1}, "two noises or pictures"),
         ({"mode": "interpolate", "eta": 0.5}, "--eta is for --mode"),

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,18 @@ def test_a_new_folder_takes_the_old_ones_place(tmp_path):
         with new_folder(tmp_path / "made") as partial:
             (partial / f"{text}.txt").write_text(text)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["new.txt"]
+
+
+def test_a_link_keeps_its_place_and_a_mount_point_is_refused(tmp_path):
+    (tmp_path / "disk" / "scratch").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "scratch")
+    with new_folder(tmp_path / "link") as partial:
+        assert partial.parent == tmp_path / "disk"
+        (partial / "new.txt").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk" / "scratch").iterdir()] == ["new.txt"]
+    with pytest.raises(OSError, match="/ is a mount point; name a folder inside it"), new_folder(Path("/")):
+        pass
 
 
 def test_manifest_tells_what_is_damaged(tmp_path):

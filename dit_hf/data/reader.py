@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,19 @@ class LatentReader:
         """The conditions of `rows`, int64 [len(rows), conditions]."""
         return self._condition_ids[rows].astype(np.int64)
 
-    def attributes(self, count: int) -> list[dict[str, int]] | None:
-        """The conditions of the first `count` pictures in the order of the cache, as a pipeline takes them."""
+    def attributes(self, count: int, labels: Mapping[str, list[str]] | None = None) -> list[dict[str, int]] | None:
+        """The conditions of the first `count` pictures in the order of the cache, as ids.
+
+        With `labels`, names of a pipeline's values, the ids are the pipeline's; a class without such a name is a
+        ValueError.
+        """
         if not self.conditions:
             return None
         rows = self._condition_ids[self.indices[np.arange(count) % len(self.indices)]]
+        if labels is not None:
+            own = self.info["condition_labels"]
+            columns = zip(self.conditions, rows.T, strict=True)
+            rows = np.stack([translated(n, ids, own.get(n), labels.get(n)) for n, ids in columns], 1)
         return [dict(zip(self.conditions, row.tolist(), strict=True)) for row in rows]
 
     def _permuted(self, seed: int, epoch: int) -> np.ndarray:
@@ -121,6 +129,23 @@ class LatentReader:
             views = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in chunks]
             self._views[column] = np.cumsum([0, *map(len, views[:-1])]), views
         return self._views[column]
+
+
+def translated(name: str, ids: np.ndarray, there: list[str] | None, here: list[str] | None) -> np.ndarray:
+    """Ids of the condition `name` of one data set as those of another, by the names of their values.
+
+    Where either has no names, or mere numbers for such, the ids are the same.
+
+    Raises:
+        ValueError: for a value whose name is not known here.
+    """
+    numbers = [str(number) for number in range(len(there or []))]
+    if there is None or here is None or there in (here, numbers):
+        return ids
+    unknown = [there[number] for number in np.unique(ids) if there[number] not in here]
+    if unknown:
+        raise ValueError(f"{name}={unknown[0]!r} is unknown to the model; known are {', '.join(here)}")
+    return np.array([here.index(value) if value in here else -1 for value in there], ids.dtype)[ids]
 
 
 class BatchPrefetcher:

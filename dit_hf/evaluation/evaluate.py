@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import platform
@@ -91,8 +92,13 @@ def evaluate(
         FileExistsError: if `output_dir` holds the evaluation of another model.
         ValueError: for options that do not fit, a reference that does not match, or weights that cannot be had.
     """
-    if num_samples < MIN_SAMPLES:
-        raise ValueError(f"num_samples={num_samples} must be at least {MIN_SAMPLES}")
+    for name, value, least in (
+        ("num_samples", num_samples, MIN_SAMPLES),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
     if importlib.util.find_spec("torchmetrics") is None:
         raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
     device = ranks().device
@@ -145,7 +151,8 @@ class Evaluation:
 
     def run(self, name: str, settings: list[dict[str, Any]], own_folder: bool) -> None:
         """Draw, measure and report; to be called on all ranks. `own_folder` is the model's, which may have changed."""
-        asked = self.real.attributes(list(self.pipeline.transformer.config.conditions or {}))
+        known = list(self.pipeline.transformer.config.conditions or {})
+        asked = self.real.attributes(known, self.pipeline.config.condition_labels)
         identity = model_facts(self.pipeline)
         if not own_folder:
             self._check_model(name, identity)
@@ -156,8 +163,9 @@ class Evaluation:
         rebuilt = self._reconstruct(held_out)
         if not ranks().is_main_process:
             return
-        head = self._head(asked)
-        rows = [self._measure(values, setting, asked, head) for values, setting in zip(samples, settings, strict=True)]
+        there = self.real.attributes(known)  # what the reference itself calls it, by which the head learns
+        head = self._head(there)
+        rows = [self._measure(values, setting, there, head) for values, setting in zip(samples, settings, strict=True)]
         neighbours = find_neighbours(samples[0], self.real.features, self.seed)
         report = {
             "name": figure_name(self.net.label, self.num_samples),
@@ -198,7 +206,7 @@ class Evaluation:
         """Features of the samples, [num_samples, dim]."""
         name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
         facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
-        facts |= {"asked": self.real.attributes_sha256(list(asked[0])) if asked else None}
+        facts |= {"asked": _rows_sha256(asked) if asked else None}
         images = self.folder / "images" / name / facts_sha256(facts)[:12]
         if self.save_images:
             facts |= {"images": True}  # others may have features without any
@@ -289,6 +297,14 @@ class Evaluation:
             "machine": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "versions": versions() | {"torchmetrics": version("torchmetrics")},
         }
+
+
+def _rows_sha256(rows: list[Attributes]) -> str:
+    """Of the ids that are asked for."""
+    digest = hashlib.sha256(json.dumps(list(rows[0])).encode())
+    for name in rows[0]:
+        digest.update(np.array([row[name] for row in rows], np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _with_rows(read: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int]], Any]:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset
 
 from ..data.images import Geometry, decode_image, parse_resolution
 from ..data.latents import INFO, content, open_latents
-from ..data.sources import MAX_LEFT_OUT, open_source
+from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.vae import VAE, decode, encode, load_vae
 
 
@@ -26,12 +26,14 @@ class Pictures:
         count: How many.
         facts: What they are, for a protocol; no path of this machine is among it.
         conditions: Ids of each condition by name, in the order of the rows.
+        labels: Names of the values of those conditions that are classes.
         read: Rows to their pictures, uint8 [n, height, width, 3]; one that is broken raises ValueError.
     """
 
     count: int
     facts: dict[str, Any]
     conditions: dict[str, list[int]]
+    labels: dict[str, list[str]]
     read: Callable[[Sequence[int]], np.ndarray]
 
     def read_whole(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +85,10 @@ def open_pictures(
     def read(numbers: Sequence[int]) -> np.ndarray:
         return np.stack([np.asarray(decode_image(rows[int(number)], geometry)) for number in numbers])
 
-    return Pictures(len(rows), facts | ({"seed": seed} if source == "avatars" else {}), _conditions(rows), read)
+    facts |= {"seed": seed} if source == AVATARS else {}
+    conditions, features = _conditions(rows), rows.features
+    labels = {name: features[name].names for name in conditions if isinstance(features[name], ClassLabel)}
+    return Pictures(len(rows), facts, conditions, labels, read)
 
 
 def reconstructed(pictures: Pictures, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:
@@ -133,7 +138,8 @@ def _decoded(folder: str, split: str | None, num_images: int | None) -> Pictures
         latents = rows.select_columns("latent_mean")[np.array(numbers)]["latent_mean"]
         return decode(vae, torch.tensor(latents).view(-1, *shape)).cpu().numpy()
 
-    return Pictures(len(rows), facts, {name: list(rows[name][:]) for name in info["conditions"]}, read)
+    conditions = {name: list(rows[name][:]) for name in info["conditions"]}
+    return Pictures(len(rows), facts, conditions, info["condition_labels"], read)
 
 
 def _conditions(rows: Dataset) -> dict[str, list[int]]:

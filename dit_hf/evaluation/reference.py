@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from ..data.reader import translated
 from ..pipelines.guidance import Attributes
-from ..storage import disk_errors, new_folder, read_manifest, write_manifest
+from ..storage import disk_errors, new_folder, partial_folder, read_manifest, write_manifest
 from .collect import Collected, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
@@ -35,6 +36,7 @@ class Reference:
         features: float32 [count, dim].
         rows: Rows of the source they are of, int64 [count].
         conditions: Ids of each condition by name, [count].
+        labels: Names of the values of those conditions that are classes.
         gaussian: Their mean and covariance.
     """
 
@@ -42,22 +44,24 @@ class Reference:
     features: np.ndarray
     rows: np.ndarray
     conditions: dict[str, np.ndarray]
+    labels: dict[str, list[str]]
     gaussian: Gaussian
 
-    def attributes(self, known: list[str]) -> list[Attributes] | None:
-        """The rows' conditions that are among `known`, in order, as a pipeline takes them; None without any."""
+    def attributes(self, known: list[str], labels: Mapping[str, list[str]] | None = None) -> list[Attributes] | None:
+        """The rows' conditions that are among `known`, in order, as ids; None without any.
+
+        With `labels`, names of a pipeline's values, the ids are the pipeline's.
+
+        Raises:
+            ValueError: for a class that has no such name.
+        """
         names = [name for name in self.conditions if name in known]
         if not names:
             return None
-        columns = [self.conditions[name].tolist() for name in names]
-        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-    def attributes_sha256(self, names: list[str]) -> str:
-        """Of the rows' conditions of these names."""
-        digest = hashlib.sha256(json.dumps(names).encode())
-        for name in names:
-            digest.update(np.ascontiguousarray(self.conditions[name], np.int64).tobytes())
-        return digest.hexdigest()
+        ids = {name: self.conditions[name] for name in names}
+        if labels is not None:
+            ids = {n: translated(n, ids[n], self.labels.get(n), labels.get(n)) for n in names}
+        return [dict(zip(names, row, strict=True)) for row in zip(*(ids[n].tolist() for n in names), strict=True)]
 
     def check(self, net: FeatureNet, resolution: str) -> None:
         """Refuse to be compared with what is not comparable.
@@ -110,7 +114,7 @@ def reference(
         `reference.json`, with hashes of the pictures and of the feature network's weights.
 
     Raises:
-        FileExistsError: if `output_dir` holds other statistics.
+        FileExistsError: if `output_dir` holds other statistics, or something else.
         ValueError: for options that do not fit, or if too many of the pictures cannot be read.
     """
     net = load_features(features, feature_weights, ranks().device)
@@ -125,12 +129,14 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
     """The statistics of `pictures`, of `folder` where they are there already; to be called on all ranks.
 
     Raises:
-        FileExistsError: if the folder holds others.
+        FileExistsError: if the folder holds others, or something else.
         ValueError: if too many of the pictures cannot be read.
     """
     state, asked = ranks(), statistics_identity(pictures, net)
-    parts = folder.with_name(f".{folder.name}.features")
+    parts = partial_folder(folder).with_name(f".{folder.name}.features")
     finished = (folder / INFO).is_file()
+    if not finished and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir {folder} holds something else (no {INFO}); name a new folder")
     state.wait_for_everyone()  # all ranks have seen the same
     if not finished:
         with disk_errors(f"output_dir {folder}"):
@@ -177,6 +183,7 @@ def load_reference(folder: Path) -> Reference:
         features=features,
         rows=tensors["rows"],
         conditions={name: tensors[f"condition.{name}"] for name in info["conditions"]},
+        labels=info.get("condition_labels", {}),
         gaussian=Gaussian.of(features) if few else Gaussian.of_statistics(mean, covariance, len(features)),
     )
 
@@ -216,6 +223,7 @@ def _write(folder: Path, pictures: Pictures, asked: dict[str, Any], found: Colle
             pictures={**asked["pictures"], "pictures": len(rows), "pixels_sha256": found.pixels_sha256},
             features=asked["features"],
             conditions=list(pictures.conditions),
+            condition_labels=pictures.labels,
             asked=asked,
             versions=versions(),
         )

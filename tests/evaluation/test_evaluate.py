@@ -87,6 +87,26 @@ def test_other_statistics_are_not_written_over_them_and_the_same_are_not_compute
         reference("avatars", str(statistics), net, resolution="16", num_images=70)
 
 
+def test_what_is_no_statistics_is_not_written_over(net, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match=r"holds something else \(no reference\.json\); name a new folder"):
+        reference("avatars", str(tmp_path), net, resolution="16", num_images=40)
+    assert (tmp_path / "mine.txt").is_file()
+
+
+def test_a_model_is_asked_for_classes_by_their_names(net, tmp_path):
+    for name, color in (("cat", "red"), ("owl", "blue")):
+        for i in range(2):
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), color).save(tmp_path / "pictures" / name / f"{i}.png")
+    found = load_reference(reference(str(tmp_path / "pictures"), str(tmp_path / "out"), net, resolution="16"))
+    assert found.attributes(["class"]) == [{"class": i} for i in (0, 0, 1, 1)]
+    assert found.attributes(["class"], {"class": ["cat", "dog", "owl"]}) == [{"class": i} for i in (0, 0, 2, 2)]
+    assert found.attributes(["class"], {}) == found.attributes(["class"])
+    with pytest.raises(ValueError, match="class='owl' is unknown to the model; known are cat, dog"):
+        found.attributes(["class"], {"class": ["cat", "dog"]})
+
+
 def test_statistics_with_more_pictures_than_features_are_the_same_distribution(statistics):
     """They are read back by their covariance then."""
     found = load_reference(statistics)
@@ -233,6 +253,7 @@ def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
     [
         ({"features": "efficientnet-lite0"}, "name dino, now efficientnet-lite0"),
         ({"num_samples": 4}, "num_samples=4 must be at least"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
         ({"reference": "few"}, "the reference has 20 pictures, and at least 32 are needed"),
         ({"model": "nowhere"}, "no pipeline could be loaded"),
