@@ -7,11 +7,12 @@ subfolders are classes or splits, and plain ones. Whatever cannot be used is ret
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +29,7 @@ CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # which picture of CelebA eac
 # Folders of aligned faces, by which they are told from the masks and the pictures in the wild that come beside them.
 CELEBA_PICTURES = ("img_align_celeba", "img_align_celeba_png", "CelebA-HQ-img")
 CELEBA_PARTITION = {"0": "train", "1": "validation", "2": "test"}
+CACHE = "latents.json"  # by which a folder is a latent cache
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -39,12 +41,14 @@ class Folder:
         paths: The file of each picture by its id, relative to the folder.
         sizes: Its size in bytes.
         columns: What the lists say of each picture, by name of the column; one value a picture, in order.
+        classes: The names of the values of the column `class`, where subfolders are classes.
         left_out: Ids (escaped where they are no UTF-8) that cannot be used, with the reason.
     """
 
     paths: dict[str, str] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -75,9 +79,10 @@ def read_folder(folder: Path) -> Folder:
         metadata = [name for name in lists if PurePosixPath(name).name in METADATA]
         if metadata:
             tables = [_metadata_table(folder, metadata, result.left_out)]
-            described = _join(paths, tables, result.left_out)
+            described = _with_splits(_join(paths, tables, result.left_out), result.left_out)
         else:
             described = _describe_by_subfolder(list(paths))
+            result.classes = sorted({row["class"] for row in described.values() if "class" in row})
     result.paths = {image_id: paths[image_id] for image_id in described}
     result.sizes = [sizes[path] for path in result.paths.values()]
     names = dict.fromkeys(name for row in described.values() for name in row)
@@ -113,13 +118,18 @@ def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int]
 
 
 def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All files below `folder` with their relative names; links are followed, each folder is visited once."""
+    """All files below `folder` with their relative names; links are followed, each folder is visited once.
+
+    A latent cache among them is passed over: its sheet is no picture of the source.
+    """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
+    if any(entry.name == CACHE for entry in ordered):
+        return
     for entry in ordered:
         if entry.name.startswith((".", "__")):
             continue
@@ -180,7 +190,7 @@ def _celeba_tables(folder: Path, names: list[str], left_out: list[tuple[str, str
 
 def _celeba_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Names of the columns, and the numbered rows that are not blank, of a .csv or .txt list."""
-    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+    with _readable(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         rows = list(csv.reader(file)) if path.suffix == ".csv" else [line.split() for line in file]
     numbered = [(number, row) for number, row in enumerate(rows, 1) if row]
     if path.suffix == ".csv":
@@ -227,7 +237,7 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
 
         yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
         return
-    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+    with _readable(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         if path.suffix == ".csv":
             reader = csv.DictReader(file)
             if "file_name" not in (reader.fieldnames or []):
@@ -249,6 +259,15 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
                 yield number, found
             else:
                 left_out.append((f"{name}:{number}", "not a JSON object"))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What csv cannot read, in words."""
+    try:
+        yield
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read ({error}); is there a quote that is not closed?") from error
 
 
 def _join(keys: dict[str, str], tables: list[_Table], left_out: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
@@ -275,13 +294,28 @@ def _join(keys: dict[str, str], tables: list[_Table], left_out: list[tuple[str, 
 def _describe_by_subfolder(names: list[str]) -> dict[str, dict[str, Any]]:
     """Split by the first folder, class by the last, where all pictures agree that these are what folders mean here."""
     parents = [PurePosixPath(name).parts[:-1] for name in names]
-    splits = [SPLITS.get(parts[0].lower()) if parts else None for parts in parents]
-    has_splits = bool(names) and all(splits)
-    if has_splits:
+    splits = _splits(names)
+    if splits:
         parents = [parts[1:] for parts in parents]
     classes = [parts[-1] if parts else None for parts in parents]
-    has_classes = len(set(classes)) > 1 and len({len(parts) for parts in parents}) == 1
+    has_classes = 1 < len(set(classes)) <= len(names) // 2 and len({len(parts) for parts in parents}) == 1
     return {
-        name: ({"split": split} if has_splits else {}) | ({"class": label} if has_classes else {})
-        for name, split, label in zip(names, splits, classes, strict=True)
+        name: ({"split": splits[name]} if splits else {}) | ({"class": label} if has_classes else {})
+        for name, label in zip(names, classes, strict=True)
     }
+
+
+def _splits(names: Iterable[str]) -> dict[str, str]:
+    """The split of each picture by its first folder; nothing unless all are in the folder of one."""
+    first = {name: PurePosixPath(name).parts[0].lower() for name in names}
+    found = {name: SPLITS[folder] for name, folder in first.items() if folder in SPLITS}
+    return found if len(found) == len(first) else {}
+
+
+def _with_splits(described: dict[str, dict[str, Any]], left_out: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """With the splits that folders say where the rows say none; else without the pictures whose row says none."""
+    if not any(row.get("split") for row in described.values()):
+        splits = _splits(described)
+        return {name: row | ({"split": splits[name]} if splits else {}) for name, row in described.items()}
+    left_out += [(name, "its row has no split") for name, row in described.items() if not row.get("split")]
+    return {name: row for name, row in described.items() if row.get("split")}

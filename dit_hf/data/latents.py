@@ -314,6 +314,8 @@ def _finish(
         csv.writer(file).writerows([("id", "reason"), *left_out.all()])
     _write_index(job)
     cache = load_from_disk(str(job.folder))
+    if not len(cache):
+        raise ValueError(f"no picture of {source.name} can be used: {': '.join(left_out.all()[0])}")
     labels = {k: feature.names for k, feature in cache.features.items() if isinstance(feature, ClassLabel)}
     names = [name for name in job.features if name not in ("id", "split", *latent_columns(vae, job.flip))]
     splits = cache["split"][:]

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,17 @@ def latent_columns(vae: VAE, flip: bool) -> list[str]:
 
 
 def cache_features(rows: Dataset, vae: VAE, shape: tuple[int, int, int], flip: bool) -> Features:
-    """Features of the cache that `rows` become: id, split, latents, conditions."""
+    """Features of the cache that `rows` become: id, split, latents, conditions.
+
+    Raises:
+        ValueError: if a condition has the name of a column of latents.
+    """
     latent = List(Value("float16"), length=int(np.prod(shape)))
     conditions = {k: feature for k, feature in rows.features.items() if k not in ("id", "split", "image")}
     latents = dict.fromkeys(latent_columns(vae, flip), latent)
+    taken = conditions.keys() & latents.keys()
+    if taken:
+        raise ValueError(f"the source has a column {min(taken)}, as the cache has; give it another name")
     return Features({"id": Value("string"), "split": Value("string"), **latents, **conditions})
 
 
@@ -240,11 +248,15 @@ def encode_in_processes(job: Job, rows: Dataset, shards: list[int], num_proc: in
     """Encode `shards` on a CPU in `num_proc` processes, each with its share of the cores; yields those finished."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cpus() // num_proc)
+    killed = f"one of {num_proc} processes was killed, perhaps for want of memory; call again with a smaller num_proc"
     with ProcessPoolExecutor(num_proc, context, _start_process, (job, rows, threads)) as pool:
         futures = {pool.submit(_encode_in_process, shard): shard for shard in shards}
         try:
             for future in as_completed(futures):
-                future.result()
+                try:
+                    future.result()
+                except BrokenProcessPool as error:
+                    raise OSError(f"{killed}: what is finished is kept") from error
                 progress.update(len(job.rows_of(futures[future])))
                 yield futures[future]
         finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,20 +22,24 @@ from datasets import (
     Image,
     Value,
     concatenate_datasets,
+    get_dataset_config_names,
     load_dataset,
     load_from_disk,
 )
 
 from ..storage import first_line
 from .avatars import open_avatars
-from .folders import EXTENSIONS, SPLITS, read_folder
+from .folders import EXTENSIONS, METADATA, SPLITS, read_folder
 
 AVATARS = "avatars"
 DEFAULT_NUM_AVATARS = 8000
 DEFAULT_AVATAR_SIZE = 64
 MAX_CLASSES = 1000
 MAX_LEFT_OUT = 0.01  # the share of a source that may be left out before it is an error
-_BINARY = {1: 1, 0: 0, -1: 0, "-1": 0, "true": 1, "false": 0}  # True is 1
+MAX_PREVIEWS = 10  # so many pictures may lie beside shards
+_BINARY = {1: 1, 0: 0, -1: 0, "1": 1, "0": 0, "-1": 0, "true": 1, "false": 0}  # True is 1
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")
+_SIZE = "__size__"
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
@@ -94,9 +100,11 @@ def open_source(
     if num_images is not None and num_images < len(rows):
         rows = rows.select(range(num_images))
     fingerprint = _fingerprint(rows, left_out)
-    if "size" in rows.column_names:
-        rows = rows.remove_columns("size")
+    if _SIZE in rows.column_names:
+        rows = rows.remove_columns(_SIZE)
     name = path.resolve().name if path.exists() and source != AVATARS else source
+    if name == AVATARS and source != AVATARS:
+        name = f"{AVATARS} (a folder)"  # and not the embedded data set
     return Source(name, rows, left_out, total, fingerprint)
 
 
@@ -121,15 +129,23 @@ def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[s
         features=Features({"image": Image(decode=False)}),
     )
     columns = {name: _Column(values) for name, values in found.columns.items()}
+    if found.classes:
+        numbers = {name: number for number, name in enumerate(found.classes)}
+        columns["class"] = _Column([numbers[name] for name in found.columns["class"]], found.classes)
     return _assemble(list(found.paths), images, found.sizes, columns, found.left_out, split)
 
 
 def _holds_data_set(folder: Path) -> bool:
-    """Whether a folder is one of `save_to_disk`, or of parquet, webdataset or arrow shards without loose pictures."""
+    """Whether a folder is one of `save_to_disk`, or of parquet, webdataset or arrow shards and not of pictures.
+
+    Few pictures beside shards are previews.
+    """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return True
-    suffixes = {PurePosixPath(name).suffix.lower() for _, _, names in os.walk(folder) for name in names}
-    return bool(suffixes & set(_LOADERS)) and not suffixes & set(EXTENSIONS)
+    names = [name for _, _, names in os.walk(folder) for name in names if name not in METADATA]
+    suffixes = Counter(PurePosixPath(name).suffix.lower() for name in names)
+    pictures = sum(suffixes[extension] for extension in EXTENSIONS)
+    return any(suffixes[loader] for loader in _LOADERS) and pictures <= MAX_PREVIEWS
 
 
 def _open_data_set(
@@ -161,15 +177,19 @@ def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
     path = Path(source)
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"source {source}: no such folder (a data set of the Hub is spelled OWNER/NAME)")
+    if path.is_file() and path.suffix.lower() not in _LOADERS:
+        raise ValueError(f"source {source}: of files, {', '.join(_LOADERS)} are read; pictures, by their folder")
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(source)
         elif path.is_file():
-            loaded = load_dataset(_LOADERS.get(path.suffix.lower(), path.suffix), data_files=source)
+            loaded = load_dataset(_LOADERS[path.suffix.lower()], data_files=source)
         else:
             loaded = load_dataset(source, dataset_config_name)
     except Exception as error:  # readers of files and of the Hub raise anything; what matters is which source it was
         reason = first_line(error)
+        if reason == "Config name is missing":
+            reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"
         missing = "" if path.exists() else "no such folder, and as a data set of the Hub: "
         raise ValueError(f"source {source}: {missing}{reason}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
@@ -196,7 +216,7 @@ def _picture_sizes(images: Dataset) -> list[int]:
     (name,) = images.column_names
     sizes: list[int] = []
     for batch in images.with_format("arrow").iter(1000):
-        lengths = pc.binary_length(pc.struct_field(batch[name].combine_chunks(), "bytes"))
+        lengths = pc.binary_length(pc.struct_field(batch[name], "bytes"))
         sizes += pc.fill_null(lengths, 0).to_pylist()
     return sizes
 
@@ -237,13 +257,13 @@ def _assemble(
     reasons: dict[int, str] = {}
     first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
     reasons |= {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
-    data: dict[str, list] = {"id": ids, "size": sizes}
-    features: dict[str, Any] = {"id": Value("string"), "size": Value("int64")}
+    data: dict[str, list] = {"id": ids, _SIZE: sizes}
+    features: dict[str, Any] = {"id": Value("string"), _SIZE: Value("int64")}
     if "split" in columns:
         data["split"], features["split"] = columns.pop("split").values, Value("string")
     for name, column in columns.items():
         condition = as_condition(column.values, column.labels)
-        if condition is None or name in ("id", "image", "size"):
+        if condition is None or name in ("id", "image"):
             continue
         data[name], features[name] = condition
         for row in np.flatnonzero(np.array(data[name]) < 0).tolist():
@@ -262,8 +282,9 @@ def as_condition(
 ) -> tuple[list[int], Value | ClassLabel] | None:
     """A column as a condition: ids (-1 where there is no value) and the feature; None if it cannot be one.
 
-    Yes and no (also 1 and 0, CelebA's 1 and -1) are int8. Up to 1,000 whole numbers from 0, and names of which each
-    appears at least twice on average, are classes. Free text, measurements and the like are no conditions.
+    Yes and no (also 1 and 0, CelebA's 1 and -1) are int8. Whole numbers and names of which each appears at least twice
+    on average are classes, up to 1,000 of them: numbers below 1,000 by themselves, others (`001` too) by their names.
+    Free text, running numbers, measurements and the like are no conditions.
     """
     if labels is not None:
         return [-1 if value is None else value for value in values], ClassLabel(names=labels)
@@ -273,32 +294,29 @@ def as_condition(
         return None
     if all(value in _BINARY for value in known):
         return [-1 if value is None else _BINARY[value] for value in values], Value("int8")
-    if len(known) == 1:
+    if not 1 < len(known) <= min(MAX_CLASSES, len(values) // 2) or any(isinstance(value, float) for value in known):
         return None
-    if all(isinstance(value, int) for value in known) and min(known) >= 0 and max(known) < MAX_CLASSES:
-        return [-1 if value is None else value for value in values], ClassLabel(num_classes=max(known) + 1)
-    if all(isinstance(value, str) for value in known) and len(known) <= min(MAX_CLASSES, len(values) // 2):
-        names = sorted(known)
-        numbers = {name: number for number, name in enumerate(names)}
-        return [numbers.get(value, -1) for value in values], ClassLabel(names=names)
-    return None
+    if all(_NUMBER.fullmatch(str(value)) and 0 <= int(value) < MAX_CLASSES for value in known):
+        highest = max(int(value) for value in known)
+        return [-1 if value is None else int(value) for value in values], ClassLabel(num_classes=highest + 1)
+    names = sorted({str(value) for value in known})
+    numbers = {name: number for number, name in enumerate(names)}
+    return [-1 if value is None else numbers[str(value)] for value in values], ClassLabel(names=names)
 
 
 def _simplified(value: Any) -> Any:
-    """Strings as lists in files have them: numbers as numbers, `True` in any case, empty as None."""
+    """Strings as lists in files have them: `True` in any case, empty as None."""
     if not isinstance(value, str):
         return value if isinstance(value, bool | int | float) or value is None else str(value)
     value = value.strip()
-    if value.isascii() and value.isdigit():
-        return int(value)
     return value.lower() if value.lower() in _BINARY else value or None
 
 
 def _fingerprint(rows: Dataset, left_out: list[tuple[str, str]]) -> str:
     """SHA-256 of everything about the rows but the content of the pictures, of which only the sizes are read."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
-    for name in sorted(set(rows.column_names) - {"image"}):
-        digest.update(name.encode())
+    for name in sorted(set(rows.column_names) - {"image"}, key=lambda name: (name.strip("_"), name)):
+        digest.update(name.strip("_").encode())
         for batch in rows.select_columns(name).with_format("arrow").iter(100_000):
             digest.update(json.dumps(batch[name].to_pylist()).encode())
     return digest.hexdigest()

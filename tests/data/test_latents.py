@@ -390,6 +390,17 @@ def test_bad_options_say_what_is_wrong(tmp_path, vae_folder, options, message):
         prepare_latents(str(tmp_path / "out"), "avatars", **options)
 
 
+def test_pictures_that_cannot_become_a_cache_are_one_line(tmp_path, vae_folder):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"no picture of broken can be used: a\.png: not a picture"):
+        prepare_latents(str(tmp_path / "out"), str(tmp_path / "broken"), str(vae_folder), "16", max_left_out=1.0)
+    Image.new("RGB", (16, 16)).save(tmp_path / "broken" / "a.png")
+    (tmp_path / "broken" / "metadata.csv").write_text("file_name,latent_mean\na.png,1\n")
+    with pytest.raises(ValueError, match="the source has a column latent_mean, as the cache has"):
+        prepare_latents(str(tmp_path / "other"), str(tmp_path / "broken"), str(vae_folder), "16")
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path, vae_folder):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="something else"):

@@ -146,13 +146,62 @@ def test_metadata(tmp_path, name):
 def test_what_can_be_a_condition():
     assert as_condition([True, False, None]) == ([1, 0, -1], Value("int8"))
     assert as_condition(["-1", "1", ""]) == ([0, 1, -1], Value("int8"))
-    assert as_condition([0, 2, 1])[1] == ClassLabel(num_classes=3)
+    assert as_condition([0, 2, 1] * 2)[1] == ClassLabel(num_classes=3)
     assert as_condition(["b", "a", "b", "a"]) == ([1, 0, 1, 0], ClassLabel(names=["a", "b"]))
-    assert as_condition(["10", "9", "2"])[0] == [10, 9, 2]
+    assert as_condition(["10", "9", "2"] * 2)[0] == [10, 9, 2] * 2
+    assert as_condition(["001", "010", None] * 2) == ([0, 1, -1] * 2, ClassLabel(names=["001", "010"]))
+    assert as_condition([2019, 2021] * 2) == ([0, 1] * 2, ClassLabel(names=["2019", "2021"]))
+    assert as_condition(["0", "1", "x"] * 2) == ([0, 1, 2] * 2, ClassLabel(names=["0", "1", "x"]))
+    assert as_condition(list(range(20))) is None  # running numbers
     assert as_condition(["one", "two", "three"]) is None  # free text
     assert as_condition([0.5, 1.0]) is None
     assert as_condition([1, 10177]) is None
     assert as_condition([None, None]) is None
+
+
+def test_subfolders_are_classes_by_their_names_whatever_these_are(tmp_path):
+    for names in (["2019", "2020"], ["747", "cat"], ["001", "010"], ["0", "1"]):
+        for name in names:
+            for i in range(2):
+                save(tmp_path / "".join(names) / name / f"{i}.png")
+        rows = open_source(str(tmp_path / "".join(names))).rows
+        assert rows.features["class"] == ClassLabel(names=names)
+        assert rows["class"] == [0, 0, 1, 1]
+
+
+def test_beside_lists_folders_are_splits_too(tmp_path):
+    for name in ("train/0.png", "train/1.png", "test/0.png"):
+        save(tmp_path / name)
+    for folder in ("train", "test"):
+        (tmp_path / folder / "metadata.jsonl").write_text('{"file_name": "0.png", "size": 1}\n')
+    with open(tmp_path / "train" / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "1.png", "size": 0}\n')
+    rows = open_source(str(tmp_path)).rows
+    assert dict(zip(rows["id"], rows["split"], strict=True)) == {
+        "test/0.png": "test",
+        "train/0.png": "train",
+        "train/1.png": "train",
+    }
+    assert rows["size"] == [1, 1, 0]
+    assert open_source(str(tmp_path), split="test").rows["id"] == ["test/0.png"]
+    # Where a list has splits, a row without one is not taken for anything.
+    with open(tmp_path / "test" / "metadata.jsonl", "w") as file:
+        file.write('{"file_name": "0.png", "size": 1, "split": "val"}\n')
+    source = open_source(str(tmp_path))
+    assert source.rows["split"] == ["validation"]
+    assert dict(source.left_out) == dict.fromkeys(["train/0.png", "train/1.png"], "its row has no split")
+
+
+def test_a_folder_called_like_the_embedded_data_set_is_not_that(tmp_path):
+    save(tmp_path / "avatars" / "a.png")
+    assert open_source(str(tmp_path / "avatars")).name == "avatars (a folder)"
+
+
+def test_a_cache_inside_its_source_is_no_part_of_it(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "latents" / "reconstructions.png")
+    (tmp_path / "latents" / "latents.json").touch()
+    assert open_source(str(tmp_path)).rows["id"] == ["a.png"]
 
 
 def data_set(count: int) -> Dataset:
@@ -175,6 +224,8 @@ def test_parquet_shards_and_saved_data_sets(tmp_path):
     DatasetDict({"train": data_set(4), "test": data_set(2)}).save_to_disk(tmp_path / "saved")
     for folder in ("shards", "saved"):
         check_data_set(open_source(str(tmp_path / folder)).rows)
+    save(tmp_path / "shards" / "preview.png")  # as repositories have them
+    check_data_set(open_source(str(tmp_path / "shards")).rows)
     one = open_images(str(tmp_path / "shards" / "train-00000-of-00001.parquet"), resolution=8)
     assert np.asarray(one[3]["image"]).shape == (8, 8, 3)
     assert len(one) == 4
@@ -218,6 +269,15 @@ def test_the_fingerprint_tells_what_is_another_source(tmp_path):
     assert first.sha256 != open_source(str(tmp_path / "one"), num_images=1).sha256
 
 
+def two_configurations(folder):
+    for name in ("small", "large"):
+        (folder / name).mkdir()
+        data_set(2).to_parquet(folder / name / "train.parquet")
+    both = [f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("large", "small")]
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(both)}---\n")
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -228,6 +288,12 @@ def test_the_fingerprint_tells_what_is_another_source(tmp_path):
             "no column of",
         ),
         (lambda folder: (folder / "metadata.csv").write_text("name\na") and str(folder), "no column file_name"),
+        (
+            lambda folder: (folder / "metadata.csv").write_text(f'file_name,text\na,"{"x" * 200_000}') and str(folder),
+            "metadata.csv cannot be read .*is there a quote that is not closed",
+        ),
+        (lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"), "pictures, by their folder"),
+        (two_configurations, "name one by --dataset_config_name: large, small"),
     ],
 )
 def test_bad_sources_say_what_is_wrong(tmp_path, make, message):
