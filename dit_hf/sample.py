@@ -99,7 +99,8 @@ def sample(
             these), a JSON file of it, or a latent cache, whose rows are taken in order. Picture i gets row i, from the
             beginning again after the last.
         image: A picture or a folder of them, in the order of their names.
-        mask_image: A mask (white is painted anew, what is transparent is kept), or a folder with one for each picture, in the order of their names.
+        mask_image: A mask (white is painted anew, what is transparent is kept), or a folder with one for each picture,
+            in the order of their names.
         strength: How far from the picture, 0 to 1; without it the pipeline's default.
         edit: What to change, spelled like `attributes`.
         edit_strength: How much, 1 being as much as the pipeline's guidance.
