@@ -116,7 +116,7 @@ def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Pa
     every = steps // max(1, contestant["images"] // race["curve_images"])
     own = {"output_dir": str(run), "max_train_steps": steps, "seed": seed, "report_to": "none"}
     own |= {"checkpointing_steps": every, "evaluation_steps": every, "sampling_steps": steps, "validation_images": 0}
-    path = run.with_suffix(".yaml")
+    path = run.with_name(f"{run.name}.yaml")
     path.write_text(yaml.safe_dump(merged(recipe, {"data": {"latents": str(latents)}, "train": own}), sort_keys=False))
     measured = commands.run("train", config=path, **{"train.resume_from_checkpoint": "latest"})
     for name, seed_of_samples in (("guidance", 1), ("evaluation", 0)):
