@@ -41,14 +41,12 @@ class Folder:
         paths: The file of each picture by its id, relative to the folder.
         sizes: Its size in bytes.
         columns: What the lists say of each picture, by name of the column; one value a picture, in order.
-        classes: The names of the values of the column `class`, where subfolders are classes.
         left_out: Ids (escaped where they are no UTF-8) that cannot be used, with the reason.
     """
 
     paths: dict[str, str] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    classes: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -82,7 +80,6 @@ def read_folder(folder: Path) -> Folder:
             described = _with_splits(_join(paths, tables, result.left_out), result.left_out)
         else:
             described = _describe_by_subfolder(list(paths))
-            result.classes = sorted({row["class"] for row in described.values() if "class" in row})
     result.paths = {image_id: paths[image_id] for image_id in described}
     result.sizes = [sizes[path] for path in result.paths.values()]
     names = dict.fromkeys(name for row in described.values() for name in row)
@@ -94,7 +91,7 @@ def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int]
     """Sizes of the pictures by relative path, and the lists, in the order of their names."""
     sizes: dict[str, int] = {}
     lists: list[str] = []
-    for name, entry in _walk(str(folder), "", set()):
+    for name, entry in walk(str(folder), "", set()):
         suffix = PurePosixPath(name).suffix.lower()
         if suffix not in EXTENSIONS:
             if entry.name in METADATA or PurePosixPath(name).stem in (*CELEBA_LISTS, CELEBA_HQ_MAPPING):
@@ -117,7 +114,7 @@ def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int]
     return sizes, lists
 
 
-def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """All files below `folder` with their relative names; links are followed, each folder is visited once.
 
     A latent cache among them is passed over: its sheet is no picture of the source.
@@ -134,7 +131,7 @@ def _walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tupl
         if entry.name.startswith((".", "__")):
             continue
         if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
+            yield from walk(entry.path, f"{prefix}{entry.name}/", seen)
         else:
             yield f"{prefix}{entry.name}", entry
 
@@ -298,7 +295,9 @@ def _describe_by_subfolder(names: list[str]) -> dict[str, dict[str, Any]]:
     if splits:
         parents = [parts[1:] for parts in parents]
     classes = [parts[-1] if parts else None for parts in parents]
-    has_classes = 1 < len(set(classes)) <= len(names) // 2 and len({len(parts) for parts in parents}) == 1
+    has_classes = len(set(classes)) > 1 and len({len(parts) for parts in parents}) == 1
+    if has_classes and all(str(label).isdigit() and str(label).endswith("000") for label in classes):
+        has_classes = False  # a thousand pictures in each, as FFHQ comes
     return {
         name: ({"split": splits[name]} if splits else {}) | ({"class": label} if has_classes else {})
         for name, label in zip(names, classes, strict=True)

@@ -134,17 +134,21 @@ class LatentReader:
 def translated(name: str, ids: np.ndarray, there: list[str] | None, here: list[str] | None) -> np.ndarray:
     """Ids of the condition `name` of one data set as those of another, by the names of their values.
 
-    Where either has no names, or mere numbers for such, the ids are the same.
+    Where one of them has no names, or mere numbers for such, and where of equally many none is the same (as numbers of
+    synsets and words are not), the ids are those of both.
 
     Raises:
         ValueError: for a value whose name is not known here.
     """
-    numbers = [str(number) for number in range(len(there or []))]
-    if there is None or here is None or there in (here, numbers):
+    if there is None or here is None or there == here:
         return ids
     unknown = [there[number] for number in np.unique(ids) if there[number] not in here]
     if unknown:
-        raise ValueError(f"{name}={unknown[0]!r} is unknown to the model; known are {', '.join(here)}")
+        numbered = any(names == [str(number) for number in range(len(names))] for names in (there, here))
+        if numbered or (len(there) == len(here) and not {*there} & {*here}):
+            return ids
+        known = ", ".join(here[:10]) + (", ..." if len(here) > 10 else "")
+        raise ValueError(f"{name}={unknown[0]!r} is unknown to the model; known are {known}")
     return np.array([here.index(value) if value in here else -1 for value in there], ids.dtype)[ids]
 
 

@@ -29,7 +29,7 @@ from datasets import (
 
 from ..storage import first_line
 from .avatars import open_avatars
-from .folders import EXTENSIONS, METADATA, SPLITS, read_folder
+from .folders import CELEBA_LISTS, EXTENSIONS, METADATA, SPLITS, read_folder, walk
 
 AVATARS = "avatars"
 DEFAULT_NUM_AVATARS = 8000
@@ -129,21 +129,20 @@ def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[s
         features=Features({"image": Image(decode=False)}),
     )
     columns = {name: _Column(values) for name, values in found.columns.items()}
-    if found.classes:
-        numbers = {name: number for number, name in enumerate(found.classes)}
-        columns["class"] = _Column([numbers[name] for name in found.columns["class"]], found.classes)
     return _assemble(list(found.paths), images, found.sizes, columns, found.left_out, split)
 
 
 def _holds_data_set(folder: Path) -> bool:
     """Whether a folder is one of `save_to_disk`, or of parquet, webdataset or arrow shards and not of pictures.
 
-    Few pictures beside shards are previews.
+    Few pictures beside shards are previews, unless there is a list of them.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return True
-    names = [name for _, _, names in os.walk(folder) for name in names if name not in METADATA]
-    suffixes = Counter(PurePosixPath(name).suffix.lower() for name in names)
+    files = [PurePosixPath(name) for name, _ in walk(str(folder), "", set())]
+    if any(file.name in METADATA or file.stem in CELEBA_LISTS for file in files):
+        return False
+    suffixes = Counter(file.suffix.lower() for file in files)
     pictures = sum(suffixes[extension] for extension in EXTENSIONS)
     return any(suffixes[loader] for loader in _LOADERS) and pictures <= MAX_PREVIEWS
 
@@ -284,7 +283,7 @@ def as_condition(
 
     Yes and no (also 1 and 0, CelebA's 1 and -1) are int8. Whole numbers and names of which each appears at least twice
     on average are classes, up to 1,000 of them: numbers below 1,000 by themselves, others (`001` too) by their names.
-    Free text, running numbers, measurements and the like are no conditions.
+    Free text, running numbers, numbers below 0, measurements and the like are no conditions.
     """
     if labels is not None:
         return [-1 if value is None else value for value in values], ClassLabel(names=labels)
@@ -299,6 +298,8 @@ def as_condition(
     if all(_NUMBER.fullmatch(str(value)) and 0 <= int(value) < MAX_CLASSES for value in known):
         highest = max(int(value) for value in known)
         return [-1 if value is None else int(value) for value in values], ClassLabel(num_classes=highest + 1)
+    if any(_NUMBER.fullmatch(str(value)) and int(value) < 0 for value in known):
+        return None
     names = sorted({str(value) for value in known})
     numbers = {name: number for number, name in enumerate(names)}
     return [-1 if value is None else numbers[str(value)] for value in values], ClassLabel(names=names)
@@ -315,8 +316,9 @@ def _simplified(value: Any) -> Any:
 def _fingerprint(rows: Dataset, left_out: list[tuple[str, str]]) -> str:
     """SHA-256 of everything about the rows but the content of the pictures, of which only the sizes are read."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
-    for name in sorted(set(rows.column_names) - {"image"}, key=lambda name: (name.strip("_"), name)):
-        digest.update(name.strip("_").encode())
+    called = {name: "size" if name == _SIZE else name for name in sorted(set(rows.column_names) - {"image"})}
+    for name in sorted(called, key=called.__getitem__):
+        digest.update(called[name].encode())
         for batch in rows.select_columns(name).with_format("arrow").iter(100_000):
             digest.update(json.dumps(batch[name].to_pylist()).encode())
     return digest.hexdigest()

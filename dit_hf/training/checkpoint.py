@@ -190,15 +190,16 @@ def agreed_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) 
 
     Raises:
         ValueError: on all ranks, if the first finds none that can be used, or another does not see what it found.
+        OSError: likewise, if the first may not read one.
     """
     choice: list[Any] = [None]
     if PartialState().is_main_process:
         try:
             choice = [find_checkpoint(run, name, say)]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             choice = [error]
     (chosen,) = broadcast_object_list(choice)
-    if isinstance(chosen, ValueError):
+    if isinstance(chosen, Exception):
         raise chosen
     if chosen is None:
         return None

@@ -25,7 +25,7 @@ from ..sheets import draw_sheet, save_sheet
 from ..storage import new_folder, read_manifest, write_text
 from . import checkpoint, report
 from .config import Config, read_config
-from .initialize import Normalization
+from .initialize import Normalization, base_model
 
 SHEET_SIZE = 16
 
@@ -169,5 +169,5 @@ def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any
         "logging_steps": config.train.logging_steps,
         "validation_loss": float(validated[0]) if validated else None,
         "validation_images": config.train.validation_images,
-        "base_model": recipe["found"].get("base_model"),
+        "base_model": recipe["found"].get("base_model", base_model(config)),
     }

@@ -153,20 +153,24 @@ def test_what_can_be_a_condition():
     assert as_condition([2019, 2021] * 2) == ([0, 1] * 2, ClassLabel(names=["2019", "2021"]))
     assert as_condition(["0", "1", "x"] * 2) == ([0, 1, 2] * 2, ClassLabel(names=["0", "1", "x"]))
     assert as_condition(list(range(20))) is None  # running numbers
+    assert as_condition([-1, 2] * 2) is None
     assert as_condition(["one", "two", "three"]) is None  # free text
     assert as_condition([0.5, 1.0]) is None
     assert as_condition([1, 10177]) is None
     assert as_condition([None, None]) is None
 
 
-def test_subfolders_are_classes_by_their_names_whatever_these_are(tmp_path):
-    for names in (["2019", "2020"], ["747", "cat"], ["001", "010"], ["0", "1"]):
+def test_subfolders_are_classes_whatever_their_names_but_a_thousand_pictures_each(tmp_path):
+    for names in (["2019", "2020"], ["747", "cat"], ["001", "010"], ["00000", "01000"]):
         for name in names:
             for i in range(2):
                 save(tmp_path / "".join(names) / name / f"{i}.png")
         rows = open_source(str(tmp_path / "".join(names))).rows
-        assert rows.features["class"] == ClassLabel(names=names)
-        assert rows["class"] == [0, 0, 1, 1]
+        if "00000" in names:
+            assert "class" not in rows.column_names
+        else:
+            assert rows.features["class"] == ClassLabel(names=names)
+            assert rows["class"] == [0, 0, 1, 1]
 
 
 def test_beside_lists_folders_are_splits_too(tmp_path):
@@ -200,7 +204,8 @@ def test_a_folder_called_like_the_embedded_data_set_is_not_that(tmp_path):
 def test_a_cache_inside_its_source_is_no_part_of_it(tmp_path):
     save(tmp_path / "a.png")
     save(tmp_path / "latents" / "reconstructions.png")
-    (tmp_path / "latents" / "latents.json").touch()
+    for name in ("latents.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "latents" / name).touch()
     assert open_source(str(tmp_path)).rows["id"] == ["a.png"]
 
 
@@ -226,6 +231,11 @@ def test_parquet_shards_and_saved_data_sets(tmp_path):
         check_data_set(open_source(str(tmp_path / folder)).rows)
     save(tmp_path / "shards" / "preview.png")  # as repositories have them
     check_data_set(open_source(str(tmp_path / "shards")).rows)
+    (tmp_path / "listed").mkdir()
+    data_set(2).to_parquet(tmp_path / "listed" / "features.parquet")
+    save(tmp_path / "listed" / "a.png")
+    (tmp_path / "listed" / "metadata.csv").write_text("file_name\na.png\n")
+    assert open_source(str(tmp_path / "listed")).rows["id"] == ["a.png"]
     one = open_images(str(tmp_path / "shards" / "train-00000-of-00001.parquet"), resolution=8)
     assert np.asarray(one[3]["image"]).shape == (8, 8, 3)
     assert len(one) == 4
