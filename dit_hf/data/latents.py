@@ -103,6 +103,8 @@ def prepare_latents(
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
     identity = _identity(opened, model, geometry, flip, settings)
+    if opened.unused and state.is_main_process:
+        print(f"{source}: columns that are no conditions: {', '.join(opened.unused)}", flush=True)
     finished = _is_finished(final, identity)
     state.wait_for_everyone()
     if not finished:

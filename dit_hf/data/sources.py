@@ -52,6 +52,7 @@ class Source:
         rows: `id`, `image` (not decoded), `split` if the source comes divided, and the conditions: int8 (1 is yes)
             or `ClassLabel`.
         left_out: What of the source is no usable row, and of the split as far as that is known: id and reason.
+        unused: The names of its columns that are no conditions.
         total: How many it has with these, `num_images` or not.
         sha256: Of ids, sizes of the pictures, splits and conditions: two sources with the same are the same.
     """
@@ -59,6 +60,7 @@ class Source:
     name: str
     rows: Dataset
     left_out: list[tuple[str, str]]
+    unused: list[str]
     total: int
     sha256: str
 
@@ -81,15 +83,15 @@ def open_source(
         raise ValueError(f"num_images={num_images} must be at least 1")
     if split is not None and split not in set(SPLITS.values()):
         raise ValueError(f"split={split!r} is unknown; known are train, validation, test")
-    path, left_out = Path(source), list[tuple[str, str]]()
+    path, left_out, unused = Path(source), list[tuple[str, str]](), list[str]()
     if source == AVATARS and split is not None:  # said before they are drawn
         raise ValueError(f"split={split!r}: {source} does not come divided into splits")
     if source == AVATARS:
         rows = _open_avatars(num_images or DEFAULT_NUM_AVATARS, avatar_size, seed)
     elif path.is_dir() and not _holds_data_set(path):
-        rows, left_out = _open_folder(path, split)
+        rows, left_out, unused = _open_folder(path, split)
     else:
-        rows, left_out = _open_data_set(source, dataset_config_name, split)
+        rows, left_out, unused = _open_data_set(source, dataset_config_name, split)
     if split is not None:
         if "split" not in rows.column_names:
             raise ValueError(f"split={split!r}: {source} does not come divided into splits")
@@ -105,7 +107,7 @@ def open_source(
     name = path.resolve().name if path.exists() and source != AVATARS else source
     if name == AVATARS and source != AVATARS:
         name = f"{AVATARS} (a folder)"  # and not the embedded data set
-    return Source(name, rows, left_out, total, fingerprint)
+    return Source(name, rows, left_out, unused, total, fingerprint)
 
 
 def available_cpus() -> int:
@@ -118,7 +120,7 @@ def _open_avatars(count: int, size: int, seed: int) -> Dataset:
     return rows.cast_column("image", Image(decode=False))
 
 
-def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[str, str]]]:
+def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[str, str]], list[str]]:
     found = read_folder(folder)
     if not found.paths:
         first = f"; {len(found.left_out)} left out, {': '.join(found.left_out[0])}" if found.left_out else ""
@@ -149,7 +151,7 @@ def _holds_data_set(folder: Path) -> bool:
 
 def _open_data_set(
     source: str, dataset_config_name: str | None, split: str | None
-) -> tuple[Dataset, list[tuple[str, str]]]:
+) -> tuple[Dataset, list[tuple[str, str]], list[str]]:
     """What `datasets` loads: parquet or webdataset shards, a saved data set, or an id of the Hub."""
     ids: list[str] = []
     sizes: list[int] = []
@@ -251,8 +253,8 @@ def _assemble(
     columns: dict[str, _Column],
     left_out: list[tuple[str, str]],
     split: str | None,
-) -> tuple[Dataset, list[tuple[str, str]]]:
-    """Rows without duplicates and without those that lack a condition; those left out are listed for `split` only."""
+) -> tuple[Dataset, list[tuple[str, str]], list[str]]:
+    """Rows without duplicates and without those that lack a condition, what is left out of `split`, unused columns."""
     reasons: dict[int, str] = {}
     first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
     reasons |= {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
@@ -260,9 +262,11 @@ def _assemble(
     features: dict[str, Any] = {"id": Value("string"), _SIZE: Value("int64")}
     if "split" in columns:
         data["split"], features["split"] = columns.pop("split").values, Value("string")
+    unused = []
     for name, column in columns.items():
         condition = as_condition(column.values, column.labels)
         if condition is None or name in ("id", "image"):
+            unused.append(name)
             continue
         data[name], features[name] = condition
         for row in np.flatnonzero(np.array(data[name]) < 0).tolist():
@@ -273,7 +277,7 @@ def _assemble(
         wanted = [row for row in sorted(reasons) if split in (None, parts[row])]
         left_out = left_out + [(ids[row], reasons[row]) for row in wanted]
         rows = rows.select([row for row in range(len(ids)) if row not in reasons])
-    return rows, left_out
+    return rows, left_out, unused
 
 
 def as_condition(

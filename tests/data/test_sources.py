@@ -136,6 +136,7 @@ def test_metadata(tmp_path, name):
     assert source.rows["id"] == ["images/0.png", "images/1.png", "images/2.png"]
     assert source.rows["smiling"] == [1, 0, 0]
     assert "caption" not in source.rows.column_names
+    assert source.unused == ["age", "caption"]  # two ages of three pictures are too few to be classes
     left_out = dict(source.left_out)
     assert left_out["images/2.png"].startswith("duplicate row: 4")
     assert left_out["images/3.png"] == f"no row in {name}"
