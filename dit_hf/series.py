@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .sampling import batches
 from .sheets import draw_sheet, save_sheet
-from .storage import new_file, write_text
+from .storage import is_vacant, new_file, write_text
 
 SETTINGS = "settings.json"
 SHEET, FILM = "sheet.png", "film.gif"
@@ -92,7 +92,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
         if different:
             raise FileExistsError(f"output_dir {folder} holds pictures of other settings ({different})")
-    elif not path.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not (path.is_file() or is_vacant(folder)):
         raise FileExistsError(f"output_dir {folder} holds something else (no {SETTINGS}); name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)

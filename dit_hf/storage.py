@@ -58,6 +58,11 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing is there yet, or an empty folder: what `new_folder` may take without a loss."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; when the block ends well the file is synced and takes `path`'s place."""

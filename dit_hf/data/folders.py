@@ -29,7 +29,7 @@ CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # which picture of CelebA eac
 # Folders of aligned faces, by which they are told from the masks and the pictures in the wild that come beside them.
 CELEBA_PICTURES = ("img_align_celeba", "img_align_celeba_png", "CelebA-HQ-img")
 CELEBA_PARTITION = {"0": "train", "1": "validation", "2": "test"}
-CACHE = "latents.json"  # by which a folder is a latent cache
+CACHE_INFO = "latents.json"  # by which a folder is a latent cache
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -125,7 +125,7 @@ def walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
-    if any(entry.name == CACHE for entry in ordered):
+    if any(entry.name == CACHE_INFO for entry in ordered):
         return
     for entry in ordered:
         if entry.name.startswith((".", "__")):

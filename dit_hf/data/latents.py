@@ -21,6 +21,7 @@ from ..storage import (
     disk_errors,
     facts_sha256,
     first_line,
+    is_vacant,
     locked,
     partial_folder,
     put_in_place,
@@ -29,12 +30,12 @@ from ..storage import (
     write_text,
 )
 from .cache_card import draw_reconstructions, write_cache_card
+from .folders import CACHE_INFO
 from .images import Geometry, parse_resolution
 from .shards import Job, ShardEncoder, cache_features, encode_in_processes, latent_columns, no_bars, plan_sizes
 from .sources import AVATARS, MAX_LEFT_OUT, Source, open_source
 from .vae import VAE, latent_shape, load_vae, weights_sha256
 
-INFO = "latents.json"
 FORMAT_VERSION = 2
 
 
@@ -111,7 +112,7 @@ def prepare_latents(
         with disk_errors(f"output_dir {final}"), _memory_errors():
             _build(final, opened, model, identity, settings, num_proc, max_left_out, state)
     if state.is_main_process:
-        counts = read_manifest(final, INFO)["counts"]
+        counts = read_manifest(final, CACHE_INFO)["counts"]
         text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test pictures"
         already = "already holds " if finished else ""
         print(f"{final}: {already}{text}, {counts['left_out']} left out", flush=True)
@@ -127,9 +128,9 @@ def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
         ValueError: if the folder is no latent cache, or not whole.
     """
     folder = Path(folder)
-    if not (folder / INFO).is_file():
-        raise ValueError(f"{folder} is no latent cache (no {INFO}); make one with dit-hf prepare-latents")
-    info = read_manifest(folder, INFO)
+    if not (folder / CACHE_INFO).is_file():
+        raise ValueError(f"{folder} is no latent cache (no {CACHE_INFO}); make one with dit-hf prepare-latents")
+    info = read_manifest(folder, CACHE_INFO)
     if info["identity"]["format"] != FORMAT_VERSION:
         raise ValueError(f"{folder} is a latent cache of format {info['identity']['format']}, not {FORMAT_VERSION}")
     return load_from_disk(str(folder)), info
@@ -176,13 +177,13 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     Raises:
         FileExistsError: if it holds another one, or something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_vacant(folder):
         return False
-    if not (folder / INFO).is_file():
+    if not (folder / CACHE_INFO).is_file():
         raise FileExistsError(
-            f"output_dir {folder} holds something else than a whole cache (no {INFO}); name a new folder"
+            f"output_dir {folder} holds something else than a whole cache (no {CACHE_INFO}); name a new folder"
         )
-    _check_same(read_manifest(folder, INFO).get("identity", {}), identity, f"output_dir {folder} holds a cache")
+    _check_same(read_manifest(folder, CACHE_INFO).get("identity", {}), identity, f"output_dir {folder} holds a cache")
     return True
 
 
@@ -215,7 +216,7 @@ def _build(
             _open_partial(partial, vae, identity)
         state.wait_for_everyone()
         job = _plan(partial, source, vae, identity)
-        whole = (partial / INFO).is_file()
+        whole = (partial / CACHE_INFO).is_file()
         shards = [] if whole else job.unfinished()
         state.wait_for_everyone()  # all ranks have seen the same shards unfinished
         _check_space(job, vae, shards)
@@ -244,8 +245,8 @@ def _build(
 def _open_partial(partial: Path, vae: VAE, identity: dict[str, Any]) -> None:
     """Begin a build, or check that the one that stands there is the same; what was half-written goes."""
     begun, what = partial / "building" / "identity.json", f"{partial} holds an unfinished cache"
-    if (partial / INFO).is_file():  # all that was left to do was to put it in place
-        _check_same(read_manifest(partial, INFO)["identity"], identity, what)
+    if (partial / CACHE_INFO).is_file():  # all that was left to do was to put it in place
+        _check_same(read_manifest(partial, CACHE_INFO)["identity"], identity, what)
         return
     if begun.is_file():
         _check_same(json.loads(begun.read_text(encoding="utf-8")), identity, what)
@@ -336,7 +337,7 @@ def _finish(
     }
     info["psnr"] = draw_reconstructions(cache, source.rows, vae, job, job.folder / "reconstructions.png")
     write_cache_card(job.folder, info, left_out.all())
-    write_manifest(job.folder, INFO, "building", **info)
+    write_manifest(job.folder, CACHE_INFO, "building", **info)
 
 
 def _write_index(job: Job) -> None:

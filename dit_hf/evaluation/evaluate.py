@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ..data.latents import INFO as CACHE_INFO
+from ..data.folders import CACHE_INFO
 from ..data.latents import open_latents
 from ..data.sources import AVATARS
 from ..data.vae import weights_sha256

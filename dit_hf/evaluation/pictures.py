@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 
+from ..data.folders import CACHE_INFO
 from ..data.images import Geometry, decode_image, parse_resolution
-from ..data.latents import INFO, content, open_latents
+from ..data.latents import content, open_latents
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.vae import VAE, decode, encode, load_vae
 
@@ -64,7 +65,7 @@ def open_pictures(
         ValueError: for options that do not fit the source.
         FileNotFoundError: if there is no such source, or no picture in it.
     """
-    if (Path(source) / INFO).is_file():
+    if (Path(source) / CACHE_INFO).is_file():
         return _decoded(source, split, num_images)
     geometry = Geometry(parse_resolution(resolution), crop)
     if geometry.resolution is None:

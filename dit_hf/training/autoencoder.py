@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..data.images import is_held_out, open_images
 from ..data.sources import MAX_LEFT_OUT, available_cpus
 from ..data.vae import encode
-from ..storage import new_folder
+from ..storage import is_vacant, new_folder
 
 KL_WEIGHT = 1e-4
 MSE_WEIGHT = 0.5
@@ -62,7 +62,7 @@ def train_autoencoder(
     """
     settings = {name: value for name, value in locals().items() if name != "output_dir"}
     folder = Path(output_dir)
-    if folder.exists() and any(folder.iterdir()):
+    if not is_vacant(folder):
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
     if max_train_steps < 1 or train_batch_size < 1:
         raise ValueError("max_train_steps and train_batch_size must be at least 1")
