@@ -248,17 +248,18 @@ def encode_in_processes(job: Job, rows: Dataset, shards: list[int], num_proc: in
     """Encode `shards` on a CPU in `num_proc` processes, each with its share of the cores; yields those finished."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cpus() // num_proc)
-    killed = f"one of {num_proc} processes was killed, perhaps for want of memory; call again with a smaller num_proc"
     with ProcessPoolExecutor(num_proc, context, _start_process, (job, rows, threads)) as pool:
         futures = {pool.submit(_encode_in_process, shard): shard for shard in shards}
         try:
             for future in as_completed(futures):
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    raise OSError(f"{killed}: what is finished is kept") from error
+                future.result()
                 progress.update(len(job.rows_of(futures[future])))
                 yield futures[future]
+        except BrokenProcessPool as error:
+            raise OSError(
+                f"one of {num_proc} processes was killed, perhaps for want of memory; call again with a smaller "
+                "num_proc: what is finished is kept"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -141,12 +140,15 @@ def _holds_data_set(folder: Path) -> bool:
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return True
-    files = [PurePosixPath(name) for name, _ in walk(str(folder), "", set())]
-    if any(file.name in METADATA or file.stem in CELEBA_LISTS for file in files):
-        return False
-    suffixes = Counter(file.suffix.lower() for file in files)
-    pictures = sum(suffixes[extension] for extension in EXTENSIONS)
-    return any(suffixes[loader] for loader in _LOADERS) and pictures <= MAX_PREVIEWS
+    pictures, shards = 0, False
+    for name, _ in walk(str(folder), "", set()):
+        file = PurePosixPath(name)
+        suffix = file.suffix.lower()
+        pictures += suffix in EXTENSIONS
+        if pictures > MAX_PREVIEWS or file.name in METADATA or file.stem in CELEBA_LISTS:
+            return False
+        shards = shards or suffix in _LOADERS
+    return shards
 
 
 def _open_data_set(
@@ -299,14 +301,14 @@ def as_condition(
         return [-1 if value is None else _BINARY[value] for value in values], Value("int8")
     if not 1 < len(known) <= min(MAX_CLASSES, len(values) // 2) or any(isinstance(value, float) for value in known):
         return None
-    if all(_NUMBER.fullmatch(str(value)) and 0 <= int(value) < MAX_CLASSES for value in known):
-        highest = max(int(value) for value in known)
-        return [-1 if value is None else int(value) for value in values], ClassLabel(num_classes=highest + 1)
-    if any(_NUMBER.fullmatch(str(value)) and int(value) < 0 for value in known):
+    numbers = [int(value) for value in known if _NUMBER.fullmatch(str(value))]
+    if any(number < 0 for number in numbers):
         return None
+    if len(numbers) == len(known) and max(numbers) < MAX_CLASSES:
+        return [-1 if value is None else int(value) for value in values], ClassLabel(num_classes=max(numbers) + 1)
     names = sorted({str(value) for value in known})
-    numbers = {name: number for number, name in enumerate(names)}
-    return [-1 if value is None else numbers[str(value)] for value in values], ClassLabel(names=names)
+    ids = {name: number for number, name in enumerate(names)}
+    return [-1 if value is None else ids[str(value)] for value in values], ClassLabel(names=names)
 
 
 def _simplified(value: Any) -> Any:
