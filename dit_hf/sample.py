@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .data.folders import EXTENSIONS
 from .data.images import Geometry, decode_image
@@ -201,14 +201,14 @@ def _options_of_call(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> d
     managed = {"self", "image", "mask_image", "attributes", "edit", "generator", "latents", "batch_size", *names}
     managed |= {"num_images_per_prompt", "output_type", "return_dict", "guidance_options", "guidance_transformer"}
     managed |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-    known = (inspect.signature(type(pipeline).__call__).parameters.keys() | GuidanceOptions.__annotations__) - managed
+    own, guidance = (inspect.signature(f).parameters for f in (type(pipeline).__call__, pipeline._prepare_guidance))
+    known = (own.keys() | GuidanceOptions.__annotations__) - managed
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ValueError(f"--options {', '.join(unknown)}: known are {', '.join(sorted(known))}")
-    for call in (type(pipeline).__call__, pipeline._prepare_guidance):
-        for name, parameter in inspect.signature(call).parameters.items():
-            if isinstance(parameter.default, float) and not isinstance(options.get(name, 0.0), int | float):
-                raise ValueError(f"--options {name}: {options[name]!r} is no number")
+    for name, value in options.items():
+        if isinstance({**guidance, **own}[name].default, float) and not isinstance(value, int | float):
+            raise ValueError(f"--options {name}: {value!r} is no number")
     return {name: settings[name] for name in names if name in settings} | options
 
 
@@ -230,7 +230,7 @@ def _changed_pictures(
     def draw_images(images: range) -> np.ndarray:
         chosen: dict[str, list] = {name: [values[i % len(values)] for i in images] for name, values in lists.items()}
         if masks := chosen.get("mask_image"):
-            chosen["mask_image"] = [_open_mask(path) for path in masks]
+            chosen["mask_image"] = [_open_picture(path, "black").convert("L") for path in masks]
         chosen["image"] = [_open_picture(path) for path in chosen["image"]]
         if not isinstance(pipeline, LatentDiTEditPipeline):  # which draws no noise
             chosen["generator"] = generators(seed, images)
@@ -319,19 +319,9 @@ def _picture_files(given: str | None) -> list[Path]:
     return found
 
 
-def _open_picture(path: Path) -> Image.Image:
-    """As pictures are read for a latent cache."""
-    return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none"))
-
-
-def _open_mask(path: Path) -> Image.Image:
-    """White where it is painted white: what is transparent, as of a layer of strokes, is black."""
-    picture = _open_picture(path)  # which tells what is broken
-    with Image.open(path) as opened:
-        if not opened.has_transparency_data:
-            return picture.convert("L")
-        layer = ImageOps.exif_transpose(opened).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("L")
+def _open_picture(path: Path, background: str = "white") -> Image.Image:
+    """As pictures are read for a latent cache, which are on white; a mask of strokes on nothing is on black."""
+    return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none", background))
 
 
 def _inputs_sha256(rows: list[dict] | None, edits: list[dict] | None, pictures: list[Path]) -> str:

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import constants
 from local_hub import Hub, running_hub
+from PIL import Image
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
 from dit_hf.data.latents import prepare_latents
@@ -86,6 +87,16 @@ def training_latents(tmp_path_factory, vae_folder) -> Path:
     folder = tmp_path_factory.mktemp("training-cache") / "latents"
     prepare_latents(str(folder), "avatars", str(vae_folder), "16", flip=True, num_images=200)
     return folder
+
+
+@pytest.fixture
+def cats_and_owls(tmp_path) -> Path:
+    """A folder of two classes, of which a model of cats, dogs and owls numbers the second otherwise."""
+    for name, color in (("cat", "red"), ("owl", "blue")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16), color).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
 
 
 @pytest.fixture

@@ -251,13 +251,9 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
     assert str(latents) not in (by_cache / "settings.json").read_text()
 
 
-def test_classes_of_a_cache_are_asked_for_by_their_names(model, tmp_path, vae_folder):
+def test_classes_of_a_cache_are_asked_for_by_their_names(cats_and_owls, tmp_path, vae_folder):
     """The model knows cats, dogs and owls; here owls are the second of two."""
-    for name, color in (("cat", "red"), ("owl", "blue")):
-        for i in range(3):
-            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (16, 16), color).save(tmp_path / "pictures" / name / f"{i}.png")
-    cache = prepare_latents(str(tmp_path / "cache"), str(tmp_path / "pictures"), str(vae_folder), "16")
+    cache = prepare_latents(str(tmp_path / "cache"), str(cats_and_owls), str(vae_folder), "16")
     reader = LatentReader(cache, conditions=["class"])
     labels = tiny_pipeline().config.condition_labels
     assert {row["class"] for row in reader.attributes(6)} == {0, 1}

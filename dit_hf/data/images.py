@@ -25,11 +25,13 @@ class Geometry:
     """How a picture becomes `resolution` (height, width) pixels: crop by name, then an antialiased resize.
 
     `celeba-178` and `celeba-140` are the centred 178 and 140 px squares of CelebA's aligned 178 x 218 pictures,
-    `center` is the largest centred box of the resolution's shape, `none` stretches the whole picture.
+    `center` is the largest centred box of the resolution's shape, `none` stretches the whole picture. What is
+    transparent shows `background`.
     """
 
     resolution: tuple[int, int] | None
     crop: str = "center"
+    background: str = "white"
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -37,7 +39,7 @@ class Geometry:
 
     def fit(self, image: PILImage.Image) -> PILImage.Image:
         """Bring `image` into shape: EXIF orientation, RGB, crop, resize."""
-        image = _as_rgb(ImageOps.exif_transpose(image))
+        image = _as_rgb(ImageOps.exif_transpose(image), self.background)
         box = self._box(image.width, image.height)
         if self.resolution is None:
             return image.crop(box)
@@ -144,8 +146,8 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def _as_rgb(image: PILImage.Image) -> PILImage.Image:
-    """RGB of 8 bits: of 16 bits the upper 8, what is transparent on white."""
+def _as_rgb(image: PILImage.Image, background: str) -> PILImage.Image:
+    """RGB of 8 bits: of 16 bits the upper 8, what is transparent on `background`."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
@@ -155,7 +157,7 @@ def _as_rgb(image: PILImage.Image) -> PILImage.Image:
         raise ValueError("floating-point pixels")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 

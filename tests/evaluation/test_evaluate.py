@@ -94,12 +94,8 @@ def test_what_is_no_statistics_is_not_written_over(net, tmp_path):
     assert (tmp_path / "mine.txt").is_file()
 
 
-def test_a_model_is_asked_for_classes_by_their_names(net, tmp_path):
-    for name, color in (("cat", "red"), ("owl", "blue")):
-        for i in range(2):
-            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (16, 16), color).save(tmp_path / "pictures" / name / f"{i}.png")
-    found = load_reference(reference(str(tmp_path / "pictures"), str(tmp_path / "out"), net, resolution="16"))
+def test_a_model_is_asked_for_classes_by_their_names(cats_and_owls, net, tmp_path):
+    found = load_reference(reference(str(cats_and_owls), str(tmp_path / "out"), net, resolution="16"))
     assert found.attributes(["class"]) == [{"class": i} for i in (0, 0, 1, 1)]
     assert found.attributes(["class"], {"class": ["cat", "dog", "owl"]}) == [{"class": i} for i in (0, 0, 2, 2)]
     # Names on one side alone, numbers, and other words for as many are no names to go by.
