@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/profile_step.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        step = ours(options, prepare(Path(scratch) / "latents", options.latent), False)
+        step = ours(options, prepare(Path(scratch) / "latents", options.latent), "celeba-l1", compiled=CUDA)
     result = measure(step, options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")

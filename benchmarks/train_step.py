@@ -1,9 +1,10 @@
-"""One training step beside other systems', interleaved in one process: forward, L1, backward, Adam, average.
+"""One training step beside other systems', interleaved in one process: forward, loss, backward, optimizer, EMA.
 
 python benchmarks/train_step.py [--peers DIR] [--size reference] [--batch 4] [--rounds 8] [--json FILE]
 
---peers DIR holds checkouts of github.com/facebookresearch/DiT and github.com/chuanyangjin/fast-DiT as `DiT` and
-`fast-DiT`. Ours is the step that the trainer takes: reader, objective, loss scale, fused Adam, average.
+--peers DIR holds checkouts of github.com/facebookresearch/DiT and, optionally, github.com/chuanyangjin/fast-DiT as
+`DiT` and `fast-DiT`. Ours is the step that the trainer takes (reader, objective, loss scale, optimizer, EMA), by the
+recipes celeba-l1.yaml (`dit_hf`) and celeba.yaml (`dit_hf, celeba recipe`). On a GPU DiT is timed compiled, too.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import gc
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import diffusers
 import torch
@@ -29,7 +28,7 @@ from peers import diffusers_dit, facebookresearch_dit
 
 from dit_hf.data.latents import prepare_latents
 from dit_hf.models.transformer_latent_dit import PRESETS
-from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.training.config import read_config
 from dit_hf.training.loop import Trainer
 from dit_hf.training.report import flops_per_image, peak_flops
 
@@ -61,39 +60,41 @@ def contestants(options: argparse.Namespace, scratch: Path) -> dict[str, Callabl
     sizes = (options.batch, 4, options.latent, options.latent)
     preset, place = PRESETS[options.size], {"device": DEVICE, "precision": options.precision}
     folder = prepare(scratch / "latents", options.latent)
-    steps: dict[str, Callable[[int], Any]] = {"dit_hf": ours(options, folder, False)}
-    steps["dit_hf, compiled"] = ours(options, folder, True)
+    steps: dict[str, Callable[[int], Any]] = {}
+    for recipe, name in (("celeba-l1", "dit_hf"), ("celeba", "dit_hf, celeba recipe")):
+        steps[name] = ours(options, folder, recipe, compiled=False)
+        steps[f"{name}, compiled"] = ours(options, folder, recipe, compiled=True)
     if CUDA and importlib.util.find_spec("apex") is not None:
-        with patch.dict(sys.modules, {"apex": None, "apex.optimizers": None}):  # as where there is none
-            steps["dit_hf, torch's AdamW"] = ours(options, folder, False)
+        steps["dit_hf, compiled, apex"] = ours(
+            options, folder, "celeba-l1", compiled=True, optimizer="apex_fused_adam"
+        )
     steps["diffusers DiTTransformer2DModel"] = diffusers_dit(preset, sizes, **place)
     for name, folder_name in (("facebookresearch/DiT", "DiT"), ("fast-DiT", "fast-DiT")):
-        if options.peers:
-            steps[name] = facebookresearch_dit(options.peers / folder_name, preset, sizes, **place)
+        checkout = options.peers / folder_name if options.peers else None
+        if checkout and checkout.is_dir():
+            steps[name] = facebookresearch_dit(checkout, preset, sizes, **place)
+            if CUDA:
+                steps[f"{name}, compiled"] = compiled = facebookresearch_dit(checkout, preset, sizes, **place)
+                compiled.model.compile()
     return steps
 
 
 def prepare(folder: Path, side: int) -> str:
     """A cache of a few latents [4, side, side]."""
-    prepare_latents(str(folder), "avatars", "avatar", str(4 * side), num_images=64)
+    prepare_latents(str(folder), "avatars", "avatar", str(4 * side), num_images=64, flip=True)
     return str(folder)
 
 
-def ours(options: argparse.Namespace, folder: str, compiled: bool) -> Callable[[int], Any]:
-    """The trainer's step by the reference recipe, with an average."""
-    config = Config(
-        data=DataConfig(latents=folder, conditions=[], sample_posterior=False, flip=False),
-        model=ModelConfig(preset=options.size),
-        objective=ObjectiveConfig(prediction_type="sample", loss="l1", snr_gamma=None, condition_dropout=0.0),
-        optim=OptimConfig(max_grad_norm=0.0),
-        train=TrainConfig(
-            global_batch_size=options.batch,
-            mixed_precision=options.precision,
-            torch_compile=compiled,
-            validation_images=0,
-            report_to="none",
-        ),
-    )
+def ours(
+    options: argparse.Namespace, folder: str, recipe: str, compiled: bool, optimizer: str | None = None
+) -> Callable[[int], Any]:
+    """The trainer's step by a recipe."""
+    config = read_config(Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml")
+    config.data.latents, config.model.preset = folder, options.size
+    config.optim.optimizer = optimizer or config.optim.optimizer.replace("apex_fused_adam", "adamw")
+    train = config.train
+    train.global_batch_size, train.mixed_precision, train.torch_compile = options.batch, options.precision, compiled
+    train.validation_images, train.report_to = 0, "none"
     return Trainer(config).step
 
 
@@ -126,6 +127,7 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
             "mfu": round(flops / median / peak, 3) if peak else None,
             "first_step_seconds": round(first[name], 1),
             "optimizer": getattr(steps[name], "optimizer_name", "torch AdamW"),
+            "loss": window_loss(steps[name]),
             "peak_gb_beside_weights_and_moments": peak_gb(peaks[name]),
             "parameters": sum(p.numel() for p in steps[name].model.parameters()),
         }
@@ -149,6 +151,14 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
         "steps": rows,
         "times_as_fast_as": against,
     }
+
+
+def window_loss(step: Any) -> float | None:
+    """Mean training loss of all steps of ours, which see the same images and noise; None for a peer's."""
+    if not hasattr(step, "window"):
+        return None
+    total, count = step.window.sum(1).tolist()
+    return round(total / count, 6)
 
 
 def peak_gb(size: int | None) -> float | None:

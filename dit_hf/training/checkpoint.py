@@ -39,7 +39,7 @@ class TrainingTensors:
     Args:
         model: The transformer itself, replicated on every rank or sharded by FSDP2.
         averages: By the name of their file.
-        optimizer: torch's, or apex's.
+        optimizer: torch's, apex's or ours.
     """
 
     def __init__(self, model: nn.Module, averages: dict[str, EMA], optimizer: torch.optim.Optimizer):
@@ -84,7 +84,14 @@ class TrainingTensors:
         for key, value in load_file(folder / "optimizer.safetensors").items():
             weight, _, name = key.rpartition("/")
             state.setdefault(weight, {})[name] = value
-        optimizer = {"state": state, **json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))}
+        saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["param_groups"]
+        for group in saved:
+            if "step" in group:  # version 0.1.0 kept apex's count there
+                for weight in group["params"]:
+                    state[weight]["step"] = torch.tensor(float(group["step"]))
+        # Settings are the recipe's; what was saved may be those of another optimizer (apex's of torch's run).
+        groups = [{**own, "params": g["params"]} for own, g in zip(self.optimizer.param_groups, saved, strict=True)]
+        optimizer: dict[str, Any] = {"state": state, "param_groups": groups}
         set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
@@ -241,7 +248,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuse to go on from a checkpoint of another recipe.
 
-    An option that is newer than the checkpoint was at its default; what was not looked for then is not compared.
+    An option that is newer than the checkpoint was at its default; what was not looked for then is not compared. The
+    optimizer's name follows from the recipe and the machine: torch's and apex's Adam resume each other's runs.
 
     Raises:
         ValueError: naming every key that differs.
@@ -252,7 +260,8 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
         for section, values in now.items()
         for name, value in values.items()
-        if before[section].get(name) != value and (section != "found" or name in before[section])
+        if before[section].get(name) != value
+        and (section != "found" or (name in before[section] and name != "optimizer"))
     ]
     if different:
         raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")

@@ -109,7 +109,9 @@ class OptimConfig:
     """The optimizer, its learning rate over time, and the moving average of the weights.
 
     Args:
-        optimizer: `adamw`, or `muon` for the matrices of attention and feed-forward layers with Adam for the rest.
+        optimizer: `adamw`; `apex_fused_adam` (NVIDIA apex's, in fp16 on CUDA where apex is installed, otherwise
+            `adamw`, which takes the same steps); or `muon` for the matrices of attention and feed-forward layers with
+            Adam for the rest.
         learning_rate: After warm-up.
         lr_scheduler: `constant`, `cosine` (to 0 at the end) or `linear` (constant, then to 0 over `lr_decay_ratio`).
         lr_warmup_steps: Steps of linear warm-up.
@@ -124,7 +126,7 @@ class OptimConfig:
         extra_ema_decays: Of further averages, which are validated and exported (as `ema-<decay>/`) beside that one.
     """
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "apex_fused_adam", "muon"] = "adamw"
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = 0
@@ -148,7 +150,8 @@ class TrainConfig:
         global_batch_size: Pictures a step, over all ranks and accumulation steps.
         gradient_accumulation_steps: Parts a rank's share of the batch is computed in.
         gradient_checkpointing: Less memory for about a third more time.
-        torch_compile: Compile the blocks (by torch.compile, which needs a C++ compiler on a CPU).
+        torch_compile: Compile the blocks with torch.compile, which needs a C++ compiler on a CPU; null compiles on
+            CUDA where a compiler works. A resumed run keeps what it began with.
         mixed_precision: `no`, `fp16` or `bf16`; null is what `accelerate launch` was configured with, and without it
             fp16 on a CUDA GPU.
         seed: All randomness is a function of it, the step, and the position in the batch.
@@ -179,7 +182,7 @@ class TrainConfig:
     global_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
-    torch_compile: bool = False
+    torch_compile: bool | None = None
     mixed_precision: Precision | None = None
     seed: int = 0
     deterministic: bool = False
@@ -269,6 +272,8 @@ class Config:
         decisive = dataclasses.asdict(self)
         decisive["data"].pop("latents")
         decisive["model"].pop("init_from")
+        if decisive["optim"]["optimizer"] == "apex_fused_adam":  # which takes the same steps
+            decisive["optim"]["optimizer"] = "adamw"
         decisive["train"] = {name: decisive["train"][name] for name in ("global_batch_size", "seed")}
         return decisive
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState, init_empty_weights
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from tqdm import tqdm
 
 from ..data.latents import content
 from ..data.reader import LatentReader
+from ..devices import compiler_problem
 from ..hub.background import BackgroundPush
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -78,6 +80,7 @@ class Trainer:
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it begins
             torch.use_deterministic_algorithms(True)
+            torch._inductor.config.deterministic = True  # or kernels are chosen by their time, anew in each process
         cpu = not torch.accelerator.is_available()
         PartialState(cpu=cpu)  # told, accelerate finds the ranks of torchrun on machines without a GPU too
         data = config.data
@@ -104,9 +107,15 @@ class Trainer:
         self.transformer = transformer.to(self.device)
         if config.train.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        if config.train.torch_compile:
+        self.compiled = self._compiles(state)
+        if self.compiled:
             transformer.compile_repeated_blocks(fullgraph=True)
         self.step = TrainingStep(config, self.reader, self.accelerator, transformer, self.normalization)
+        if config.optim.optimizer == "apex_fused_adam" and "apex" not in self.step.optimizer_name:
+            _say_once(
+                f"optim.optimizer apex_fused_adam needs fp16 on CUDA and NVIDIA's apex: training with "
+                f"{self.step.optimizer_name}, which takes the same steps"
+            )
         if self.checkpoint is not None and state is not None:
             before = checkpoint.as_kept_now(state["recipe"])
             self.base_model = before["found"].get("base_model", self.base_model)
@@ -146,10 +155,12 @@ class Trainer:
             self._on_main(checkpoint.make_room, run, self.tensors.bytes())
             self._start_trackers(run)
             _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
-        stop, speed = StopSignal(), report.Speed()
+        stop, speed, began = StopSignal(), report.Speed(), time.monotonic()
         with stop.noticed(), tqdm(total=total, initial=start, desc="training", unit="step", disable=not main) as bar:
             for step in range(start, total):
                 grad_norm, done = self.step(step), step + 1
+                if self.compiled and step == start:
+                    _say_once(f"compiled the blocks: the first step took {time.monotonic() - began:.1f} s")
                 speed.steps += 1
                 bar.update()
                 saved = self._report_and_save(run, done, grad_norm, speed, bar)
@@ -202,6 +213,19 @@ class Trainer:
                 self._push(run, done, self.pipeline())
         return due
 
+    def _compiles(self, state: dict[str, Any] | None) -> bool:
+        """Whether to compile the blocks: as the recipe says, else as the run began, else on CUDA where that works."""
+        if self.config.train.torch_compile is not None:
+            return self.config.train.torch_compile
+        if state is not None:
+            return state.get("torch_compile", False)
+        if self.device.type != "cuda" or self.accelerator.is_fsdp2:
+            return False
+        problem = compiler_problem(self.device)
+        if problem:
+            _say_once(f"training without torch.compile, which would be faster but fails here: {problem}")
+        return problem is None
+
     def _accelerate(self, cpu: bool) -> Accelerator:
         train = self.config.train
         self.tracker, self.tracker_options = report.choose_tracker(train.report_to, _say_once)
@@ -214,7 +238,10 @@ class Trainer:
             log_with=self.tracker,
             project_config=ProjectConfiguration(logging_dir=train.output_dir),
             step_scheduler_with_optimizer=False,
+            # The model's buffers never change, and gradients need not be copied out of DDP's buckets.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+        torch._dynamo.config.optimize_ddp = False  # it would cut every compiled block into pieces
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             _say_once("no GPU: training in float32 instead of fp16")
         return accelerator
@@ -272,7 +299,9 @@ class Trainer:
     def _written_config(self) -> Config:
         """The recipe with the precision that accelerate's configuration may have chosen; not how this call began."""
         precision = self._computed_in(self.accelerator.mixed_precision)
-        train = dataclasses.replace(self.config.train, mixed_precision=precision, resume_from_checkpoint=None)
+        train = dataclasses.replace(
+            self.config.train, mixed_precision=precision, torch_compile=self.compiled, resume_from_checkpoint=None
+        )
         return dataclasses.replace(self.config, train=train)
 
     def _resume(self) -> int:
@@ -305,6 +334,7 @@ class Trainer:
             "recipe": self._recipe(),
             "transformer": options,
             "normalization": self.normalization,
+            "torch_compile": self.compiled,
             "loss_scale": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "windows": accelerator.gather(self.step.window[None]).tolist(),
             "validation_loss": row.get("validation_loss"),

@@ -12,7 +12,6 @@ from torch.optim.adamw import adamw
 MOMENTUM = 0.95
 # Of the quintic iteration, from https://kellerjordan.github.io/posts/muon/: steep at 0, so that five steps are enough.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -30,7 +29,8 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: Learning rate.
         betas: Adam's.
         eps: Added to Adam's denominator.
-        dtype: What the singular values are made equal in: half precision where that is fast, it need not be exact.
+        dtype: Precision of the orthogonalization, which need not be exact: float16 where that is fast, as singular
+            values are at most about 1; bfloat16 is some seven times as coarse.
     """
 
     _step_supports_amp_scaling = True  # read by torch's GradScaler; gradients have to be unscaled before the step
@@ -41,7 +41,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float16,
     ):
         # By `fused` torch knows, when a state is loaded, that Adam's count of steps belongs on the device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False, "fused": True}
@@ -92,38 +92,74 @@ class MuonAdamW(torch.optim.Optimizer):
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        gradient = torch.stack([_whole(matrix.grad) for matrix in matrices if matrix.grad is not None])
-        momentum = torch.stack([_whole(buffer) for buffer in buffers])
-        moves = torch.ones((), device=gradient.device) if found_inf is None else 1 - found_inf
-        gradient = torch.where(moves > 0, gradient, 0.0)
-        momentum = momentum.lerp(gradient, (1 - MOMENTUM) * moves)
-        direction = orthogonalize(gradient.lerp(momentum, MOMENTUM), self.dtype)
-        length = 0.2 * math.sqrt(max(matrices[0].shape)) * group["lr"] * moves
-        kept = 1 - group["lr"] * group["weight_decay"] * moves
-        for matrix, buffer, new, move in zip(matrices, buffers, momentum, direction * length, strict=True):
-            buffer.copy_(_like(buffer, new))
-            matrix.mul_(kept).sub_(_like(matrix, move))
+        buffers = [_local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+        gradients = [_local(matrix.grad) for matrix in matrices if matrix.grad is not None]
+
+        # 1. Nesterov momentum, in place. Where a step is skipped each buffer takes in itself, which leaves its bits as
+        #    they are; zero times an infinite gradient would not be zero.
+        if found_inf is not None:
+            gradients = [torch.where(found_inf > 0, b, g) for b, g in zip(buffers, gradients, strict=True)]
+        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+        directions = torch._foreach_lerp(gradients, buffers, MOMENTUM)
+
+        # 2. All matrices of this shape at once, as few large products instead of many small ones.
+        whole = torch.stack([_gather(d, like=matrix) for d, matrix in zip(directions, matrices, strict=True)])
+        moves = torch.ones((), device=whole.device) if found_inf is None else 1 - found_inf
+        length = (0.2 * math.sqrt(max(matrices[0].shape)) * group["lr"]) * moves
+
+        # 3. The weights, read and written once.
+        for matrix, direction in zip(matrices, orthogonalize(whole, self.dtype), strict=True):
+            weight = _local(matrix)
+            if group["weight_decay"]:
+                weight.mul_(1 - group["lr"] * group["weight_decay"] * moves)
+            weight.addcmul_(_shard(direction, like=matrix), length, value=-1)
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Each of `matrices` [n, rows, columns] with singular values, but for those near 0, brought near 1; float32."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Bring the singular values of `matrices` [n, rows, columns], but for those near 0, near 1; the result is `dtype`.
+
+    Five Newton-Schulz iterations `X <- (a I + b G + c G²) X` with the Gram matrix `G = X Xᵀ`. Several iterations are
+    one product of polynomials in the first G, which is cheaper where X is much longer than wide. G holds the singular
+    values squared, so that small ones are rounded away after more than three iterations on it: it is computed anew.
+    """
+    rows, columns = matrices.shape[-2:]
+    norm = matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = torch.div(matrices, norm, out=torch.empty_like(matrices, dtype=dtype))  # computed in float32, in one pass
+    for iterations in (2, 3) if max(rows, columns) >= 2 * min(rows, columns) else (1,) * 5:
+        x = _newton_schulz(x, iterations)
+    return x
+
+
+def _newton_schulz(x: torch.Tensor, iterations: int) -> torch.Tensor:
+    """So many iterations of `orthogonalize` on the Gram matrix of the shorter side of `x` [n, rows, columns]."""
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
+    tall = x.shape[-2] > x.shape[-1]
+    gram = x.mT @ x if tall else x @ x.mT  # [n, short, short]
+    product = gram
+    for i in range(iterations):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor @ product if i else factor
+        if i + 1 < iterations:
+            gram = factor @ (gram @ factor)  # of the next X; polynomials in one matrix commute
+    return x @ product if tall else product @ x
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of `tensor`, or the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """`whole`, or where `tensor` is sharded this rank's part of it."""
-    if not isinstance(tensor, DTensor):
+def _gather(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole tensor from this rank's `shard`, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return shard
+    placed = DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return placed.full_tensor()
+
+
+def _shard(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of `whole`, sharded as `like` is."""
+    if not isinstance(like, DTensor):
         return whole
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()

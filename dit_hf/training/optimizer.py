@@ -19,12 +19,12 @@ from .muon import MuonAdamW
 def build_optimizer(
     model: nn.Module, config: OptimConfig, device: torch.device, mixed_precision: str = "no", sharded: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer and its name. Only matrices are decayed, embeddings are not.
+    """Build the optimizer; returns it and its name. Only matrices are decayed, embeddings are not.
 
-    `adamw` is fused: apex's in fp16 on CUDA where there is one, else torch's (apex's alone would not stand still where
-    a gradient is not finite; in fp16 the loss scaler sees to it), and torch's for weights that will be sharded, whose
-    memory apex would not find. `muon` is Muon for the matrices of attention and feed-forward layers, and torch's fused
-    AdamW for the rest.
+    `adamw` is torch's fused AdamW. `apex_fused_adam` is NVIDIA apex's, which takes the same steps; torch's is used
+    where apex cannot be: off CUDA, without fp16 (where no loss scaler skips the steps whose gradient is not finite,
+    which apex by itself takes), and for weights that FSDP2 will shard, whose memory apex does not find. `muon` is Muon
+    for the matrices of attention and feed-forward layers, and torch's fused AdamW for the rest.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
@@ -39,28 +39,43 @@ def build_optimizer(
         "eps": config.adam_epsilon,
     }
     if config.optimizer == "muon":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-            options["dtype"] = torch.bfloat16 if fast else torch.float16
-        else:
-            options["dtype"] = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+        on_cpu = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+        options["dtype"] = torch.float16 if device.type == "cuda" else on_cpu
         return MuonAdamW(_muon_groups(model, groups), **options), "Muon and torch AdamW (fused)"
-    apex_adam = _apex_adam() if device.type == "cuda" and mixed_precision == "fp16" and not sharded else None
-    if apex_adam is not None:
+    usable = device.type == "cuda" and mixed_precision == "fp16" and not sharded
+    if config.optimizer == "apex_fused_adam" and usable and (apex_adam := _apex_adam()):
         return apex_adam(groups, adam_w_mode=True, **options), "apex FusedAdam"
     return torch.optim.AdamW(groups, fused=True, **options), "torch AdamW (fused)"
 
 
 def _apex_adam() -> Any:
-    """apex's FusedAdam, called as torch calls its own when a state is loaded; None where there is no apex."""
+    """apex's FusedAdam with a state like that of torch's AdamW, or None where apex is not installed."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError:  # apex is optional, and the PyPI package of that name is another one
         return None
 
     class ResumableFusedAdam(FusedAdam):
-        def zero_grad(self, set_to_none: bool = True) -> None:
+        """apex counts steps by group, torch by parameter; saved as torch's, either resumes the other's runs."""
+
+        def zero_grad(self, set_to_none: bool = True) -> None:  # with torch's argument
             super().zero_grad()
+
+        def state_dict(self) -> dict[str, Any]:
+            state = super().state_dict()
+            for group in state["param_groups"]:
+                step = float(group.pop("step", 0))
+                for index in group["params"]:
+                    if index in state["state"]:
+                        state["state"][index] = {**state["state"][index], "step": torch.tensor(step)}
+            return state
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                steps = [self.state[p].pop("step") for p in group["params"] if "step" in self.state[p]]
+                if steps:
+                    group["step"] = int(steps[0])
 
     return ResumableFusedAdam
 
@@ -90,18 +105,20 @@ class EMA:
 
     Args:
         model: The model in training, as accelerate prepared it.
-        decay: The average's decay, approached by (1 + step) / (10 + step).
+        decay: The average's decay, approached by (1 + step) / (10 + step); 0 is the weights themselves.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self._model = model
-        self._weights = local_weights(model)
+        self._weights = local_weights(model) if decay else []
         self._averages = [weight.float().clone() for weight in self._weights]
 
     @torch.no_grad()
     def update(self, step: int, found_inf: torch.Tensor) -> None:
         """Take in the weights after step `step` (from 0); where `found_inf` is 1 the average stands still."""
+        if not self.decay:
+            return
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - found_inf)
         torch._foreach_lerp_(self._averages, self._weights, [weight] * len(self._weights))
 

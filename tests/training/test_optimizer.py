@@ -1,11 +1,12 @@
+import itertools
 import sys
 import types
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from dit_hf.training.checkpoint import TrainingTensors, save_checkpoint
 from dit_hf.training.config import OptimConfig
 from dit_hf.training.optimizer import EMA, build_optimizer, learning_rate
 
@@ -73,35 +74,99 @@ def test_swapping_the_average_in_and_out_changes_no_bit():
     assert torch.equal(average_of(model, ema), average)
 
 
-def test_apex_adam_takes_up_a_saved_state(monkeypatch):
-    """With apex's signatures, which are not torch's: loading a state calls `zero_grad(set_to_none=True)`."""
+class FusedAdam(torch.optim.Optimizer):
+    """Adam as NVIDIA's apex lays it out: steps counted by group, its own signatures; the arithmetic is torch's."""
 
-    class FusedAdam(torch.optim.AdamW):
-        def __init__(self, params, adam_w_mode, **options):
-            super().__init__(params, **options)
+    def __init__(self, params, lr, betas, eps, weight_decay=0.0, bias_correction=True, adam_w_mode=True):
+        assert adam_w_mode
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "bias_correction": bias_correction})
 
-        def zero_grad(self):
-            super().zero_grad()
+    def zero_grad(self):
+        super().zero_grad()
 
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            assert group["bias_correction"]
+            for p in group["params"]:
+                state, (beta1, beta2) = self.state[p], group["betas"]
+                if len(state) == 0:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                denominator = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
+
+
+@pytest.fixture
+def apex(monkeypatch):
     module = types.ModuleType("apex.optimizers")
     module.FusedAdam = FusedAdam
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
 
-    def build(**options):
-        model = nn.Linear(3, 2)
-        return model, *build_optimizer(model, OptimConfig(), torch.device("cuda"), "fp16", **options)
 
-    model, optimizer, name = build()
-    assert name == "apex FusedAdam"
-    for _ in range(3):
-        model(torch.ones(1, 3)).sum().backward()
+def adam(optimizer, **options):
+    """A model, its optimizer as on a GPU in fp16, and the optimizer's name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    config = OptimConfig(optimizer=optimizer, learning_rate=0.1, adam_weight_decay=0.1)
+    return model, *build_optimizer(model, config, torch.device("cuda"), "fp16", **options)
+
+
+def take_steps(model, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-    state = get_optimizer_state_dict(model, optimizer)
-    model, optimizer, _ = build()
-    set_optimizer_state_dict(model, optimizer, state)
-    assert [entry["step"].item() for entry in optimizer.state.values()] == [3, 3]
-    assert build(sharded=True)[2] == "torch AdamW (fused)"  # apex's kernels find no memory behind a DTensor
+
+
+def save(folder, model, optimizer):
+    contents = TrainingTensors(model, {}, optimizer).gather()
+    return save_checkpoint(folder, {"step": 3}, contents, 1, 0)
+
+
+@pytest.mark.parametrize(("first", "then"), [*itertools.permutations(("adamw", "apex_fused_adam"))])
+def test_apex_and_torch_resume_each_others_runs(apex, tmp_path, first, then):
+    whole, optimizer, _ = adam("adamw")
+    take_steps(whole, optimizer, range(6))
+    model, optimizer, name = adam(first)
+    assert name == ("apex FusedAdam" if first == "apex_fused_adam" else "torch AdamW (fused)")
+    take_steps(model, optimizer, range(3))
+    checkpoint = save(tmp_path, model, optimizer)
+    resumed, optimizer, _ = adam(then)
+    TrainingTensors(resumed, {}, optimizer).load(checkpoint)
+    take_steps(resumed, optimizer, range(3, 6))
+    torch.testing.assert_close(list(resumed.parameters()), list(whole.parameters()))
+    assert {float(s["step"]) for s in optimizer.state_dict()["state"].values()} == {6}
+
+
+def test_a_checkpoint_of_version_0_1_0_with_apexs_count_by_group_is_resumed(apex, tmp_path):
+    whole, optimizer, _ = adam("adamw")
+    take_steps(whole, optimizer, range(6))
+    model, optimizer, _ = adam("apex_fused_adam")
+    take_steps(model, optimizer, range(3))
+    contents = TrainingTensors(model, {}, optimizer).gather()
+    moments = contents["optimizer.safetensors"]
+    contents["optimizer.safetensors"] = {key: x for key, x in moments.items() if not key.endswith("/step")}
+    for group in contents["optimizer.json"]["param_groups"]:
+        group["step"] = 3
+    checkpoint = save_checkpoint(tmp_path, {"step": 3}, contents, 1, 0)
+    resumed, optimizer, _ = adam("adamw")
+    TrainingTensors(resumed, {}, optimizer).load(checkpoint)
+    take_steps(resumed, optimizer, range(3, 6))
+    torch.testing.assert_close(list(resumed.parameters()), list(whole.parameters()))
+
+
+def test_apex_is_used_where_it_is_named_and_can_be(apex, monkeypatch):
+    assert adam("adamw")[2] == "torch AdamW (fused)"
+    assert adam("apex_fused_adam", sharded=True)[2] == "torch AdamW (fused)"  # it finds no memory behind a DTensor
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    assert adam("apex_fused_adam")[2] == "torch AdamW (fused)"
 
 
 def test_biases_gains_and_embeddings_are_not_decayed():
