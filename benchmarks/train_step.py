@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        result = compare(contestants(options, Path(scratch)), options)
+        for result in compare(contestants(options, Path(scratch)), options):
+            if options.json:  # after every round: what is cut short leaves something
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def contestants(options: argparse.Namespace, scratch: Path) -> dict[str, Callable[[int], Any]]:
@@ -98,8 +98,8 @@ def ours(
     return Trainer(config).step
 
 
-def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Time the contestants in turn, with the machine's ceiling in every round."""
+def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time the contestants in turn, with the machine's ceiling in every round; gives the result so far after each."""
     first = {name: seconds(lambda step=step: step(0)) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, int | None] = {}
@@ -114,8 +114,20 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
             times[name].append(block / options.steps)
             # What a step needs beside all that is kept for the other contestants.
             peaks[name] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if CUDA else None
+        yield summary(steps, options, first, times, peaks, max(ceilings))
+
+
+def summary(
+    steps: dict[str, Callable[[int], Any]],
+    options: argparse.Namespace,
+    first: dict[str, float],
+    times: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    ceiling: float,
+) -> dict[str, Any]:
+    """The result as JSON holds it, from seconds by contestant and round."""
     config = steps["dit_hf"].transformer.config
-    flops, ceiling = flops_per_image(config) * options.batch, max(ceilings)
+    flops = flops_per_image(config) * options.batch
     peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
     rows = {}
     for name, values in times.items():
@@ -145,7 +157,8 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        **{name: getattr(options, name) for name in ("size", "batch", "latent", "precision", "rounds")},
+        **{name: getattr(options, name) for name in ("size", "batch", "latent", "precision")},
+        "rounds": len(next(iter(times.values()))),
         "gflop_a_step": round(flops / 1e9, 1),
         "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
         "steps": rows,

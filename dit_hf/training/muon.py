@@ -125,7 +125,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float16) ->
     rows, columns = matrices.shape[-2:]
     norm = matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     x = torch.div(matrices, norm, out=torch.empty_like(matrices, dtype=dtype))  # computed in float32, in one pass
-    for iterations in (2, 3) if max(rows, columns) >= 2 * min(rows, columns) else (1,) * 5:
+    for iterations in (3, 2) if max(rows, columns) >= 2 * min(rows, columns) else (1,) * 5:
         x = _newton_schulz(x, iterations)
     return x
 
