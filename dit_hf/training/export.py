@@ -23,9 +23,10 @@ from ..sampling import EXPORT
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from ..sheets import draw_sheet, save_sheet
 from ..storage import new_folder, read_manifest, write_text
-from . import checkpoint, report
+from .checkpoint import as_kept_now, read_state
 from .config import Config, read_config
 from .initialize import Normalization, base_model
+from .report import draw_loss_curve, read_log
 
 SHEET_SIZE = 16
 
@@ -61,7 +62,7 @@ def checkpoint_pipeline(folder: Path) -> LatentDiTPipeline:
         ValueError: if it is damaged, or the cache is not there.
     """
     read_manifest(folder, hashes=True)
-    config, state = read_config(folder.parent / "config.yaml"), checkpoint.read_state(folder)
+    config, state = read_config(folder.parent / "config.yaml"), read_state(folder)
     transformer = LatentDiTTransformer2DModel(**state["transformer"]).eval()
     transformer.load_state_dict(load_file(folder / "ema.safetensors"))
     return build_pipeline(config, _reader(config), transformer, state["normalization"])
@@ -69,8 +70,8 @@ def checkpoint_pipeline(folder: Path) -> LatentDiTPipeline:
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
     """What the model card says of a checkpoint, like `facts`."""
-    config, state = read_config(folder.parent / "config.yaml"), checkpoint.read_state(folder)
-    return facts(folder.parent, config, _reader(config), checkpoint.as_kept_now(state["recipe"]), state["step"])
+    config, state = read_config(folder.parent / "config.yaml"), read_state(folder)
+    return facts(folder.parent, config, _reader(config), as_kept_now(state["recipe"]), state["step"])
 
 
 def _reader(config: Config) -> LatentReader:
@@ -113,7 +114,7 @@ def export(
     training = facts(run, config, reader, recipe, steps)
     exports: dict[str, Callable[[], None]] = {
         sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
-        "loss_curve.png": lambda: report.draw_loss_curve(run),
+        "loss_curve.png": lambda: draw_loss_curve(run),
         "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
         "README.md": lambda: write_run_card(run, pipeline, training),
     }
@@ -151,7 +152,7 @@ def share(
 
 def facts(run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any], step: int) -> dict[str, Any]:
     """What the model card says of this run after `step` steps; no path of this machine is among it."""
-    rows = [row for row in report.read_log(run) if int(row["step"]) <= step]
+    rows = [row for row in read_log(run) if int(row["step"]) <= step]
     validated = [row["validation_loss"] for row in rows if row["validation_loss"] and int(row["step"]) == step]
     settings = reader.info["settings"]
     asked = {section: values for section, values in recipe.items() if section != "found"}

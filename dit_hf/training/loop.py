@@ -23,14 +23,26 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..sampling import EXPORT
 from ..storage import disk_errors, locked, write_text
-from . import checkpoint, export, report
+from .checkpoint import (
+    TrainingTensors,
+    agreed_checkpoint,
+    as_kept_now,
+    check_same_recipe,
+    list_checkpoints,
+    make_room,
+    read_state,
+    save_checkpoint,
+    write_best,
+)
 from .config import Config, Precision
+from .export import build_pipeline, draw_samples, export, share
 from .health import check_health
 from .initialize import base_model, build_transformer
 from .objective import NOISE_LEVELS
 from .optimizer import learning_rate
 from .preemption import Preempted, StopSignal
 from .quality import SampleQuality
+from .report import COLUMNS, Speed, append_log, choose_tracker, init_options, log_sheet, mfu, start_log
 from .step import TrainingStep
 from .validation import choose_validation
 
@@ -51,7 +63,7 @@ def train(config: Config) -> Path:
             f"train.output_dir {run} holds a run; go on with it by --train.resume_from_checkpoint latest, "
             "or name a new folder"
         )
-    if not config.train.resume_from_checkpoint and checkpoint.list_checkpoints(run):
+    if not config.train.resume_from_checkpoint and list_checkpoints(run):
         raise FileExistsError(f"train.output_dir {run} holds checkpoints of something else; name a new folder")
     try:
         trainer = Trainer(config)
@@ -94,8 +106,8 @@ class Trainer:
         self.device = self.accelerator.device
         # What a run began with is in its checkpoints: where that came from need not be there any more.
         run, name = Path(config.train.output_dir), config.train.resume_from_checkpoint
-        self.checkpoint = checkpoint.agreed_checkpoint(run, name, _say_once) if name else None
-        state = checkpoint.read_state(self.checkpoint) if self.checkpoint is not None else None
+        self.checkpoint = agreed_checkpoint(run, name, _say_once) if name else None
+        state = read_state(self.checkpoint) if self.checkpoint is not None else None
         self.base_model = base_model(config)
         if state is None:
             transformer, self.normalization = build_transformer(config, self.reader, _say_once)
@@ -117,11 +129,11 @@ class Trainer:
                 f"{self.step.optimizer_name}, which takes the same steps"
             )
         if self.checkpoint is not None and state is not None:
-            before = checkpoint.as_kept_now(state["recipe"])
+            before = as_kept_now(state["recipe"])
             self.base_model = before["found"].get("base_model", self.base_model)
             before["train"]["mixed_precision"] = self._computed_in(before["train"]["mixed_precision"])
-            checkpoint.check_same_recipe(before, self._recipe(), self.checkpoint)
-        self.tensors = checkpoint.TrainingTensors(transformer, self.step.averages, self.step.optimizer)
+            check_same_recipe(before, self._recipe(), self.checkpoint)
+        self.tensors = TrainingTensors(transformer, self.step.averages, self.step.optimizer)
         train = config.train
         self.hub = (
             BackgroundPush(train.hub_model_id, train.hub_private_repo, train.hub_revision, tqdm.write)
@@ -148,14 +160,14 @@ class Trainer:
         if main:
             run.mkdir(parents=True, exist_ok=True)
             write_text(run / "config.yaml", self._written_config().to_yaml())
-            report.start_log(run, start, self._columns())
+            start_log(run, start, self._columns())
             if start < total:
                 (run / EXPORT).unlink(missing_ok=True)  # what is exported is of another end of the run
         if start < total:
-            self._on_main(checkpoint.make_room, run, self.tensors.bytes())
+            self._on_main(make_room, run, self.tensors.bytes())
             self._start_trackers(run)
             _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
-        stop, speed, began = StopSignal(), report.Speed(), time.monotonic()
+        stop, speed, began = StopSignal(), Speed(), time.monotonic()
         with stop.noticed(), tqdm(total=total, initial=start, desc="training", unit="step", disable=not main) as bar:
             for step in range(start, total):
                 grad_norm, done = self.step(step), step + 1
@@ -181,9 +193,9 @@ class Trainer:
         weights = self.tensors.averaged_weights("ema")
         if not self.accelerator.is_main_process:
             return None
-        return export.build_pipeline(self.config, self.reader, self._transformer_of(weights), self.normalization)
+        return build_pipeline(self.config, self.reader, self._transformer_of(weights), self.normalization)
 
-    def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: report.Speed, bar: tqdm) -> bool:
+    def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed, bar: tqdm) -> bool:
         """What is due after `done` steps: row of the log, validation, sheet, checkpoint; whether that was saved."""
         train = self.config.train
         due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
@@ -202,7 +214,7 @@ class Trainer:
             if quality:
                 row |= self._evaluate(quality)
             if row and self.accelerator.is_main_process:
-                report.append_log(run, row)
+                append_log(run, row)
             if row:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
             if drawn:
@@ -228,7 +240,7 @@ class Trainer:
 
     def _accelerate(self, cpu: bool) -> Accelerator:
         train = self.config.train
-        self.tracker, self.tracker_options = report.choose_tracker(train.report_to, _say_once)
+        self.tracker, self.tracker_options = choose_tracker(train.report_to, _say_once)
         precision = train.mixed_precision
         if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
             precision = "fp16"
@@ -246,7 +258,7 @@ class Trainer:
             _say_once("no GPU: training in float32 instead of fp16")
         return accelerator
 
-    def _measure(self, run: Path, done: int, grad_norm: torch.Tensor, speed: report.Speed) -> dict[str, Any]:
+    def _measure(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed) -> dict[str, Any]:
         """One row of the log, without validation; the window begins anew."""
         config, accelerator = self.config, self.accelerator
         total, count = check_health(self.step, done, run)
@@ -262,7 +274,7 @@ class Trainer:
             "learning_rate": learning_rate(config.optim, done - 1, config.train.max_train_steps),
             "grad_norm": grad_norm.item(),
             "images_per_second": round(images_per_second, 2),
-            "mfu": report.mfu(self.transformer.config, images_per_second, accelerator),
+            "mfu": mfu(self.transformer.config, images_per_second, accelerator),
             "loss_scale": accelerator.scaler.get_scale() if accelerator.scaler else None,
             "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None,
         }
@@ -272,7 +284,7 @@ class Trainer:
     def _columns(self) -> list[str]:
         """Columns of the log."""
         extra = [f"validation_loss{name.removeprefix('ema')}" for name in self.step.averages if name != "ema"]
-        return [*report.COLUMNS, *extra, *([self.quality.name] if self.quality else [])]
+        return [*COLUMNS, *extra, *([self.quality.name] if self.quality else [])]
 
     def _recipe(self) -> dict[str, Any]:
         """What must be the same for this run to be continued: its recipe, and what was `found` with it."""
@@ -308,7 +320,7 @@ class Trainer:
         """Put the checkpoint in place; returns steps done."""
         if self.checkpoint is None:
             return 0
-        state, accelerator = checkpoint.read_state(self.checkpoint), self.accelerator
+        state, accelerator = read_state(self.checkpoint), self.accelerator
         if state["step"] > self.config.train.max_train_steps:
             steps = self.config.train.max_train_steps
             raise ValueError(
@@ -341,13 +353,13 @@ class Trainer:
             "validation_loss_by_noise_level": levels,
         }
         contents, limits = self.tensors.gather(), (train.checkpoints_total_limit, train.best_checkpoints_limit)
-        self._on_main(checkpoint.save_checkpoint, run, state, contents, *limits)
+        self._on_main(save_checkpoint, run, state, contents, *limits)
 
     def _start_trackers(self, run: Path) -> None:
         flat = {f"{s}.{k}": v for s, values in self._recipe().items() for k, v in values.items()}
         simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
         if self.accelerator.is_main_process:
-            options = report.init_options(run, self.tracker, self.tracker_options)
+            options = init_options(run, self.tracker, self.tracker_options)
             self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
 
     def _transformer_of(self, weights: dict[str, torch.Tensor]) -> LatentDiTTransformer2DModel:
@@ -360,14 +372,14 @@ class Trainer:
         """A sheet of the averaged weights, for the trackers too."""
         pipeline, path = self.pipeline(), run / "samples" / f"step-{done}.png"
         if pipeline is not None:
-            export.draw_samples(pipeline, self.reader, self.config.train.num_inference_steps, path)
-            report.log_sheet(self.accelerator.trackers, path, done)
+            draw_samples(pipeline, self.reader, self.config.train.num_inference_steps, path)
+            log_sheet(self.accelerator.trackers, path, done)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, quality: SampleQuality) -> dict[str, float]:
         """The samples' Fréchet distance, of the averaged weights; all ranks draw."""
         with self.step.averages["ema"].swapped_in():
-            pipeline = export.build_pipeline(self.config, self.reader, self.transformer, self.normalization)
+            pipeline = build_pipeline(self.config, self.reader, self.transformer, self.normalization)
             return quality.measure(pipeline)
 
     def _export(self, run: Path) -> None:
@@ -376,9 +388,9 @@ class Trainer:
         averages = [name for name in self.step.averages if name != "ema"]
         extra = {name: self.tensors.averaged_weights(name) for name in averages}
         if pipeline is not None:
-            checkpoint.write_best(run, train.best_checkpoints_limit)
+            write_best(run, train.best_checkpoints_limit)
             transformers = {name: self._transformer_of(weights) for name, weights in extra.items()}
-            export.export(run, self.config, self.reader, pipeline, transformers, self._recipe())
+            export(run, self.config, self.reader, pipeline, transformers, self._recipe())
         self.accelerator.wait_for_everyone()
         if self.hub is not None:  # the other ranks are not kept waiting
             self.hub.wait()
@@ -388,7 +400,7 @@ class Trainer:
     def _push(self, run: Path, done: int, pipeline: LatentDiTPipeline | None) -> None:
         """Begin to share the averaged weights, on the first rank."""
         if self.hub is not None and pipeline is not None:
-            export.share(self.hub, run, self.config, self.reader, pipeline, self._recipe(), done)
+            share(self.hub, run, self.config, self.reader, pipeline, self._recipe(), done)
 
     def _on_main(self, work: Callable[..., Any], *args: Any) -> None:
         if self.accelerator.is_main_process:
