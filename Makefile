@@ -19,6 +19,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 # torch first and alone: its version then stands before anything else asks for one.
 .venv/installed: pyproject.toml constraints.txt

@@ -3,8 +3,8 @@
 import sys
 
 from dit_hf import open_images
-from dit_hf.data.vae import load_vae
-from dit_hf.training.autoencoder import psnr
+from dit_hf.latents.train_autoencoder import psnr
+from dit_hf.latents.vae import load_vae
 
 SEED, NUM_IMAGES = 4711, 500
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from machine import machine
 
-from dit_hf.data.latents import prepare_latents
+from dit_hf.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.latents.prepare import prepare_latents
 from dit_hf.training.checkpoint import find_checkpoint
-from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from dit_hf.training.loop import Trainer
+from dit_hf.training.trainer import Trainer
 
 MINUTES = 10
 ROUNDS = 5

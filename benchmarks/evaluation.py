@@ -19,10 +19,10 @@ from machine import machine
 from PIL import Image, ImageFilter, ImageOps
 
 from dit_hf import open_images
-from dit_hf.data.vae import load_vae
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import Gaussian, measure
-from dit_hf.evaluation.pictures import open_pictures, reconstructed
+from dit_hf.evaluation.reference_images import open_pictures, reconstructed
+from dit_hf.latents.vae import load_vae
 
 RESOLUTION = 64
 

@@ -27,11 +27,12 @@ from manipulation import UNSEEN, rows_of
 from matplotlib.figure import Figure
 
 from dit_hf import CosineLatentScheduler
-from dit_hf.evaluation.collect import collect, ranks
+from dit_hf.evaluation.extract import collect, ranks
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
-from dit_hf.sample import SCHEDULERS
-from dit_hf.sampling import draw, load_pipeline, model_sha256
+from dit_hf.runs import load_pipeline
+from dit_hf.sampling.generate import draw, model_sha256
+from dit_hf.sampling.sample import SCHEDULERS
 
 SAMPLERS = {
     "DDIM": (CosineLatentScheduler, {"multistep": False}),

@@ -18,8 +18,8 @@ from machine import machine
 from matplotlib.figure import Figure
 from train_step import CUDA, ours, prepare, seconds
 
-from dit_hf.models.transformer_latent_dit import PRESETS
-from dit_hf.training.report import flops_per_image
+from dit_hf.config import PRESETS
+from dit_hf.training.throughput import flops_per_image
 
 BATCHES = (1, 4, 16, 64, 256) if CUDA else (1, 2, 4, 8, 16, 32, 64)
 SIDES = (16, 32, 48, 64)

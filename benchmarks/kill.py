@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from machine import machine
 
-from dit_hf.data.latents import prepare_latents
+from dit_hf.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.latents.prepare import prepare_latents
+from dit_hf.runs import RunFolder, read_log
 from dit_hf.storage import sha256
-from dit_hf.training.checkpoint import list_checkpoints
-from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from dit_hf.training.loop import train
-from dit_hf.training.report import read_log
+from dit_hf.training.trainer import train
 
 VARYING = {"images_per_second", "mfu", "peak_memory_gib"}
 FILES = ("transformer.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -140,7 +139,7 @@ def launch(config: Config, limit: float | None) -> float | None:
     """Train in a process of its own, killed after `limit` seconds; the seconds it took, or None if it was killed."""
     # Its children begin with everything imported, so that the time goes to training.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dit_hf.training.loop"])
+    context.set_forkserver_preload(["dit_hf.training.trainer"])
     process = context.Process(target=train, args=(config,))
     started = time.monotonic()
     process.start()
@@ -158,7 +157,7 @@ def launch(config: Config, limit: float | None) -> float | None:
 
 def found(run: Path) -> dict[str, Any]:
     """What a kill left: the last checkpoint, and whether another was being written."""
-    standing = list_checkpoints(run)
+    standing = RunFolder(run).checkpoints()
     return {"checkpoint": standing[-1].name if standing else None, "saving": bool(list(run.glob(".checkpoint-*")))}
 
 

@@ -20,12 +20,12 @@ from diffusers import AutoencoderKL
 from machine import machine
 
 from dit_hf.data.avatars import choose_face, render_face
-from dit_hf.data.images import Geometry
-from dit_hf.data.latents import FORMAT_VERSION
-from dit_hf.data.reader import LatentReader
-from dit_hf.data.shards import Job, ShardEncoder, cache_features
 from dit_hf.data.sources import open_source
-from dit_hf.data.vae import encode, latent_shape, load_vae
+from dit_hf.data.transforms import Geometry
+from dit_hf.latents.cache import FORMAT_VERSION
+from dit_hf.latents.encode import Job, ShardEncoder, cache_features
+from dit_hf.latents.reader import LatentReader
+from dit_hf.latents.vae import encode, latent_shape, load_vae
 from dit_hf.storage import write_manifest
 
 SHAPE = (4, 32, 32)
@@ -165,7 +165,7 @@ def time_reads(folder: Path, rows: int = 10_000, rounds: int = 7) -> dict:
 LOOK = """
 import sys, time
 import numpy as np
-from dit_hf.data.reader import LatentReader
+from dit_hf.latents.reader import LatentReader
 
 def anonymous():
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("RssAnon"))

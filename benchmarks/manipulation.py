@@ -29,8 +29,9 @@ from dit_hf import (
     LatentDiTPipeline,
 )
 from dit_hf.data.avatars import ATTRIBUTES
-from dit_hf.sampling import batches, draw, load_pipeline, model_sha256, to_uint8
-from dit_hf.sheets import draw_sheet, save_sheet
+from dit_hf.image_grid import draw_sheet, save_sheet
+from dit_hf.runs import load_pipeline
+from dit_hf.sampling.generate import batches, draw, model_sha256, to_uint8
 
 UNSEEN = 5  # the seed of the avatars that are asked for and edited
 SHOWN = ("Eyeglasses", "Smiling", "Wearing_Hat", "Blond_Hair", "Black_Hair")

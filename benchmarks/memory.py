@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_hf import LatentDiTTransformer2DModel
-from dit_hf.models.transformer_latent_dit import PRESETS
+from dit_hf.config import PRESETS
 
 SIZES = ("reference", "B/2", "L/2", "XL/2")
 GPUS = (24, 40, 80)

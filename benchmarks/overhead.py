@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from machine import machine
 
-from dit_hf.data.latents import prepare_latents
-from dit_hf.models.transformer_latent_dit import PRESETS
-from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from dit_hf.training.loop import Trainer
+from dit_hf.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.latents.prepare import prepare_latents
+from dit_hf.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 

@@ -22,8 +22,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step import CUDA, matmul_flops, ours, prepare, seconds
 
-from dit_hf.models.transformer_latent_dit import PRESETS
-from dit_hf.training.report import flops_per_image
+from dit_hf.config import PRESETS
+from dit_hf.training.throughput import flops_per_image
 
 KINDS = {  # the first that fits
     "attention": ("attention", "flash", "fmha"),

@@ -31,10 +31,10 @@ from PIL import Image
 from dit_hf import open_images
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import INFO, load_reference
-from dit_hf.evaluation.report import figure_name
-from dit_hf.sampling import draw, load_pipeline
-from dit_hf.sheets import draw_sheet, save_sheet
-from dit_hf.training.report import read_log
+from dit_hf.hub.card import figure_name
+from dit_hf.image_grid import draw_sheet, save_sheet
+from dit_hf.runs import load_pipeline, read_log
+from dit_hf.sampling.generate import draw
 
 CUDA = torch.cuda.is_available()
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}

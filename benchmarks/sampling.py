@@ -25,7 +25,7 @@ from machine import machine
 from torch import nn
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
-from dit_hf.models.transformer_latent_dit import PRESETS
+from dit_hf.config import PRESETS
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

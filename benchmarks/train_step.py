@@ -26,11 +26,10 @@ import torch
 from machine import machine
 from peers import diffusers_dit, facebookresearch_dit
 
-from dit_hf.data.latents import prepare_latents
-from dit_hf.models.transformer_latent_dit import PRESETS
-from dit_hf.training.config import read_config
-from dit_hf.training.loop import Trainer
-from dit_hf.training.report import flops_per_image, peak_flops
+from dit_hf.config import PRESETS, read_config
+from dit_hf.latents.prepare import prepare_latents
+from dit_hf.training.throughput import flops_per_image, peak_flops
+from dit_hf.training.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -19,16 +19,16 @@ from .storage import first_line
 
 # verb: module, function, and the arguments that are given without their names.
 VERBS = {
-    "app": ("dit_hf.app", "app", "model"),
+    "app": ("dit_hf.app.app", "app", "model"),
     "convert": ("dit_hf.hub.convert", "convert", "source"),
     "demo": ("dit_hf.demo", "demo"),
     "evaluate": ("dit_hf.evaluation.evaluate", "evaluate", "model"),
-    "prepare-latents": ("dit_hf.data.latents", "prepare_latents"),
+    "prepare-latents": ("dit_hf.latents.prepare", "prepare_latents"),
     "push": ("dit_hf.hub.push", "push", "model", "repo_id"),
     "reference": ("dit_hf.evaluation.reference", "reference", "source"),
-    "sample": ("dit_hf.sample", "sample", "model"),
-    "train": ("dit_hf.training.loop", "train"),
-    "train-autoencoder": ("dit_hf.training.autoencoder", "train_autoencoder"),
+    "sample": ("dit_hf.sampling.sample", "sample", "model"),
+    "train": ("dit_hf.training.trainer", "train"),
+    "train-autoencoder": ("dit_hf.latents.train_autoencoder", "train_autoencoder"),
 }
 
 
@@ -97,7 +97,7 @@ def _parser(verb: str, function: Any, positional: list[str]) -> OneLineParser:
     description = (inspect.getdoc(function) or "").split("\n\n")[0]
     parser = OneLineParser(prog=f"dit-hf {verb}", description=description, allow_abbrev=False)
     if verb == "train":
-        from .training.config import Config
+        from .config import Config
 
         parser.add_argument("--config", action="config", help="A recipe (YAML).")
         parser.add_class_arguments(Config)
@@ -115,7 +115,7 @@ def _parser(verb: str, function: Any, positional: list[str]) -> OneLineParser:
 
 def _inline_recipe(args: list[str]) -> list[str]:
     """The options with `--config NAME` made a path, so that a recipe that came with dit_hf is found by its name."""
-    from .training.config import recipe_path
+    from .config import recipe_path
 
     found = list(args)
     for i, arg in enumerate(args):
@@ -143,7 +143,7 @@ def _inline_recipe(args: list[str]) -> list[str]:
 def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> None:
     options = parser.instantiate(options)
     if verb == "train":
-        from .training.config import Config
+        from .config import Config
 
         names = ("data", "model", "objective", "optim", "train")
         function(Config(**{name: options[name] for name in names}))

@@ -15,15 +15,17 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .data.latents import open_latents, prepare_latents
+from .config import Config, read_config, recipe_path
 from .data.sources import AVATARS, open_source
+from .image_grid import beside, draw_sheet, save_sheet
+from .latents.cache import open_latents
+from .latents.prepare import prepare_latents
 from .pipelines.guidance import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
-from .sheets import beside, draw_sheet, save_sheet
+from .runs import RunFolder
 from .storage import write_text
-from .training.config import Config, read_config, recipe_path
-from .training.loop import Trainer
 from .training.muon import MuonAdamW
+from .training.trainer import Trainer
 
 NUM_IMAGES = 8000
 SHEET_SIZE = 64
@@ -67,12 +69,12 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
     latents = prepare_latents(
         str(run / "latents"), AVATARS, vae="avatar", resolution="64", num_images=NUM_IMAGES, seed=seed
     )
-    if not (run / "config.yaml").is_file():
+    if not RunFolder(run).config.is_file():
         config = _recipe(run, latents, seed)
         _set_speed(config, minutes * 60)
-        write_text(run / "config.yaml", config.to_yaml())
+        write_text(RunFolder(run).config, config.to_yaml())
     # From here on it is an ordinary run, and the sheets are drawn by a process that loads what it exported.
-    _run("dit_hf", "train", "--config", str(run / "config.yaml"), "--train.resume_from_checkpoint", "latest")
+    _run("dit_hf", "train", "--config", str(RunFolder(run).config), "--train.resume_from_checkpoint", "latest")
     _run("dit_hf.demo", str(run), HF_HUB_OFFLINE="1")
     print(f"\n{run} holds:")
     for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
@@ -98,7 +100,7 @@ def _run(module: str, *args: str, **environment: str) -> None:
 
 def draw_sheets(run: Path) -> None:
     """Load the exported pipeline of `run` and draw `sheet.png` and `denoising.png`."""
-    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    pipeline = DiffusionPipeline.from_pretrained(RunFolder(run).pipeline)
     pipeline.set_progress_bar_config(disable=True)
     _, info = open_latents(run / "latents")
     # What is asked for are the attributes of avatars that were never trained on.

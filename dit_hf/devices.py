@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
@@ -17,3 +19,8 @@ def compiler_problem(device: torch.device) -> str | None:
 
 def _one_kernel(x: torch.Tensor) -> torch.Tensor:
     return 2 * x + 1
+
+
+def available_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,10 +19,9 @@ from huggingface_hub import constants
 from local_hub import Hub, running_hub
 from PIL import Image
 
-from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
-from dit_hf.data.latents import prepare_latents
-from dit_hf.hub import push
-from dit_hf.training.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel, upload
+from dit_hf.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from dit_hf.latents.prepare import prepare_latents
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,7 +131,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(push, "RETRY_SECONDS", (0.0, 0.0))
+        monkeypatch.setattr(upload, "RETRY_SECONDS", (0.0, 0.0))
         yield hub
 
 

@@ -3,82 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 from datasets import Dataset
-from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 
-from ..storage import first_line
 from .sources import DEFAULT_AVATAR_SIZE, open_source
-
-CROPS = ("celeba-178", "celeba-140", "center", "none")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a picture becomes `resolution` (height, width) pixels: crop by name, then an antialiased resize.
-
-    `celeba-178` and `celeba-140` are the centred 178 and 140 px squares of CelebA's aligned 178 x 218 pictures,
-    `center` is the largest centred box of the resolution's shape, `none` stretches the whole picture. What is
-    transparent shows `background`.
-    """
-
-    resolution: tuple[int, int] | None
-    crop: str = "center"
-    background: str = "white"
-
-    def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"crop={self.crop!r} is unknown; known are {', '.join(CROPS)}")
-
-    def fit(self, image: PILImage.Image) -> PILImage.Image:
-        """Bring `image` into shape: EXIF orientation, RGB, crop, resize."""
-        image = _as_rgb(ImageOps.exif_transpose(image), self.background)
-        box = self._box(image.width, image.height)
-        if self.resolution is None:
-            return image.crop(box)
-        height, width = self.resolution
-        if box == (0, 0, width, height):
-            return image.crop(box)
-        return image.resize((width, height), PILImage.Resampling.BICUBIC, box=box)
-
-    def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        if self.crop.startswith("celeba-"):
-            side = int(self.crop.removeprefix("celeba-"))
-            if width < side or height < side:
-                raise ValueError(f"{width}x{height} px is smaller than the crop {self.crop}")
-            box_width = box_height = side
-        elif self.crop == "center" and self.resolution is not None:
-            scale = min(width / self.resolution[1], height / self.resolution[0])
-            box_width, box_height = round(self.resolution[1] * scale), round(self.resolution[0] * scale)
-        else:
-            return 0, 0, width, height
-        left, top = (width - box_width) // 2, (height - box_height) // 2
-        return left, top, left + box_width, top + box_height
-
-
-def parse_resolution(resolution: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width) of `64`, `"64"`, `"64x48"` or `(64, 48)`; None stays None.
-
-    Raises:
-        ValueError: if it is none of these.
-    """
-    if resolution is None:
-        return None
-    parts = str(resolution).lower().split("x") if isinstance(resolution, int | str) else list(resolution)
-    try:
-        sizes = [int(part) for part in parts]
-    except ValueError:
-        sizes = []
-    if len(sizes) not in (1, 2) or min(sizes) < 1:
-        raise ValueError(f"resolution={resolution!r} is not a size; write 256 or 256x192 (height x width)")
-    return sizes[0], sizes[-1]
+from .transforms import Geometry, decode_image, parse_resolution
 
 
 def open_images(
@@ -118,49 +47,6 @@ def open_images(
     return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
 
 
-def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
-    """Decode the picture of one undecoded row.
-
-    Raises:
-        ValueError: if the picture is broken or too small for the crop, with its name and the reason.
-    """
-    stored = row["image"] or {}
-    try:
-        data = stored.get("bytes")
-        if data is None and stored.get("path"):
-            data = Path(stored["path"]).read_bytes()
-        if not data:
-            raise ValueError("no picture" if data is None else "an empty file")
-        with PILImage.open(io.BytesIO(data)) as image:
-            return geometry.fit(image)
-    except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
-        raise ValueError(f"{row['id']}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What was wrong with a picture, without the path of a file, which differs from machine to machine."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return first_line(error)
-
-
-def _as_rgb(image: PILImage.Image, background: str) -> PILImage.Image:
-    """RGB of 8 bits: of 16 bits the upper 8, what is transparent on `background`."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit pixels")
-        return PILImage.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")
-
-
 def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]:
     if "image" not in batch:
         return batch
@@ -170,8 +56,3 @@ def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]
         for name, stored in zip(names, batch["image"], strict=True)
     ]
     return {**batch, "image": images}
-
-
-def is_held_out(image_id: str, share: float = 0.02) -> bool:
-    """Whether a picture is held out for validation: decided by the hash of its id alone, so by nothing else."""
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8]) < share * 2**64

@@ -19,24 +19,25 @@ import torch
 import yaml
 from PIL import Image
 
-from ..data.folders import CACHE_INFO
-from ..data.latents import open_latents
+from ..data.image_folder import CACHE_INFO
 from ..data.sources import AVATARS
-from ..data.vae import weights_sha256
-from ..hub.card import training_facts, write_run_card
+from ..hub.card import write_run_card
+from ..image_grid import save_sheet
+from ..latents.cache import open_latents
+from ..latents.vae import weights_sha256
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import draw, load_pipeline, model_facts, run_folder
-from ..sheets import save_sheet
+from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, find_run, load_pipeline
+from ..sampling.generate import draw, model_facts
 from ..storage import disk_errors, facts_sha256
-from .attributes import AttributeHead, train_head
-from .collect import IDENTITY, collect, ranks
+from .attribute_probe import AttributeHead, train_head
+from .extract import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
+from .memorization import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
 from .metrics import NEIGHBOURS, Gaussian, measure
-from .neighbours import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
-from .pictures import Pictures, open_pictures, reconstructed
 from .reference import INFO, Reference, load_reference, make_reference, statistics_identity, versions
-from .report import REPORT, figure_name, markdown, write_report
+from .reference_images import Pictures, open_pictures, reconstructed
+from .report import figure_name, markdown, write_report
 
 MIN_SAMPLES = 16
 
@@ -130,7 +131,7 @@ def evaluate(
     with disk_errors(f"output_dir {folder}"):
         evaluation.run(_name(model), settings, own_folder=output_dir is None)
         if output_dir is None and ranks().is_main_process:
-            write_run_card(Path(model), pipeline, training_facts(Path(model)))
+            write_run_card(Path(model), pipeline, exported_summary(Path(model)))
     return folder
 
 
@@ -180,11 +181,11 @@ class Evaluation:
         }
         self._draw_neighbours(neighbours, asked, settings[0])
         write_report(self.folder, report, neighbours)
-        print(f"\n{markdown(report)}\n{self.folder / REPORT} has it all", flush=True)
+        print(f"\n{markdown(report)}\n{self.folder / EVALUATION_REPORT} has it all", flush=True)
 
     def _check_model(self, name: str, identity: dict[str, Any]) -> None:
         """Refuse to write over another model's report; weights in another precision can only be told by their name."""
-        report = self.folder / REPORT
+        report = self.folder / EVALUATION_REPORT
         if not report.is_file():
             return
         before = json.loads(report.read_text(encoding="utf-8"))
@@ -332,9 +333,9 @@ def _name(model: str) -> str:
 def _folder(model: str, output_dir: str | None) -> Path:
     if output_dir is not None:
         return Path(output_dir)
-    if not (Path(model) / "pipeline").is_dir():
+    if not RunFolder(Path(model)).pipeline.is_dir():
         raise ValueError(f"{model} is no run's folder; say by --output_dir where the report goes")
-    return Path(model) / "evaluation"
+    return RunFolder(Path(model)).evaluation
 
 
 def _resolution(pipeline: LatentDiTPipeline) -> str:
@@ -353,7 +354,7 @@ def _pictures(
         return None
     if reference is not None:
         return open_pictures(reference, resolution, crop, split, num_images)
-    config = (run_folder(model) or Path(model)) / "config.yaml"
+    config = RunFolder(find_run(model) or Path(model)).config
     cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
     if cache is None or not (cache / CACHE_INFO).is_file():
         raise ValueError(f"{model}: what it learned from is not here; give --reference a source or statistics")

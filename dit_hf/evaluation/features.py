@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.vae import weights_sha256
+from ..latents.vae import weights_sha256
 from ..storage import first_line
 from .efficientnet import EfficientNetLite0
 from .inception import FIDInception

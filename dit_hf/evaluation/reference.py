@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..data.reader import translated
+from ..data.conditions import translated
 from ..pipelines.guidance import Attributes
 from ..storage import disk_errors, is_vacant, new_folder, partial_folder, read_manifest, write_manifest
-from .collect import Collected, collect, ranks
+from .extract import Collected, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
-from .pictures import Pictures, check_left_out, open_pictures
+from .reference_images import Pictures, check_left_out, open_pictures
 
 INFO = "reference.json"
 STATISTICS = "statistics.safetensors"

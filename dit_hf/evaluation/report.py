@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult
 from matplotlib.figure import Figure
 
+from ..runs import EVALUATION_PLOT, EVALUATION_REPORT, SETTINGS_PLOT
 from ..storage import new_file, write_text
-from .neighbours import Neighbours
+from .memorization import Neighbours
 
-REPORT = "evaluation.json"
 NOT_MEASURED = "not measured"
 _MODEL, _VAE, _REAL = "#2b6cb0", "#c05621", "#4a5568"
 
@@ -28,45 +27,11 @@ def figure_name(label: str, num_samples: int) -> str:
 def write_report(folder: Path, report: dict[str, Any], neighbours: Neighbours) -> None:
     """Write table and plots, and last the JSON, which says that all is there."""
     write_text(folder / "evaluation.md", markdown(report))
-    _save(draw_figures(report, neighbours), folder / "evaluation.png")
-    (folder / "settings.png").unlink(missing_ok=True)
+    _save(draw_figures(report, neighbours), folder / EVALUATION_PLOT)
+    (folder / SETTINGS_PLOT).unlink(missing_ok=True)
     if len(report["settings"]) > 1:
-        _save(draw_settings(report), folder / "settings.png")
-    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-
-
-def model_index(report: dict[str, Any]) -> list[EvalResult]:
-    """The entries of a model card's `model-index`, of what `evaluation.json` holds."""
-    protocol, figures = report["protocol"], report["figures"]
-    pictures = protocol["reference"]
-    shared: dict[str, Any] = {
-        "task_type": "unconditional-image-generation",
-        "dataset_type": pictures["source"],
-        "dataset_name": f"{pictures['source']}, {pictures['pictures']:,} pictures of {pictures['resolution']} px",
-        "dataset_split": pictures["split"],
-        "metric_config": protocol["features"]["name"],
-        "metric_args": {"num_samples": figures["num_samples"]}
-        | {name: protocol[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
-        | {"reference_sha256": pictures["pixels_sha256"], "floor": _floor_values(report)},
-    }
-    values = {
-        report["name"]: figures["frechet_distance"],
-        "KID": figures["kid"],
-        "precision": figures["precision"],
-        "recall": figures["recall"],
-    }
-    if report["attributes"]:
-        values["attributes found"] = report["attributes"]["accuracy"]
-    kinds = {report["name"]: "fid" if protocol["features"]["name"].startswith("inception") else "frechet-distance"}
-    return [
-        EvalResult(
-            metric_type=kinds.get(name, name.lower().replace(" ", "-")),
-            metric_name=name,
-            metric_value=float(f"{value:.6g}"),
-            **shared,
-        )
-        for name, value in values.items()
-    ]
+        _save(draw_settings(report), folder / SETTINGS_PLOT)
+    write_text(folder / EVALUATION_REPORT, json.dumps(report, indent=2) + "\n")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -186,10 +151,6 @@ def _number(column: dict[str, Any], name: str) -> str:
     if value is None:
         return NOT_MEASURED
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _floor_values(report: dict[str, Any]) -> dict[str, float | None]:
-    return {name: column.get("frechet_distance") for name, column in report["floor"].items()}
 
 
 def _save(figure: Figure, path: Path) -> None:

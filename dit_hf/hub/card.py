@@ -1,4 +1,4 @@
-"""The model card: what a model is, how it is loaded, what it learned from and how good it is, as the Hub reads it."""
+"""The model card: what a model is, how to load it, what it was trained on and how good it is, as the Hub reads it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import AVATARS
-from ..data.vae import weights_sha256
-from ..evaluation.report import model_index
+from ..latents.vae import weights_sha256
 from ..pipelines.guidance import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import EXPORT
+from ..runs import EVALUATION_REPORT, RunFolder
 from ..storage import shipped_file, write_text
 
-EVALUATION = "evaluation/evaluation.json"
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
 CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -41,13 +39,13 @@ def write_card(
         pipeline: What it describes.
         name: Its title.
         source: What the snippets load: a Hub id, or a folder beside the card.
-        training: What is known of the run (`training_facts`); None is nothing.
+        training: What is known of the run (`exported_summary`); None is nothing.
         license: See `card_data`.
         datasets: See `card_data`.
         shown: `sheet` and `curve`, files beside the card; `revision`, which the snippets load; and `builtin`, what
             there is to say of an export to diffusers' own pipeline.
     """
-    training, results = training or {}, eval_results(folder / EVALUATION, pipeline)
+    training, results = training or {}, eval_results(RunFolder(folder).evaluation / EVALUATION_REPORT, pipeline)
     facts = {
         "name": name,
         "source": source,
@@ -100,28 +98,44 @@ def card_data(
     )
 
 
-def training_facts(run: Path) -> dict[str, Any]:
-    """What a run, or a push of it, has written down of it for the card, in `export.json`; nothing if it has not."""
-    mark = run / EXPORT
-    return json.loads(mark.read_text(encoding="utf-8")).get("training", {}) if mark.is_file() else {}
-
-
 def write_run_card(run: Path, pipeline: LatentDiTPipeline, training: dict[str, Any]) -> None:
     """Write the README.md of a run's folder; to be called again where there are new figures."""
-    write_card(run, pipeline, run.name, "pipeline", training, **run_pictures(run))
+    write_card(run, pipeline, run.name, "pipeline", training, **RunFolder(run).card_images())
 
 
-def run_pictures(run: Path) -> dict[str, Any]:
-    """The newest sheet and the curve of a run, as far as there are, as `write_card` takes them."""
-    sheets = [*list_sheets(run).values()]
-    pictures: dict[str, Any] = {"sheet": f"samples/{sheets[-1].name}"} if sheets else {}
-    return pictures | ({"curve": "loss_curve.png"} if (run / "loss_curve.png").is_file() else {})
-
-
-def list_sheets(run: Path) -> dict[int, Path]:
-    """The sheets of a run by the step after which they were drawn, earliest first."""
-    found = {int(path.stem.removeprefix("step-")): path for path in run.glob("samples/step-*.png")}
-    return dict(sorted(found.items()))
+def model_index(report: dict[str, Any]) -> list[EvalResult]:
+    """The entries of a model card's `model-index`, of what `evaluation.json` holds."""
+    protocol, figures = report["protocol"], report["figures"]
+    pictures = protocol["reference"]
+    floor = {name: column.get("frechet_distance") for name, column in report["floor"].items()}
+    shared: dict[str, Any] = {
+        "task_type": "unconditional-image-generation",
+        "dataset_type": pictures["source"],
+        "dataset_name": f"{pictures['source']}, {pictures['pictures']:,} pictures of {pictures['resolution']} px",
+        "dataset_split": pictures["split"],
+        "metric_config": protocol["features"]["name"],
+        "metric_args": {"num_samples": figures["num_samples"]}
+        | {name: protocol[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
+        | {"reference_sha256": pictures["pixels_sha256"], "floor": floor},
+    }
+    values = {
+        report["name"]: figures["frechet_distance"],
+        "KID": figures["kid"],
+        "precision": figures["precision"],
+        "recall": figures["recall"],
+    }
+    if report["attributes"]:
+        values["attributes found"] = report["attributes"]["accuracy"]
+    kinds = {report["name"]: "fid" if protocol["features"]["name"].startswith("inception") else "frechet-distance"}
+    return [
+        EvalResult(
+            metric_type=kinds.get(name, name.lower().replace(" ", "-")),
+            metric_name=name,
+            metric_value=float(f"{value:.6g}"),
+            **shared,
+        )
+        for name, value in values.items()
+    ]
 
 
 def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:

@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..data.vae import load_vae
-from ..models.transformer_latent_dit import PRESETS, LatentDiTTransformer2DModel
+from ..config import PRESETS
+from ..latents.vae import load_vae
+from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from ..storage import disk_errors, first_line, is_vacant, new_folder

@@ -6,39 +6,50 @@ import contextlib
 import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
+from ..image_grid import draw_sheet, save_sheet
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling import EXPORT, draw, load_pipeline, run_folder
-from ..sheets import draw_sheet, save_sheet
-from ..storage import disk_errors, first_line, new_folder, write_text
-from ..training.checkpoint import is_checkpoint
-from .builtin import BuiltinExport, to_builtin
-from .card import EVALUATION, example_attributes, run_pictures, training_facts, write_card
+from ..runs import (
+    CARD,
+    CONFIG,
+    EVALUATION_PLOT,
+    EVALUATION_REPORT,
+    EXPORT,
+    LOG,
+    LOSS_CURVE,
+    SETTINGS_PLOT,
+    RunFolder,
+    exported_summary,
+    find_run,
+    is_checkpoint,
+    load_pipeline,
+)
+from ..sampling.generate import draw
+from ..storage import disk_errors, new_folder, write_text
+from ..upload import upload_folder
+from .card import example_attributes, write_card
+from .to_diffusers import BuiltinExport, to_builtin
 
 SHEET_SIZE = 8
-# Waits before a push is tried again; what the Hub has got by then is not sent again.
-RETRY_SECONDS = (2.0, 10.0, 30.0)
-_EVALUATION = ("evaluation.json", "evaluation.png", "settings.png")
+_EVALUATION = (EVALUATION_REPORT, EVALUATION_PLOT, SETTINGS_PLOT)
 # What a push replaces as a whole: weights that are not part of it any more go.
 _FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
-_PICTURES = {"sheet": "samples.png", "curve": "loss_curve.png"}
+_PICTURES = {"sheet": "samples.png", "curve": LOSS_CURVE}
 _FILES = (
-    "README.md",
+    CARD,
     "model_index.json",
     "pipeline.py",
-    "training_log.csv",
-    "config.yaml",
+    LOG,
+    CONFIG,
     EXPORT,
     *_PICTURES.values(),
 )
@@ -90,9 +101,9 @@ def push(
     pipeline = load_pipeline(model, "cpu")
     shown: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
     if is_checkpoint(model):
-        from ..training.export import checkpoint_facts  # which needs this module
+        from ..runs import checkpoint_summary
 
-        shown["training"] = checkpoint_facts(Path(model))
+        shown["training"] = checkpoint_summary(Path(model))
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
@@ -134,8 +145,8 @@ def write_repository(
     """
     saved = pipeline if export is None else export.pipeline
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
-    run = run_folder(model)
-    training = training if training is not None else training_facts(run or _local_folder(model))
+    run = find_run(model)
+    training = training if training is not None else exported_summary(run or _local_folder(model))
     if training:  # for who pushes it on
         write_text(folder / EXPORT, json.dumps({"training": training}, indent=2) + "\n")
         if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
@@ -152,35 +163,19 @@ def write_repository(
 def upload(
     folder: Path, repo_id: str, private: bool = False, revision: str | None = None, overwrite: bool = False
 ) -> str:
-    """Make `folder` the newest commit of a repository; returns its address.
-
-    All of it is one commit: a push that is cut changes nothing, and one that is called again sends only those large
-    files that the Hub has not got yet.
+    """Make `folder` the newest commit of a model repository, see [`upload_folder`]; returns its address.
 
     Raises:
         FileExistsError: if the repository holds another model, or none, and `overwrite` is False.
-        ValueError: if the Hub refuses.
-        OSError: if it cannot be reached, or the connection breaks again and again.
     """
-    api = HfApi()
 
-    def attempt() -> str:
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    def check(api: HfApi) -> None:
         if not overwrite:
             _check_same_model(api, folder, repo_id, revision)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message="Upload a model by dit_hf",
-            delete_patterns=[f"{name}/*" for name in _FOLDERS],
-        )
-        return str(url)
 
-    with _hub_errors(repo_id):
-        return _with_retries(attempt)
+    stale = [f"{name}/*" for name in _FOLDERS]
+    message = "Upload a model by dit_hf"
+    return upload_folder(folder, repo_id, "model", message, private, revision, delete_patterns=stale, check=check)
 
 
 def _local_folder(model: str) -> Path:
@@ -194,18 +189,18 @@ def _local_folder(model: str) -> Path:
 
 def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     """Copy what a run tells of itself; returns what the card shows of it."""
-    pictures = run_pictures(run)
+    pictures = RunFolder(run).card_images()
     for what, name in pictures.items():
         shutil.copyfile(run / name, folder / _PICTURES[what])
-    shutil.copyfile(run / "training_log.csv", folder / "training_log.csv")
-    recipe = without_paths(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-    write_text(folder / "config.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    shutil.copyfile(run / LOG, folder / LOG)
+    recipe = without_paths(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    write_text(folder / CONFIG, yaml.safe_dump(recipe, sort_keys=False))
     for name in _EVALUATION:  # and not the sheet of nearest pictures, which are others' to share
-        path = run / "evaluation" / name
+        path = RunFolder(run).evaluation / name
         if path.is_file():
-            (folder / "evaluation").mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / "evaluation" / name)
-    report = folder / EVALUATION
+            RunFolder(folder).evaluation.mkdir(exist_ok=True)
+            shutil.copyfile(path, RunFolder(folder).evaluation / name)
+    report = RunFolder(folder).evaluation / EVALUATION_REPORT
     if report.is_file():
         content = without_paths(json.loads(report.read_text(encoding="utf-8")))
         write_text(report, json.dumps(content, indent=2) + "\n")
@@ -259,44 +254,3 @@ def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | No
         f"{repo_id}{f' (branch {revision})' if revision else ''} holds {what} already; name another repository or "
         "another --revision, or give --overwrite true"
     )
-
-
-def _with_retries(attempt: Callable[[], str]) -> str:
-    """What `attempt` returns, tried again where the connection was at fault."""
-    for wait in RETRY_SECONDS:
-        try:
-            return attempt()
-        except Exception as error:
-            if not _is_passing(error):
-                raise
-            time.sleep(wait)
-    return attempt()
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether it may go away by itself: the network's errors and the Hub's own, not what it refuses."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    return not isinstance(error, ValueError | FileExistsError | FileNotFoundError | OfflineModeIsEnabled)
-
-
-@contextlib.contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """What goes wrong with the Hub, in one line that says what to do."""
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except Exception as error:
-        reason = first_line(error)
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-            raise ValueError(f"{repo_id}: the Hub does not know you; log in with `hf auth login`") from error
-        if status == 403:
-            raise ValueError(f"{repo_id}: your token may not write there ({reason})") from error
-        if isinstance(error, ValueError):
-            raise ValueError(f"{repo_id}: {reason}") from error
-        raise OSError(
-            f"{repo_id}: {reason}; nothing was changed there, and a second call sends only what is missing"
-        ) from error

@@ -1,4 +1,3 @@
-# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.
 """The latent Diffusion Transformer: DiT (Peebles & Xie, https://arxiv.org/abs/2212.09748) as a diffusers model."""
 
 from __future__ import annotations
@@ -19,19 +18,6 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_rot
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-
-# Sizes by name; those with a patch size in the name are DiT's (table 1 of the paper).
-PRESETS: dict[str, dict[str, int]] = {
-    name: {"patch_size": 2, "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
-    for name, layers, heads, head_dim in (
-        ("tiny", 6, 3, 64),
-        ("reference", 10, 8, 96),
-        ("S/2", 12, 6, 64),
-        ("B/2", 12, 12, 64),
-        ("L/2", 24, 16, 64),
-        ("XL/2", 28, 16, 72),
-    )
-}
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,13 +1,10 @@
-# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.
 """Images from a latent Diffusion Transformer, with or without attributes."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,6 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .guidance import Attributes, AttributeValue, Guidance, GuidanceOptions
+from .interpolation import interpolate_noises
+from .standalone import standalone_source
 
 # The pixels that go through the VAE at a time, which needs far more memory for a picture than the transformer.
 VAE_PIXELS = 16 * 256 * 256
@@ -275,7 +274,9 @@ class LatentDiTPipeline(DiffusionPipeline):
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / "pipeline.py").write_text(standalone_source(), encoding="utf-8")
+        parts = (LatentDiTTransformer2DModel, CosineLatentScheduler, Guidance, interpolate_noises, standalone_source)
+        code = standalone_source(*parts, LatentDiTPipeline)
+        (Path(save_directory) / "pipeline.py").write_text(code, encoding="utf-8")
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -485,56 +486,3 @@ class LatentDiTPipeline(DiffusionPipeline):
         """Those of `eta` and `generator` that the scheduler in use takes."""
         known = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
-
-
-def standalone_source() -> str:
-    """Transformer, scheduler and pipeline as one module, which loads them where dit_hf is not installed.
-
-    `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` runs it, and it makes the three known to
-    diffusers, as importing dit_hf does. A pipeline that was loaded so saves the same module again.
-    """
-    classes = (LatentDiTTransformer2DModel, CosineLatentScheduler, LatentDiTPipeline)
-    parts = (*classes[:2], Guidance, classes[2])
-    sources = [Path(file).read_text(encoding="utf-8") for file in dict.fromkeys(map(inspect.getfile, parts))]
-    if len(sources) == 1:
-        return sources[0]
-    own = re.compile(r"^(# Copyright.*|from (__future__|\.\S+) import (\([^)]*\)|.*))\n", re.MULTILINE)
-    names = ", ".join(kind.__name__ for kind in classes)
-    return (
-        "# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.\n"
-        "# Written by dit_hf when this pipeline was saved; it is not to be edited.\n"
-        "from __future__ import annotations\n\nimport sys\n\nimport diffusers\n\n"
-        + "\n\n".join(own.sub("", source).strip() + "\n" for source in sources)
-        + '\n\nif "dit_hf" not in sys.modules:  # which has made its own known\n'
-        f"    vars(diffusers).update({{kind.__name__: kind for kind in ({names})}})\n"
-    )
-
-
-def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Points on the arc between two noises (Shoemake 1985), [len(weights), ...]: noises as likely as they are.
-
-    Args:
-        start: The noise at weight 0.
-        end: The noise at weight 1, the same shape.
-        weights: Between 0 and 1.
-    """
-    # In double precision, which not every device has.
-    first, last = (noise.flatten().cpu().double() for noise in (start, end))
-    angle = torch.nn.functional.cosine_similarity(first, last, dim=0).clamp(-1, 1).acos().to(start)
-    weights = weights.to(start.dtype).reshape(-1, *[1] * start.ndim)
-    if angle < 1e-4:
-        return torch.lerp(start[None], end[None], weights)
-    return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
-
-
-def interpolate_noises(noises: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Points on the arcs from each noise to the next, `num_frames` an arc with both ends, which are not repeated.
-
-    Raises:
-        ValueError: for less than two frames or noises.
-    """
-    if num_frames < 2 or len(noises) < 2:
-        raise ValueError(f"{len(noises)} noises and {num_frames} frames; at least two of both are needed")
-    weights = torch.linspace(0, 1, num_frames, device=noises.device)
-    arcs = [slerp(start, end, weights[:-1]) for start, end in itertools.pairwise(noises)]
-    return torch.cat([*arcs, noises[-1:]])

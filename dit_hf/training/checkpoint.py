@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..config import Config
+from ..runs import FORMAT_VERSION, OPTIMIZER_GROUPS, OPTIMIZER_STATE, STATE, WEIGHTS, RunFolder, read_state
 from ..storage import new_folder, read_manifest, write_manifest, write_text
-from .config import Config
-from .optimizer import EMA
+from .ema import EMA
 
-BEST = "best.json"
-STATE = "state.json"
-FORMAT_VERSION = 2
-_NAME = re.compile(r"checkpoint-(\d+)")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -61,7 +57,7 @@ class TrainingTensors:
 
     def gather(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint holds by the name of its file; to be called on all ranks."""
-        contents: dict[str, Any] = {"transformer.safetensors": self.weights()}
+        contents: dict[str, Any] = {WEIGHTS: self.weights()}
         contents |= {f"{name}.safetensors": self.averaged_weights(name) for name in self.averages}
         optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
         moments = {
@@ -69,8 +65,8 @@ class TrainingTensors:
         }
         return {
             **contents,
-            "optimizer.safetensors": moments,
-            "optimizer.json": {"param_groups": optimizer.get("param_groups", [])},
+            OPTIMIZER_STATE: moments,
+            OPTIMIZER_GROUPS: {"param_groups": optimizer.get("param_groups", [])},
         }
 
     def load(self, folder: Path) -> None:
@@ -79,12 +75,12 @@ class TrainingTensors:
         for name, average in self.averages.items():
             with average.swapped_in():
                 set_model_state_dict(self.model, {**load_file(folder / f"{name}.safetensors")}, options=options)
-        set_model_state_dict(self.model, {**load_file(folder / "transformer.safetensors")}, options=options)
+        set_model_state_dict(self.model, {**load_file(folder / WEIGHTS)}, options=options)
         state: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
+        for key, value in load_file(folder / OPTIMIZER_STATE).items():
             weight, _, name = key.rpartition("/")
             state.setdefault(weight, {})[name] = value
-        saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["param_groups"]
+        saved = json.loads((folder / OPTIMIZER_GROUPS).read_text(encoding="utf-8"))["param_groups"]
         for group in saved:
             if "step" in group:  # version 0.1.0 kept apex's count there
                 for weight in group["params"]:
@@ -122,7 +118,7 @@ def save_checkpoint(
     Raises:
         OSError: if it cannot be written; those before are whole.
     """
-    folder = run / f"checkpoint-{state['step']}"
+    folder = RunFolder(run).checkpoint(state["step"])
     with new_folder(folder) as partial:
         for name, content in {**contents, STATE: {"format": FORMAT_VERSION, **state}}.items():
             if name.endswith(".safetensors"):
@@ -130,7 +126,7 @@ def save_checkpoint(
             else:
                 (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial)
-    standing = list_checkpoints(run)
+    standing = RunFolder(run).checkpoints()
     newest = standing.index(folder) + 1
     best = [run / entry["checkpoint"] for entry in _validated(standing[:newest])[:best_limit]]
     for superseded in {*standing} - {*standing[max(0, newest - total_limit) : newest], *best}:
@@ -141,9 +137,11 @@ def save_checkpoint(
 
 def write_best(run: Path, limit: int) -> None:
     """Write `best.json`: the `limit` best of the checkpoints that stand, with their validation losses."""
-    best = _validated(list_checkpoints(run))[:limit]
+    best = _validated(RunFolder(run).checkpoints())[:limit]
     if best:
-        write_text(run / BEST, json.dumps({"metric": "validation_loss", "checkpoints": best}, indent=2) + "\n")
+        write_text(
+            RunFolder(run).best, json.dumps({"metric": "validation_loss", "checkpoints": best}, indent=2) + "\n"
+        )
 
 
 def _validated(folders: list[Path]) -> list[dict[str, Any]]:
@@ -160,12 +158,6 @@ def _validated(folders: list[Path]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: entry["validation_loss"])
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` names, checked by its hashes; None if `latest` finds none.
 
@@ -178,7 +170,7 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) ->
         read_manifest(run / Path(name).name, hashes=True)
         return run / Path(name).name
     problems = []
-    for folder in reversed(list_checkpoints(run)):
+    for folder in reversed(RunFolder(run).checkpoints()):
         try:
             read_manifest(folder, hashes=True)
         except ValueError as problem:
@@ -228,23 +220,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_checkpoint(model: str) -> bool:
-    """Whether it is the folder of a run's checkpoint."""
-    return (Path(model) / STATE).is_file()
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` was given.
-
-    Raises:
-        ValueError: if another version of dit_hf wrote it.
-    """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{folder} was written by another version of dit_hf; begin a new run")
-    return state
-
-
 def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuse to go on from a checkpoint of another recipe.
 
@@ -254,7 +229,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
     Raises:
         ValueError: naming every key that differs.
     """
-    before, defaults = as_kept_now(before), Config().decisive()
+    defaults = Config().decisive()
     before = {section: {**defaults.get(section, {}), **before.get(section, {})} for section in now}
     different = [
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
@@ -265,14 +240,3 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
     ]
     if different:
         raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")
-
-
-def as_kept_now(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's recipe; those of older ones held what the run had found among what it was asked for."""
-    if "found" in recipe:
-        return recipe
-    names = ("pictures", "vae_sha256", "latent_shape", "condition_values")
-    data, optim = {**recipe["data"]}, {**recipe["optim"]}
-    found = {name: data.pop(name, None) for name in names} | {"optimizer": optim["optimizer"]}
-    optim["optimizer"] = "muon" if found["optimizer"].startswith("Muon") else "adamw"
-    return {**recipe, "data": data, "optim": optim, "found": found}

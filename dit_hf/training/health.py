@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from .checkpoint import list_checkpoints
-from .optimizer import local_weights
+from ..runs import RunFolder
+from .ema import local_weights
 from .step import TrainingStep
 
 # Below this a loss scale has been halved seventeen times in a row, and hides no overflow of the scaling's own.
@@ -42,7 +42,7 @@ def check_health(step: TrainingStep, done: int, run: Path) -> torch.Tensor:
     redone = skipped if skipped >= 0 else done - 1
     layers = gather_object([first_overflow(step.transformer, lambda: step.accumulate(redone))])
     layer = next((layer for layer in layers if layer), "none, when the step is done again")
-    standing = list_checkpoints(run)
+    standing = RunFolder(run).checkpoints()
     raise ValueError(
         f"{problem} at step {redone + 1}; first not finite: {layer}; "
         f"the last good checkpoint is {standing[-1] if standing else 'none'}"

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.reader import LatentReader
-from ..data.vae import weights_sha256
+from ..config import Config
+from ..latents.reader import LatentReader
+from ..latents.vae import weights_sha256
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
-from ..sampling import load_pipeline
+from ..runs import Normalization, load_pipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .config import Config
-
-Normalization = tuple[list[float], list[float]]
 
 
 def build_transformer(
@@ -72,12 +69,6 @@ def build_transformer(
     transformer = LatentDiTTransformer2DModel(**{**options, **kept})
     _take_weights(transformer, earlier.transformer)
     return transformer, (list(earlier.config.latents_mean), list(earlier.config.latents_std))
-
-
-def base_model(config: Config) -> str | None:
-    """What the card calls the model that a run begins with: its Hub id, or the name of its folder without the path."""
-    base = config.model.init_from
-    return Path(base).name if base and Path(base).exists() else base
 
 
 def cache_normalization(config: Config, reader: LatentReader) -> Normalization:

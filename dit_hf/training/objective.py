@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..config import ObjectiveConfig
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .config import ObjectiveConfig
 
 NOISE_LEVELS = 10
 

@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-from ..data.reader import BatchPrefetcher, LatentReader
+from ..config import Config
+from ..latents.reader import BatchPrefetcher, LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
+from ..runs import Normalization
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .config import Config
-from .initialize import Normalization
+from .ema import EMA
 from .objective import NOISE_LEVELS, Draws, draw, draw_flips, loss_weights, losses, noise_level, training_target
-from .optimizer import EMA, build_optimizer, learning_rate
+from .optimizer import build_optimizer, learning_rate
 
 
 class TrainingStep:

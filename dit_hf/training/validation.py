@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from ..data.reader import LatentReader
-from .config import Config
+from ..config import Config
+from ..latents.reader import LatentReader
 from .objective import NOISE_LEVELS, noise_level
 from .step import TrainingStep
 

@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from dit_hf import open_images
-from dit_hf.data.images import is_held_out, parse_resolution
+from dit_hf.data.splits import is_held_out
+from dit_hf.data.transforms import parse_resolution
 
 
 @pytest.fixture

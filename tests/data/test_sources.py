@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 
 from dit_hf import open_images
 from dit_hf.data.avatars import ATTRIBUTES
-from dit_hf.data.sources import as_condition, open_source
+from dit_hf.data.conditions import as_condition
+from dit_hf.data.sources import open_source
 
 
 def picture(color: str = "red") -> PILImage.Image:

@@ -18,14 +18,15 @@ from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dit_hf import open_images
 from dit_hf.cli import main
-from dit_hf.data.latents import open_latents
-from dit_hf.data.vae import decode, load_vae
 from dit_hf.evaluation.evaluate import evaluate
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import load_reference, reference
-from dit_hf.sampling import draw, load_pipeline
-from dit_hf.training.loop import train
+from dit_hf.latents.cache import open_latents
+from dit_hf.latents.vae import decode, load_vae
+from dit_hf.runs import load_pipeline
+from dit_hf.sampling.generate import draw
+from dit_hf.training.trainer import train
 
 OPTIONS = {"num_samples": 40, "batch_size": 8, "num_inference_steps": 2}
 

@@ -13,18 +13,11 @@ from test_push import snippets
 
 from dit_hf import LatentDiTPipeline
 from dit_hf.cli import main
-from dit_hf.data.vae import weights_sha256
-from dit_hf.hub.card import (
-    card_data,
-    example_attributes,
-    is_hub_id,
-    training_facts,
-    write_card,
-    write_run_card,
-)
+from dit_hf.hub.card import card_data, example_attributes, is_hub_id, write_card, write_run_card
 from dit_hf.hub.push import without_paths, write_repository
-from dit_hf.sampling import load_pipeline, run_folder
-from dit_hf.training.loop import train
+from dit_hf.latents.vae import weights_sha256
+from dit_hf.runs import exported_summary, find_run, load_pipeline
+from dit_hf.training.trainer import train
 
 # What the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
 KEYS = {
@@ -175,13 +168,13 @@ def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     pipeline = load_pipeline(str(run), "cpu")
     write_evaluation(run, pipeline)
     (run / "evaluation" / "neighbours.png").write_bytes(b"pictures of the data")
-    assert run_folder(str(run)) == run_folder(str(run / "pipeline")) == run
-    assert run_folder(str(tmp_path)) is None
+    assert find_run(str(run)) == find_run(str(run / "pipeline")) == run
+    assert find_run(str(tmp_path)) is None
     write_repository(tmp_path / "out", pipeline, str(run / "pipeline"), "faces", "you/faces")
     assert [path.name for path in (tmp_path / "out" / "evaluation").iterdir()] == ["evaluation.json"]
     assert json.loads((tmp_path / "out" / "evaluation" / "evaluation.json").read_text())["path"] == "x"
     assert "| FD-512 | 12.5 |" in (tmp_path / "out" / "README.md").read_text()
-    write_run_card(run, pipeline, training_facts(run))
+    write_run_card(run, pipeline, exported_summary(run))
     assert "| FD-512 | 12.5 |" in (run / "README.md").read_text()
     # Of weights in half precision too; but figures of other weights are none of this model's.
     half = load_pipeline(str(run), "cpu", dtype=torch.bfloat16)
@@ -189,7 +182,7 @@ def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
     for change in (0, 1):
         pipeline.transformer.proj_out.bias.data += change
-        write_run_card(run, pipeline, training_facts(run))
+        write_run_card(run, pipeline, exported_summary(run))
         assert ("| FD-512 | 12.5 |" in (run / "README.md").read_text()) is (change == 0)
     assert "not measured" in (run / "README.md").read_text()
 

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from test_layout import WITHOUT, assert_no_leaks
 
 from dit_hf.cli import main
-from dit_hf.data.vae import weights_sha256
-from dit_hf.sampling import load_pipeline
-from dit_hf.training.loop import train
+from dit_hf.latents.vae import weights_sha256
+from dit_hf.runs import load_pipeline
+from dit_hf.training.trainer import train
 
 SETTINGS = {"num_inference_steps": 2, "output_type": "np"}
 

@@ -8,7 +8,8 @@ from conftest import tiny_transformer
 from diffusers.models.embeddings import apply_rotary_emb
 
 from dit_hf import LatentDiTTransformer2DModel
-from dit_hf.models.transformer_latent_dit import PRESETS, LatentDiTLayerNorm, LatentDiTRMSNorm, rotate
+from dit_hf.config import PRESETS
+from dit_hf.models.transformer_latent_dit import LatentDiTLayerNorm, LatentDiTRMSNorm, rotate
 
 CONDITIONS = {"Smiling": 2, "Eyeglasses": 2, "class": 5}
 

@@ -10,7 +10,7 @@ from conftest import tiny_pipeline, tiny_transformer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline
-from dit_hf.pipelines.pipeline_latent_dit import slerp
+from dit_hf.pipelines.interpolation import slerp
 
 
 def run(pipeline, *args, seed=0, **options):

@@ -13,12 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from dit_hf import (
-    LatentDiTEditPipeline,
-    LatentDiTImg2ImgPipeline,
-    LatentDiTInpaintPipeline,
-    LatentDiTPipeline,
-)
+from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTPipeline
 from dit_hf.data.avatars import choose_face, render_face
 
 STOCK = [

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from dit_hf import CosineLatentScheduler
-from dit_hf.sample import SCHEDULERS
+from dit_hf.sampling.sample import SCHEDULERS
 
 TYPES = ["sample", "epsilon", "v_prediction"]
 

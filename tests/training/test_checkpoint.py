@@ -4,15 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dit_hf.training.checkpoint import (
-    TrainingTensors,
-    check_same_recipe,
-    find_checkpoint,
-    list_checkpoints,
-    save_checkpoint,
-)
-from dit_hf.training.config import Config, OptimConfig
-from dit_hf.training.optimizer import EMA, build_optimizer
+from dit_hf.config import Config, OptimConfig
+from dit_hf.runs import RunFolder, migrate_recipe
+from dit_hf.training.checkpoint import TrainingTensors, check_same_recipe, find_checkpoint, save_checkpoint
+from dit_hf.training.ema import EMA
+from dit_hf.training.optimizer import build_optimizer
 
 
 def parts(seed):
@@ -49,7 +45,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
 def test_the_best_are_kept_beside_the_newest(tmp_path):
     for step, loss in ((10, 0.5), (20, 0.3), (30, 0.4), (40, 0.6), (50, None)):
         save(tmp_path, step, best=2, limit=1, validation_loss=loss)
-    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (20, 30, 50)]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == [f"checkpoint-{step}" for step in (20, 30, 50)]
     best = json.loads((tmp_path / "best.json").read_text())
     assert [(entry["checkpoint"], entry["validation_loss"]) for entry in best["checkpoints"]] == [
         ("checkpoint-20", 0.3),
@@ -57,13 +53,13 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
     ]
     assert best["checkpoints"][0]["validation_loss_by_noise_level"] == [0.3] * 10
     save(tmp_path, 25, best=2, limit=1, validation_loss=0.2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-25"]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-20", "checkpoint-25"]
 
 
 def test_the_oldest_go_and_the_order_is_of_numbers(tmp_path):
     for step in (8, 9, 10):
         save(tmp_path, step)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
     assert find_checkpoint(tmp_path, "checkpoint-9").name == "checkpoint-9"
     assert find_checkpoint(tmp_path / "nothing", "latest") is None
@@ -73,7 +69,7 @@ def test_going_back_to_an_earlier_one_drops_what_came_after(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, limit=3)
     save(tmp_path, 15, limit=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-10", "checkpoint-15"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-15"
 
 
@@ -102,7 +98,7 @@ def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     monkeypatch.undo()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-1"]
     save(tmp_path, 2)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-2"
     assert not list(tmp_path.glob(".*"))
@@ -123,9 +119,12 @@ def test_a_recipe_that_was_kept_with_what_the_run_found_is_read(tmp_path, kept, 
     now, before = Config().decisive(), Config().decisive()
     now["optim"]["optimizer"], before["optim"]["optimizer"] = asked, kept
     before["data"] |= found
+    before = migrate_recipe(before)
     check_same_recipe(before, now | {"found": found | {"optimizer": kept}}, tmp_path)
     other = "muon" if asked == "adamw" else "adamw"
     with pytest.raises(ValueError, match=rf"optim\.optimizer was '{asked}', now '{other}'"):
         check_same_recipe(before, now | {"optim": now["optim"] | {"optimizer": other}}, tmp_path)
     with pytest.raises(ValueError, match=r"found\.pictures was 8, now 9"):
-        check_same_recipe(before, now | {"found": found | {"optimizer": kept, "pictures": 9}}, tmp_path)
+        check_same_recipe(
+            migrate_recipe(before), now | {"found": found | {"optimizer": kept, "pictures": 9}}, tmp_path
+        )

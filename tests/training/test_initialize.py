@@ -5,8 +5,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from training_runs import changed
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
-from dit_hf.data.latents import prepare_latents
-from dit_hf.training.loop import Trainer, train
+from dit_hf.latents.prepare import prepare_latents
+from dit_hf.training.trainer import Trainer, train
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from torch.distributed.checkpoint.state_dict import (
 from training_runs import assert_same_bits, changed
 
 from dit_hf import LatentDiTTransformer2DModel
-from dit_hf.training.config import OptimConfig
-from dit_hf.training.loop import train
+from dit_hf.config import OptimConfig
 from dit_hf.training.muon import COEFFICIENTS, orthogonalize
 from dit_hf.training.optimizer import build_optimizer
+from dit_hf.training.trainer import train
 
 CONFIG = OptimConfig(optimizer="muon", learning_rate=1e-2, adam_beta2=0.9, adam_weight_decay=0.1)
 

@@ -4,7 +4,7 @@ import torch
 from scipy.stats import kstest, norm, randint
 
 from dit_hf import CosineLatentScheduler
-from dit_hf.training.config import ObjectiveConfig
+from dit_hf.config import ObjectiveConfig
 from dit_hf.training.objective import draw, draw_flips, loss_weights, losses, step_seed, training_target
 
 SHAPE = (64, 4, 8, 8)

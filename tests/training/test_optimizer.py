@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dit_hf.config import OptimConfig
 from dit_hf.training.checkpoint import TrainingTensors, save_checkpoint
-from dit_hf.training.config import OptimConfig
-from dit_hf.training.optimizer import EMA, build_optimizer, learning_rate
+from dit_hf.training.ema import EMA
+from dit_hf.training.optimizer import build_optimizer, learning_rate
 
 NO_OVERFLOW = torch.zeros(())
 

@@ -8,9 +8,9 @@ import torch
 from accelerate.state import AcceleratorState
 from training_runs import changed
 
-from dit_hf.training.config import OptimConfig
-from dit_hf.training.loop import Trainer
+from dit_hf.config import OptimConfig
 from dit_hf.training.optimizer import build_optimizer
+from dit_hf.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 NO_GPU = not torch.cuda.is_available()

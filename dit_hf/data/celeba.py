@@ -1,0 +1,78 @@
+"""The lists of CelebA and CelebA-HQ: attributes, partition and mapping."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path, PurePosixPath
+
+from .metadata import Table, csv_errors
+
+CELEBA_LISTS = ("list_attr_celeba", "CelebAMask-HQ-attribute-anno", "list_eval_partition")
+CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # which picture of CelebA each one of CelebA-HQ was made of
+# Folders of aligned faces, by which they are told from the masks and the pictures in the wild that come beside them.
+CELEBA_PICTURES = ("img_align_celeba", "img_align_celeba_png", "CelebA-HQ-img")
+CELEBA_PARTITION = {"0": "train", "1": "validation", "2": "test"}
+
+
+def celeba_images(sizes: dict[str, int], left_out: list[tuple[str, str]]) -> dict[str, str]:
+    """The pictures of CelebA by file name, which is how its lists name them wherever the folder puts them."""
+    aligned = [name for name in sizes if set(PurePosixPath(name).parts) & set(CELEBA_PICTURES)]
+    paths: dict[str, str] = {}
+    stems: set[str] = set()
+    for name in aligned or sizes:
+        image_id, stem = PurePosixPath(name).name, PurePosixPath(name).stem
+        if stem in stems:
+            left_out.append((name, "another picture has the same number"))
+        else:
+            paths[image_id] = name
+            stems.add(stem)
+    return paths
+
+
+def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, str]]) -> list[Table]:
+    """The attribute list and the partition; where one is there as .csv and as .txt, the .csv."""
+    tables = []
+    chosen = {PurePosixPath(name).stem: name for name in sorted(names, reverse=True)}
+    mapping = chosen.pop(CELEBA_HQ_MAPPING, None)
+    for stem, name in sorted(chosen.items()):
+        header, lines = _celeba_lines(folder / name)
+        columns = ["split"] if stem == "list_eval_partition" else header
+        table = Table(PurePosixPath(name).name, {})
+        for number, (image_id, *values) in lines:
+            key = PurePosixPath(image_id).stem
+            reason = _celeba_fault(stem, columns, values)
+            if key in table.rows:
+                left_out.append((image_id, f"duplicate row: line {number} of {table.name}"))
+            elif reason:
+                left_out.append((image_id, f"{reason} in line {number} of {table.name}"))
+                table.rows[key] = {}
+            else:
+                if stem == "list_eval_partition":
+                    values = [CELEBA_PARTITION[values[0]]]
+                table.rows[key] = {"": image_id, **dict(zip(columns, values, strict=True))}
+        if mapping and stem == "list_eval_partition":  # this one names the pictures of CelebA
+            _, lines = _celeba_lines(folder / mapping)
+            origins = {index: PurePosixPath(name).stem for _, (index, *_, name) in lines[1:]}
+            table.rows = {index: table.rows[key] for index, key in origins.items() if key in table.rows}
+        tables.append(table)
+    return tables
+
+
+def _celeba_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Names of the columns, and the numbered rows that are not blank, of a .csv or .txt list."""
+    with csv_errors(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+        rows = list(csv.reader(file)) if path.suffix == ".csv" else [line.split() for line in file]
+    numbered = [(number, row) for number, row in enumerate(rows, 1) if row]
+    if path.suffix == ".csv":
+        return numbered[0][1][1:] if numbered else [], numbered[1:]
+    if numbered and len(numbered[0][1]) == 1:  # the number of rows, the names of the columns, the rows
+        return numbered[1][1] if numbered[1:] else [], numbered[2:]
+    return [], numbered
+
+
+def _celeba_fault(stem: str, columns: list[str], values: list[str]) -> str | None:
+    if len(values) != len(columns):
+        return f"{len(values)} values instead of {len(columns)}"
+    allowed = CELEBA_PARTITION if stem == "list_eval_partition" else ("-1", "0", "1")
+    wrong = [value for value in values if value not in allowed]
+    return f"{wrong[0]!r} is none of {', '.join(allowed)}" if wrong else None

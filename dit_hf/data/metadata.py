@@ -1,0 +1,109 @@
+"""Metadata files beside images: `metadata.csv`, `.jsonl` and `.parquet` with a `file_name` column."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .splits import SPLITS
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass
+class Table:
+    """The rows of a list: values by column, by the key of the picture."""
+
+    name: str
+    rows: dict[str, dict[str, Any]]
+
+
+def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]]) -> Table:
+    table = Table(", ".join(dict.fromkeys(PurePosixPath(name).name for name in names)), {})
+    for name in names:
+        for number, row in _metadata_rows(folder / name, name, left_out):
+            file_name = row.pop("file_name", None)
+            if not isinstance(file_name, str) or not file_name:
+                left_out.append((f"{name}:{number}", "a row without file_name"))
+                continue
+            key = os.path.normpath(PurePosixPath(name).parent / file_name).replace(os.sep, "/")
+            if key in table.rows:
+                left_out.append((key, f"duplicate row: {number} of {name}"))
+                continue
+            if row.get("split") is not None:
+                split = SPLITS.get(str(row["split"]).lower())
+                if split is None:
+                    left_out.append((key, f"split {row['split']!r} is unknown, in row {number} of {name}"))
+                    table.rows[key] = {}
+                    continue
+                row["split"] = split
+            table.rows[key] = {"": key, **row}
+    return table
+
+
+def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        return
+    with csv_errors(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(file)
+            if "file_name" not in (reader.fieldnames or []):
+                raise ValueError(f"{path} has no column file_name; it has {', '.join(reader.fieldnames or [])}")
+            for number, row in enumerate(reader, 1):
+                if None in row or None in row.values():
+                    left_out.append((row.get("file_name") or f"{name}:{number}", f"row {number} of {name} is ragged"))
+                else:
+                    yield number, dict(row)
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError as error:
+                found = error
+            if isinstance(found, dict):
+                yield number, found
+            else:
+                left_out.append((f"{name}:{number}", "not a JSON object"))
+
+
+@contextlib.contextmanager
+def csv_errors(path: Path) -> Iterator[None]:
+    """What csv cannot read, in words."""
+    try:
+        yield
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read ({error}); is there a quote that is not closed?") from error
+
+
+def join_tables(
+    keys: dict[str, str], tables: list[Table], left_out: list[tuple[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """What the tables say of each picture (`keys`: the tables' key of each id) that has a good row in all of them."""
+    present = set(keys.values())
+    missing: dict[str, tuple[str, list[str]]] = {}
+    told = {name for name, _ in left_out}
+    for table in tables:
+        for key, row in table.rows.items():
+            if row and key not in present and row[""] not in told:
+                missing.setdefault(key, (row[""], []))[1].append(table.name)
+    left_out += [(name, f"no such picture; it has a row in {' and '.join(files)}") for name, files in missing.values()]
+    described: dict[str, dict[str, Any]] = {}
+    for image_id, key in keys.items():
+        without = [table.name for table in tables if key not in table.rows]
+        if without:
+            left_out.append((image_id, f"no row in {' and '.join(without)}"))
+        elif all(table.rows[key] for table in tables):  # the fault of a bad row is in the list already
+            merged = {name: value for table in tables for name, value in table.rows[key].items() if name}
+            described[image_id] = merged
+    return described

@@ -1,0 +1,99 @@
+"""What a person sees of a latent cache: its card, and a sheet of pictures beside their reconstructions."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from ..data.transforms import decode_image
+from ..image_grid import draw_sheet, save_sheet
+from .vae import VAE, decode
+
+if TYPE_CHECKING:
+    from .encode import Job
+
+SHOWN = 16
+
+
+def draw_reconstructions(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
+    """Draw pictures, evenly spread over the cache, beside what the VAE makes of their stored latents.
+
+    Returns:
+        Their mean PSNR in dB.
+    """
+    chosen = np.unique(np.linspace(0, len(cache) - 1, SHOWN).round().astype(int)).tolist()
+    stored = cache.select(chosen).select_columns(["id", "latent_mean"])[:]
+    sources = {image_id: row for row, image_id in enumerate(rows["id"])}
+    images: list[Image.Image] = []
+    ratios, captions = [], []
+    vae = vae.to(memory_format=torch.contiguous_format)  # whoever encoded, the sheet is the same
+    for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
+        original = decode_image(rows[sources[image_id]], job.geometry)
+        latents = torch.tensor(latent).view(1, *job.latent_shape)
+        pixels = decode(vae, latents)[0].cpu().numpy()
+        error = np.square(np.asarray(original, np.float64) - pixels).mean()
+        ratios.append(10 * math.log10(255**2 / max(error, 1e-9)))
+        captions += [Path(image_id).name[-20:], f"{ratios[-1]:.1f} dB"]
+        images += [original, Image.fromarray(pixels)]
+    mean = round(float(np.mean(ratios)), 1)
+    title = f"pictures, and their reconstructions from the latents: PSNR {mean:.1f} dB"
+    save_sheet(draw_sheet(images, 8, captions, title, min_side=96), path)
+    return mean
+
+
+def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[str, str]]) -> None:
+    """Write the cache's README.md, which is its card on the Hub too, from what `latents.json` is going to say."""
+    settings, counts = info["settings"], info["counts"]
+    channels, height, width = info["latent_shape"]
+    columns = [name for name in Dataset.load_from_disk(str(folder)).column_names if name.startswith("latent_")]
+    size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
+    reasons = Counter(reason for _, reason in left_out).most_common(10)
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    text = f"""---
+tags:
+- dit_hf
+- latents
+configs:
+- config_name: default
+  data_files: data-*.arrow
+---
+
+# Latents of {settings["source"]}
+
+![pictures and their reconstructions](reconstructions.png)
+
+| | |
+|---|---|
+| pictures | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
+| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |
+| geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
+| VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the pictures of the sheet |
+| latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |
+| conditions | {", ".join(f"{name} ({count})" for name, count in info["conditions"].items()) or "none"} |
+| size | {size / 1e6:,.1f} MB |
+
+Each row is a picture: its `id`, its `split`, the latents (flattened, channels first; mean and standard deviation of
+the VAE's posterior where it has one, `_flip` those of the mirrored picture) and the conditions. `latents.json` has the
+statistics by channel, the settings, and size and SHA-256 of every file.
+
+```python
+from datasets import load_from_disk
+
+latents = load_from_disk("latents")  # this folder
+```
+
+```sh
+hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
+dit-hf train --config recipes/celeba.yaml --data.latents latents
+```
+
+Made by `dit-hf prepare-latents`. What the pictures may be used for is said where they come from.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")

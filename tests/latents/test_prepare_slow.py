@@ -1,0 +1,85 @@
+"""Builds of a cache that are killed, and that several ranks share."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_hf.latents.reader import LatentReader
+from dit_hf.storage import sha256
+
+pytestmark = pytest.mark.slow
+OPTIONS = ["--source", "avatars", "--num_images", "4000", "--vae", "avatar", "--resolution", "64"]
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "dit_hf", "prepare-latents", *OPTIONS, "--output_dir", str(folder)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, float]:
+    """A build that was left alone, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole") / "latents"
+    subprocess.run([*command(folder.with_name("first")), "--num_images", "4000"], check=True)  # avatars are now drawn
+    started = time.monotonic()
+    subprocess.run(command(folder), check=True)
+    return folder, time.monotonic() - started
+
+
+def test_killed_builds_end_with_the_same_bytes_and_encode_no_shard_twice(tmp_path, whole, request):
+    unbroken, seconds = whole
+    rng, kills, partial = random.Random(0), request.config.getoption("--kills"), tmp_path / ".latents.partial"
+    finished: dict[str, tuple[int, int]] = {}
+    done, struck = 0, []
+    while done < kills:
+        process = subprocess.Popen(command(tmp_path / "latents"), start_new_session=True)
+        time.sleep(rng.uniform(0.3, 1.0) * seconds * 0.8)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            done += 1
+        process.wait()
+        folder = partial if partial.exists() else tmp_path / "latents"
+        now = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("data-*.arrow")}
+        assert finished.items() <= now.items()
+        notes = {f"{int(path.stem):05}" for path in partial.glob("building/*.json") if path.stem.isdigit()}
+        finished = {name: value for name, value in now.items() if name.split("-")[1] in notes}
+        struck.append(len(finished))
+        if (tmp_path / "latents").exists():  # it ended before the kill: begin another
+            assert hashes(tmp_path / "latents") == hashes(unbroken)
+            (tmp_path / "latents").rename(tmp_path / f"done-{done}-{len(struck)}")
+            finished = {}
+    subprocess.run(command(tmp_path / "latents"), check=True)
+    print(f"{kills} kills, of which finished shards were found: {struck}")
+    assert hashes(tmp_path / "latents") == hashes(unbroken)
+
+
+def test_two_ranks_build_the_same_cache_and_read_its_batches_in_slices(tmp_path, whole):
+    unbroken, _ = whole
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, *command(tmp_path / "latents")[1:]], check=True)
+    one, two = hashes(unbroken), hashes(tmp_path / "latents")
+    # A rank has fewer threads, with which the pictures of the sheet can be decoded to another last bit.
+    one_info, two_info = (
+        json.loads((folder / "latents.json").read_text()) for folder in (unbroken, tmp_path / "latents")
+    )
+    for found, info in ((one, one_info), (two, two_info)):
+        del found["reconstructions.png"], found["latents.json"], info["files"]["reconstructions.png"]
+    assert one == two
+    assert one_info == two_info
+    reader = LatentReader(tmp_path / "latents")
+    batch = reader.batch(0, 40, 8)
+    slices = [LatentReader(tmp_path / "latents").batch(0, 40 + 4 * rank, 4) for rank in range(2)]
+    for name, values in batch.items():
+        assert np.array_equal(np.concatenate([part[name] for part in slices]), values)
+    assert not set(reader.rows(0, 40, 4)) & set(reader.rows(0, 44, 4))

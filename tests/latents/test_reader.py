@@ -1,0 +1,98 @@
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+
+from dit_hf.latents.reader import BatchPrefetcher, LatentReader
+
+
+def test_reads_what_datasets_reads(latents):
+    reader, cache = LatentReader(latents), load_from_disk(str(latents))
+    rows = np.array([5, 0, 59, 5])
+    for name in ("latent_mean", "latent_std", "latent_mean_flip"):
+        expected = np.array([cache[int(row)][name] for row in rows], np.float16).reshape(4, 4, 8, 8)
+        assert np.array_equal(reader.read(name, rows), expected)
+
+
+def test_an_epoch_is_every_training_picture_once_in_another_order(latents):
+    reader = LatentReader(latents)
+    n = len(reader)
+    first, second = reader.rows(0, 0, n), reader.rows(0, n, n)
+    assert sorted(first) == sorted(second) == reader.indices.tolist()
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, reader.rows(1, 0, n))
+    splits = np.array(load_from_disk(str(latents))["split"])
+    assert set(splits[first]) == {"train"}
+
+
+def test_any_cut_of_the_sequence_is_the_same_sequence(latents):
+    reader = LatentReader(latents)
+    whole = reader.rows(7, 0, 200)
+    assert np.array_equal(np.concatenate([reader.rows(7, i, 25) for i in range(0, 200, 25)]), whole)
+    assert np.array_equal(LatentReader(latents).rows(7, 130, 70), whole[130:])
+
+
+def test_batches_flip_only_what_is_asked(latents):
+    reader = LatentReader(latents)
+    flip = np.array([True, False, True, False])
+    plain, flipped = reader.batch(0, 3, 4), reader.batch(0, 3, 4, flip)
+    rows = reader.rows(0, 3, 4)
+    assert np.array_equal(flipped["latent_mean"][~flip], plain["latent_mean"][~flip])
+    assert np.array_equal(flipped["latent_mean"][flip], reader.read("latent_mean_flip", rows[flip]))
+    assert plain["condition_ids"].dtype == np.int64
+    assert plain["condition_ids"].shape == (4, 22)
+
+
+def test_conditions_are_chosen_and_ordered_by_name(latents):
+    reader = LatentReader(latents, conditions=["Smiling", "Male"])
+    cache = load_from_disk(str(latents))
+    row = reader.rows(0, 0, 1)[0]
+    ids = reader.batch(0, 0, 1)["condition_ids"][0].tolist()
+    assert ids == [cache[int(row)]["Smiling"], cache[int(row)]["Male"]]
+    first = int(reader.indices[0])
+    assert reader.attributes(1) == [{"Smiling": cache[first]["Smiling"], "Male": cache[first]["Male"]}]
+    assert LatentReader(latents, conditions=[]).attributes(3) is None
+    with pytest.raises(ValueError, match="no condition Tall"):
+        LatentReader(latents, conditions=["Tall"])
+
+
+def test_travels_to_another_process(latents):
+    reader = LatentReader(latents, "train", ["Male"])
+    reader.batch(0, 0, 2)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert np.array_equal(copy.batch(0, 0, 8)["latent_mean"], reader.batch(0, 0, 8)["latent_mean"])
+    assert list(copy.conditions) == ["Male"]
+
+
+def test_a_split_that_is_empty_is_named(latents):
+    with pytest.raises(ValueError, match="no test pictures"):
+        LatentReader(latents, "test")
+
+
+def test_the_next_batch_is_read_while_the_last_is_worked_on():
+    read, begun = [], threading.Event()
+
+    def batch(key):
+        read.append(key)
+        if key == (1, 0):
+            begun.set()
+        return {"x": np.full(2, key[0])}
+
+    batches = BatchPrefetcher(batch, torch.device("cpu"))
+    assert batches.get((0, 0), (1, 0))["x"].tolist() == [0, 0]
+    assert begun.wait(10)  # nobody has asked for it yet
+    assert batches.get((1, 0), (2, 0))["x"].tolist() == [1, 1]
+    assert batches.get((7, 0), (8, 0))["x"].tolist() == [7, 7]  # another than was foretold
+    assert read[:2] == [(0, 0), (1, 0)]
+    assert read.count((1, 0)) == 1
+
+
+def test_an_error_of_the_thread_is_that_of_the_caller():
+    def fail(key):
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"):
+        BatchPrefetcher(fail, torch.device("cpu")).get((0, 0), (1, 0))

@@ -1,0 +1,23 @@
+import numpy as np
+from PIL import Image
+
+from dit_hf.image_grid import beside, draw_sheet, save_sheet
+
+COLORS = ["red", "lime", "blue", "yellow", "magenta"]
+
+
+def test_pictures_stand_row_by_row_with_captions_below(tmp_path):
+    images = [Image.new("RGB", (10, 8), color) for color in COLORS]
+    sheet = draw_sheet(images, columns=3, captions=list("abcde"), title="five", min_side=30)
+    pixels = np.asarray(sheet)
+    found = [tuple(int(v) for v in np.argwhere((pixels == image.getpixel((0, 0))).all(-1)).min(0)) for image in images]
+    assert found == sorted(found)
+    tops, lefts = zip(*found, strict=True)
+    assert tops[0] == tops[1] == tops[2] < tops[3] == tops[4]
+    assert lefts[0] == lefts[3] < lefts[1] == lefts[4] < lefts[2]
+    assert sum((pixels == images[0].getpixel((0, 0))).all(-1).ravel()) == 30 * 24
+    below = pixels[tops[0] + 24 : tops[3], lefts[0] : lefts[0] + 30]
+    assert (below < 128).any()
+    save_sheet(beside(sheet, sheet), tmp_path / "new" / "sheet.png")
+    assert Image.open(tmp_path / "new" / "sheet.png").width > 2 * sheet.width
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]

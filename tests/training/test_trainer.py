@@ -1,0 +1,510 @@
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.optimizer import patch_optimizer_step
+from accelerate.state import AcceleratorState
+from accelerate.utils import convert_to_fp32
+from accelerate.utils.launch import prepare_multi_gpu_env
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import assert_same_bits, changed, comparable, rows
+
+from dit_hf import LatentDiTTransformer2DModel
+from dit_hf.config import read_config, recipe_path
+from dit_hf.latents.prepare import prepare_latents
+from dit_hf.latents.reader import LatentReader
+from dit_hf.runs import load_pipeline
+from dit_hf.storage import locked, write_manifest
+from dit_hf.training.checkpoint import make_room
+from dit_hf.training.throughput import Speed
+from dit_hf.training.trainer import Trainer, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_leaves_all_that_its_folder_is_to_hold(config):
+    run = train(config)
+    assert [row["step"] for row in rows(run)] == ["3", "4", "6", "8"]
+    assert float(rows(run)[-1]["epoch"]) == pytest.approx(64 / len(Trainer(config).reader), abs=1e-4)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    for name in ("samples/step-8.png", "loss_curve.png"):
+        Image.open(run / name).verify()
+    card = (run / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "{{" not in card
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    ema = load_file(run / "checkpoint-8" / "ema.safetensors")
+    assert all(torch.equal(value, ema[name]) for name, value in pipeline.transformer.state_dict().items())
+    assert pipeline.config.guidance_scale == 2.0
+    assert pipeline({"Smiling": True}, num_inference_steps=2).images[0].size == (16, 16)
+    assert not list(run.glob(".*"))
+
+
+def test_training_lowers_the_loss(config):
+    config = changed(
+        config,
+        data={"sample_posterior": False},  # the random VAE's posterior is mostly noise, which nothing can learn
+        train={"max_train_steps": 150, "global_batch_size": 16, "logging_steps": 25, "checkpointing_steps": 150},
+    )
+    log = rows(train(config))
+    assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
+
+
+def test_resumed_run_ends_with_the_same_bits_and_log(config, tmp_path):
+    whole = train(config)
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-8")
+    shutil.rmtree(cut / "pipeline")
+    with open(cut / "training_log.csv", "a") as file:
+        file.write("9,1.0,72,0.1")  # a row cut short
+    (cut / ".checkpoint-7.partial").mkdir()  # a checkpoint cut short, of a step that is not saved again
+    train(changed(config, train={"output_dir": str(cut), "resume_from_checkpoint": "latest"}))
+    assert_same_bits(whole / "checkpoint-8", cut / "checkpoint-8")
+    assert comparable(whole) == comparable(cut)
+    assert (cut / "pipeline" / "model_index.json").is_file()
+    assert not list(cut.glob(".*"))
+
+
+def test_between_rows_of_the_log_nothing_waits_for_the_device(config, monkeypatch):
+    paused, steps = Speed.paused, []
+    monkeypatch.setattr(Speed, "paused", lambda speed: steps.append(speed.steps) or paused(speed))
+    train(config)
+    assert len(steps) == 4  # of 8 steps: rows of the log at 3 and 6, checkpoints at 4 and 8
+
+
+def test_two_processes_do_not_write_one_run(config):
+    run = Path(config.train.output_dir)
+    with locked(run / ".lock", "run"), pytest.raises(FileExistsError, match="being written by another process"):
+        train(config)
+    assert not (run / "training_log.csv").exists()
+    assert train(config) == run
+
+
+def test_checkpoints_of_something_else_are_left_alone(config):
+    other = Path(config.train.output_dir) / "checkpoint-500" / "model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    for resume, message in ((None, "holds checkpoints of something else; name a new"), ("latest", "no usable checkp")):
+        with pytest.raises((FileExistsError, ValueError), match=message):
+            train(changed(config, train={"resume_from_checkpoint": resume}))
+    assert other.is_file()
+
+
+def test_a_run_that_goes_back_shows_and_keeps_nothing_of_what_came_after(config):
+    train(changed(config, train={"sampling_steps": 2}))
+    back = {"max_train_steps": 6, "resume_from_checkpoint": "checkpoint-4"}
+    run = train(changed(config, train=back))
+    assert sorted(path.name for path in run.glob("samples/*")) == ["step-2.png", "step-4.png", "step-6.png"]
+    assert "samples/step-6.png" in (run / "README.md").read_text()
+    # What it wrote down is the recipe, and not that this call went back: it would do so again.
+    assert read_config(run / "config.yaml").train.resume_from_checkpoint is None
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(read_config(run / "config.yaml"))
+
+
+def test_a_run_made_longer_is_no_model_until_its_end(config):
+    run = train(config)
+    trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
+    trainer.transformer.proj_in.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+    with pytest.raises(ValueError, match="not finite at step 9"):
+        trainer.fit(run)
+    with pytest.raises(ValueError, match="the run is not finished; name one of its checkpoints"):
+        load_pipeline(str(run))
+    assert load_pipeline(str(run / "pipeline")).config.guidance_scale == 2.0
+
+
+def test_a_run_that_is_trained_anew_exports_what_it_has_learned(config):
+    run = train(config)
+    for name in ("checkpoint-4", "checkpoint-8"):
+        shutil.rmtree(run / name)
+    train(changed(config, optim={"learning_rate": 5e-3}, train={"resume_from_checkpoint": "latest"}))
+    ema = load_file(run / "checkpoint-8" / "ema.safetensors")
+    transformer = DiffusionPipeline.from_pretrained(run / "pipeline").transformer
+    assert all(torch.equal(value, ema[name]) for name, value in transformer.state_dict().items())
+    assert "learning_rate: 0.005" in (run / "README.md").read_text()
+
+
+def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_export(config):
+    config = changed(config, train={"resume_from_checkpoint": "latest"})
+    run = train(config)
+    log = (run / "training_log.csv").read_text()
+    shutil.rmtree(run / "pipeline")
+    (run / "loss_curve.png").unlink()
+    best = (run / "best.json").read_text()
+    (run / "best.json").unlink()
+    train(config)
+    assert (run / "pipeline" / "model_index.json").is_file()
+    assert (run / "best.json").read_text() == best
+    assert (run / "loss_curve.png").is_file()
+    assert (run / "training_log.csv").read_text() == log
+
+
+def test_a_run_made_longer_exports_anew_and_one_made_shorter_is_refused(config):
+    train(config)
+    longer = changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"})
+    run = train(longer)
+    assert "| steps | 10 |" in (run / "README.md").read_text()
+    ema = load_file(run / "checkpoint-10" / "ema.safetensors")
+    transformer = DiffusionPipeline.from_pretrained(run / "pipeline").transformer
+    assert all(torch.equal(value, ema[name]) for name, value in transformer.state_dict().items())
+    with pytest.raises(ValueError, match="already beyond"):
+        train(changed(config, train={"resume_from_checkpoint": "latest"}))
+    assert "max_train_steps: 10" in (run / "config.yaml").read_text()
+
+
+def test_a_finished_run_takes_another_guidance_into_its_pipeline(config):
+    train(config)
+    options = {"guidance_scale": 4.5, "resume_from_checkpoint": "latest"}
+    run = train(changed(config, train=options))
+    assert DiffusionPipeline.from_pretrained(run / "pipeline").config.guidance_scale == 4.5
+
+
+def test_a_run_does_not_go_on_with_another_cache_of_as_many_pictures(config, vae_folder, tmp_path):
+    train(config)
+    others = str(tmp_path / "others")
+    prepare_latents(others, "avatars", str(vae_folder), "16", flip=True, num_images=200, seed=1)
+    options = {"max_train_steps": 10, "resume_from_checkpoint": "latest"}
+    config = changed(config, data={"latents": others}, train=options)
+    with pytest.raises(ValueError, match=r"another recipe: found\.pictures_sha256 was '\w{12}', now '\w{12}'$"):
+        train(config)
+
+
+def test_a_run_is_of_the_precision_that_it_was_computed_in(config, monkeypatch):
+    """accelerate's file says fp16, and there is no GPU; what began so goes on by another launcher."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state()
+    run = train(config)
+    assert read_config(run / "config.yaml").train.mixed_precision == "no"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    AcceleratorState._reset_state()
+    state = run / "checkpoint-8" / "state.json"
+    text = state.read_text()
+    assert text.count('"mixed_precision": "no"') == 1
+    state.write_text(text.replace('"mixed_precision": "no"', '"mixed_precision": "fp16"'))  # as once was written
+    write_manifest(run / "checkpoint-8")
+    train(changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"}))
+    assert (run / "checkpoint-10").is_dir()
+
+
+def test_validation_is_the_loss_of_the_average_at_each_level_and_the_best_is_kept(config):
+    run = train(changed(config, train={"max_train_steps": 12, "checkpoints_total_limit": 1}))
+    validated = {row["step"]: float(row["validation_loss"]) for row in rows(run) if row["validation_loss"]}
+    assert [*validated] == ["4", "8", "12"]
+    best = json.loads((run / "best.json").read_text())["checkpoints"]
+    assert {best[0]["checkpoint"], "checkpoint-12"} == {path.name for path in run.glob("checkpoint-*")}
+    assert best[0]["validation_loss"] == min(validated.values())
+    # By hand: the last average on the held-out picture, in the middle of each tenth of the schedule.
+    trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
+    reader = LatentReader(config.data.latents, "validation")
+    count = len(reader)
+    assert count > 1
+    latents = torch.from_numpy(reader.read("latent_mean", reader.indices)).float()
+    noise = torch.stack([torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(i)) for i in range(count)])
+    ids = torch.from_numpy(reader.condition_ids(reader.indices))
+    trainer.transformer.load_state_dict(load_file(run / "checkpoint-12" / "ema.safetensors"))
+    timesteps = [torch.floor(50 * (level + (torch.arange(count) + 0.5) / count)) for level in range(10)]
+    with torch.no_grad():
+        expected = torch.stack([trainer.step.losses(latents, noise, t, ids).mean() for t in timesteps])
+    found = [float(rows(run)[-1][f"validation_loss_level_{level}"]) for level in range(10)]
+    assert found == pytest.approx(expected.tolist(), rel=1e-5)
+    assert validated["12"] == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_loss_by_noise_level_adds_up_to_the_loss(config):
+    run = train(changed(config, train={"logging_steps": 1}))
+    trainer = Trainer(changed(config, train={"output_dir": str(run.parent / "again")}))
+    for step, row in enumerate(rows(run)):
+        trainer.step(step)
+        total, count = trainer.step.window
+        trainer.step.begin_window()
+        assert count.sum() == 8
+        logged = [row[f"loss_level_{level}"] for level in range(10)]
+        for text, value, number in zip(logged, total.tolist(), count.tolist(), strict=True):
+            assert text == (repr(value / number) if number else "")
+        assert float(row["loss"]) == pytest.approx((total.sum() / 8).item(), rel=1e-6)
+
+
+def test_several_averages_are_kept_validated_and_exported(config):
+    config = changed(config, optim={"ema_decay": 0.9, "extra_ema_decays": [0.2]})
+    run = train(config)
+    assert float(rows(run)[-1]["validation_loss-0.2"]) != float(rows(run)[-1]["validation_loss"])
+    exported = LatentDiTTransformer2DModel.from_pretrained(run / "ema-0.2").state_dict()
+    saved = load_file(run / "checkpoint-8" / "ema-0.2.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("layer", ["proj_in", "transformer_blocks.1.ff.net.2"])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_layer(config, layer):
+    run = train(changed(config, train={"max_train_steps": 4}))
+    trainer = Trainer(changed(config, train={"resume_from_checkpoint": "latest"}))
+    wrong = trainer.transformer.get_submodule(layer)
+    wrong.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+    message = (
+        rf"not finite at step 5; first not finite: forward of {layer}; the last good checkpoint is .*checkpoint-4"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(run)
+    assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4"]
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_stops_the_run(config):
+    run = train(changed(config, train={"max_train_steps": 4}))
+    trainer = Trainer(changed(config, train={"resume_from_checkpoint": "latest"}))
+    trainer.tensors.load(run / "checkpoint-4")
+    before = {name: weight.clone() for name, weight in trainer.transformer.state_dict().items()}
+    handle = trainer.transformer.proj_in.weight.register_hook(lambda gradient: gradient * float("nan"))
+    assert not torch.isfinite(trainer.step(4))
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.transformer.state_dict().items())
+    assert all(
+        torch.equal(value, load_file(run / "checkpoint-4" / "ema.safetensors")[name])
+        for name, value in trainer.tensors.averaged_weights("ema").items()
+    )
+    with pytest.raises(ValueError, match=r"gradient is not finite at step 5; first not finite: gradient of proj_in"):
+        trainer.fit(run)
+    handle.remove()
+
+
+@pytest.fixture
+def in_half_precision(monkeypatch):
+    """Makes of a trainer what accelerate makes of it for fp16 on a GPU; on a CPU it trains in float32 instead."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    return half_precision
+
+
+def half_precision(trainer, init_scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=4)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = trainer.step.prepared_optimizer.scaler = scaler
+    optimizer = trainer.step.prepared_optimizer
+    optimizer._accelerate_step_called = False
+    optimizer._optimizer_original_step_method = optimizer.optimizer.step
+    optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
+    model = trainer.transformer
+    forward = torch.autocast("cpu", torch.float16)(model.forward)
+    model.forward = lambda *args, **kwargs: convert_to_fp32(forward(*args, **kwargs))
+    return scaler
+
+
+def test_fp16_skips_what_overflows_finds_its_scale_and_learns(config, in_half_precision):
+    config = changed(config, train={"max_train_steps": 30, "logging_steps": 1, "checkpointing_steps": 30})
+    trainer = Trainer(config)
+    scaler = in_half_precision(trainer, 2.0**40)
+    before = trainer.tensors.averaged_weights("ema")
+    trainer.step(0)
+    assert scaler.get_scale() == 2.0**39
+    after = trainer.tensors.averaged_weights("ema")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert trainer.step.first_skipped == 0
+    assert all(weight.dtype == torch.float32 for weight in trainer.transformer.parameters())
+    trainer.step.begin_window()
+    trainer.fit(Path(config.train.output_dir))
+    log = rows(config.train.output_dir)
+    scales = [float(row["loss_scale"]) for row in log]
+    assert scales[0] == 2.0**38
+    assert min(scales) < 2.0**30
+    assert scales[-1] > min(scales)  # it grows again, by its growth interval
+    whole = train(changed(config, train={"output_dir": str(Path(config.train.output_dir).parent / "float32")}))
+    assert float(log[-1]["loss"]) == pytest.approx(float(rows(whole)[-1]["loss"]), rel=0.2)
+
+
+def test_a_loss_scale_that_keeps_falling_stops_the_run_and_names_the_layer(config, in_half_precision):
+    config = changed(config, train={"max_train_steps": 100, "logging_steps": 10, "checkpointing_steps": 100})
+    trainer = Trainer(config)
+    in_half_precision(trainer, 2.0**8)
+    trainer.transformer.transformer_blocks[0].attn.to_q.register_full_backward_hook(
+        lambda _module, gradients, _outputs: tuple(None if g is None else g * float("inf") for g in gradients)
+    )
+    message = (
+        r"the loss scale has fallen to 0.25 at step 1; first not finite: backward of transformer_blocks\.0\.attn\.to_q"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Path(config.train.output_dir))
+    assert not list(Path(config.train.output_dir).glob("checkpoint-*"))
+
+
+def test_fp16_resumes_with_its_scale(config, in_half_precision, tmp_path):
+    """The loss scale and when it last grew are part of a checkpoint."""
+    config = changed(config, train={"max_train_steps": 20, "checkpointing_steps": 10, "logging_steps": 3})
+    whole = Trainer(config)
+    in_half_precision(whole, 2.0**20)
+    whole.fit(tmp_path / "run")
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", tmp_path / "resumed" / "checkpoint-10")
+    train_options = {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "latest"}
+    resumed = Trainer(changed(config, train=train_options))
+    in_half_precision(resumed, 1.0)
+    resumed.fit(tmp_path / "resumed")
+    assert_same_bits(tmp_path / "run" / "checkpoint-20", tmp_path / "resumed" / "checkpoint-20")
+    assert comparable(tmp_path / "run")[-3:] == comparable(tmp_path / "resumed")[-3:]
+
+
+def test_no_file_that_is_shared_names_a_folder_of_this_machine(config):
+    run = train(config)
+    for path in [run / "README.md", *(run / "pipeline").rglob("*.json"), *Path(config.data.latents).rglob("*.json")]:
+        if path.name != "latents.json":  # which says where the cache came from
+            assert str(run.parents[1]) not in path.read_text(), path
+
+
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
+    runs = []
+    for accumulation in (1, 4):
+        folder = str(tmp_path / f"accumulation-{accumulation}")
+        runs.append(train(changed(config, train={"output_dir": folder, "gradient_accumulation_steps": accumulation})))
+    for one, other in zip(*(rows(run) for run in runs), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+
+
+def test_the_reference_objective_trains_too(config):
+    config = changed(
+        config,
+        data={"conditions": [], "normalization": "scaling_factor", "sample_posterior": False, "flip": False},
+        objective={"prediction_type": "sample", "loss": "l1", "snr_gamma": None, "condition_dropout": 0.0},
+        optim={"ema_decay": 0.0},
+    )
+    run = train(config)
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert pipeline.transformer.config.conditions is None
+    assert pipeline.config.latents_std == pytest.approx([1 / 0.18215] * 4)
+
+
+def test_loss_is_what_the_formulas_say(config):
+    """One step by hand: read, sample, normalise, noise, predict, weigh."""
+    trainer = Trainer(config)
+    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    trainer.step(5)
+    loss = trainer.step.window[0].sum() / 8
+    from dit_hf.training.objective import draw, draw_flips
+
+    draws = draw(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
+    batch = trainer.reader.batch(0, 40, 8, draw_flips(0, 5, 8))
+    mean, std = (torch.from_numpy(batch[name]).float() for name in ("latent_mean", "latent_std"))
+    statistics = trainer.reader.info["statistics"]
+    clean = mean + std * draws.posterior_noise
+    clean = (clean - torch.tensor(statistics["mean"]).view(4, 1, 1)) / torch.tensor(statistics["std"]).view(4, 1, 1)
+    alpha, sigma = (x.view(-1, 1, 1, 1) for x in trainer.step.scheduler.levels(draws.timesteps))
+    ids = torch.where(draws.keep, torch.from_numpy(batch["condition_ids"]), 2)
+    trainer.transformer.load_state_dict(before, strict=False)
+    with torch.no_grad():
+        output = trainer.transformer(alpha * clean + sigma * draws.noise, draws.timesteps, ids).sample
+    snr = (alpha / sigma).square()
+    weight = snr.clamp(max=5) / (snr + 1)
+    expected = (weight * (output - (alpha * draws.noise - sigma * clean)).square()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"train": {"gradient_accumulation_steps": 3}}, ValueError, "not divisible by 1 ranks x 3"),
+        ({"model": {"patch_size": 3}}, ValueError, "not divisible by patch_size 3"),
+        ({"model": {"preset": "huge"}}, ValueError, "known are tiny, reference, S/2"),
+        ({"data": {"conditions": ["Tall"]}}, ValueError, "no condition Tall"),
+        ({"data": {"latents": "nowhere"}}, ValueError, "no latent cache"),
+        ({"train": {"logging_steps": 0}}, ValueError, "train.logging_steps=0 must be at least 1"),
+        ({"objective": {"condition_dropout": 0.7}}, ValueError, "condition_dropout=0.7 must be between 0 and 0.5"),
+        ({"objective": {"condition_dropout": 0.0}}, ValueError, "condition_dropout=0 never learns"),
+        ({"train": {"seed": -1}}, ValueError, "train.seed=-1 must be between 0"),
+        ({"objective": {"snr_gamma": 0.0}}, ValueError, "snr_gamma must be above 0"),
+        ({"train": {"num_inference_steps": 501}}, ValueError, "num_inference_steps"),
+        ({"optim": {"max_grad_norm": -1.0}}, ValueError, "max_grad_norm=-1 must be at least 0"),
+        ({"model": {"attention_head_dim": 7}}, ValueError, "the width 14 .* is not divisible by 4"),
+        ({"optim": {"extra_ema_decays": [0.9, 1.5]}}, ValueError, "extra_ema_decays=1.5 must be between 0 and 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(config, sections, error, message):
+    with pytest.raises(error, match=message):
+        train(changed(config, **sections))
+    assert not Path(config.train.output_dir).exists()
+
+
+def test_another_run_or_recipe_is_not_overwritten(config):
+    run = train(config)
+    log = (run / "training_log.csv").read_text()
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(config)
+    with pytest.raises(FileExistsError, match="holds a run"):  # as from a script whose variable is empty
+        train(changed(config, train={"resume_from_checkpoint": ""}))
+    with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.001, now 0\.002"):
+        train(changed(config, optim={"learning_rate": 2e-3}, train={"resume_from_checkpoint": "latest"}))
+    assert (run / "training_log.csv").read_text() == log
+
+
+def test_a_disk_that_fills_up_while_saving_costs_only_what_came_after_the_last_checkpoint(config, tmp_path):
+    whole = train(config)
+    config = changed(config, train={"output_dir": str(tmp_path / "full"), "resume_from_checkpoint": "latest"})
+    run = train(changed(config, train={"max_train_steps": 4}))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"full: .*; make room and call again: what is finished is kept"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    train(config)
+    assert_same_bits(whole / "checkpoint-8", run / "checkpoint-8")
+    assert comparable(whole) == comparable(run)
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
+    with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
+        make_room(tmp_path, 10**18)
+
+
+def test_a_gpu_too_small_is_said_in_a_line(config, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LatentDiTTransformer2DModel, "forward", full)
+    with pytest.raises(OSError, match=r"the GPU's memory is full: a larger train\.gradient_accumulation_steps"):
+        train(changed(config, train={"validation_images": 0}))
+
+
+def test_deterministic_kernels_change_nothing_on_a_cpu(config, tmp_path):
+    whole = train(config)
+    try:
+        run = train(changed(config, train={"output_dir": str(tmp_path / "deterministic"), "deterministic": True}))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(whole / "checkpoint-8", run / "checkpoint-8")
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-machines", "fsdp2", "fsdp2-machines"])
+def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
+    """By its launcher's own code, which makes of them the environment of the ranks."""
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    assert defaults.num_machines == args.num_machines == (2 if "machines" in name else 1)
+    environment = prepare_multi_gpu_env(args)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("bf16" if "fsdp2" in name else "fp16")
+    if "fsdp2" in name:
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in LatentDiTTransformer2DModel._no_split_modules
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_read_and_its_command_names_it(path):
+    config = read_config(path)
+    config.check()
+    assert f"--config recipes/{path.name}" in path.read_text()
+    assert f"--output_dir {config.data.latents}\n" in path.read_text()
+
+
+def test_shipped_recipes_are_found_by_name():
+    assert recipe_path("recipes/avatars.yaml").name == "avatars.yaml"
+    assert recipe_path("celeba-l1").is_file()
+    for name in ("nothing", "elsewhere/avatars.yaml", ""):
+        with pytest.raises(FileNotFoundError, match=f"{name}.*: no such file"):
+            recipe_path(name)

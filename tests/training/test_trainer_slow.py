@@ -1,0 +1,193 @@
+"""Runs that are killed, told to stop, shared by ranks and sharded: each is a process of its own, or several."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from training_runs import assert_same_bits, changed, comparable, rows
+
+from dit_hf.training.trainer import train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "scripts" / "train.py")
+PYTHON = [sys.executable, SCRIPT]
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [*TWO_RANKS, SCRIPT]
+SHARDED = [*TWO_RANKS, str(Path(__file__).with_name("fsdp2_on_cpu.py"))]
+# One process a rank without a launcher, as `srun` starts them; ends with the highest of their codes.
+SRUN = [
+    "bash",
+    "-c",
+    f"""trap : TERM
+    export MASTER_ADDR=127.0.0.1 MASTER_PORT=$(shuf -i 20000-60000 -n 1) WORLD_SIZE=2 highest=0
+    for rank in 0 1; do RANK=$rank LOCAL_RANK=$rank {sys.executable} {SCRIPT} "$@" & tasks+=($!); done
+    for task in ${{tasks[@]}}; do
+        wait $task; code=$?
+        if [ $code -gt 128 ]; then wait $task; code=$?; fi
+        if [ $code -gt $highest ]; then highest=$code; fi
+    done
+    exit $highest""",
+    "srun",
+]
+CONFIG = ["--config_file", str(ROOT / "accelerate_config.yaml")]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", *CONFIG, SCRIPT]
+
+
+def command(launcher, whole, run, *options):
+    """Of a run by the recipe of another, going on if it was begun."""
+    resume = ["--train.resume_from_checkpoint", "latest"]
+    return [*launcher, "--config", str(whole / "config.yaml"), "--train.output_dir", str(run), *resume, *options]
+
+
+def begin(command, run, row=1):
+    """Start a run in a process group of its own and wait until its log has `row` rows."""
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "training_log.csv").is_file() and len(rows(run)) >= row:
+            return process
+        time.sleep(0.01)
+    kill(process)
+    raise AssertionError(process.communicate()[0].decode())
+
+
+def kill(process):
+    """Kill a run and all it started: torchrun's ranks are in sessions of their own and would go on."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.wait()
+
+
+def assert_same_pictures(first, second):
+    """Losses say which pictures, noise and timesteps were seen; ranks add them up in another order."""
+    for one, other in zip(rows(first), rows(second), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), abs=1e-5)
+        assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+        if one["validation_loss"]:
+            assert float(one["validation_loss"]) == pytest.approx(float(other["validation_loss"]), abs=1e-5)
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits_and_log(tmp_path):
+    result = tmp_path / "kill.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "--kills", "10", "--json", str(result)]
+    subprocess.run(command, check=True)
+    assert json.loads(result.read_text())["kills"] == 10
+
+
+# torchrun hands the signal on and ends with 1; accelerate's launcher dies of it while the run still saves.
+@pytest.mark.parametrize(
+    ("launcher", "code"),
+    [(PYTHON, 75), (SRUN, 75), (TORCHRUN, 1), (ACCELERATE, -signal.SIGTERM)],
+    ids=["python", "srun", "torchrun", "accelerate"],
+)
+def test_told_to_stop_a_run_saves_and_goes_on_with_the_same_bits(config, tmp_path, launcher, code):
+    config = changed(config, train={"max_train_steps": 300, "checkpointing_steps": 150, "logging_steps": 10})
+    whole, run = train(config), tmp_path / "stopped"
+    process = begin(command(launcher, whole, run), run)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=120)[0].decode()  # waits for all who can write to it
+    assert process.returncode == code, output
+    (stopped,) = run.glob("checkpoint-*")
+    assert f"told to stop: {stopped.name} is saved" in output
+    assert int(stopped.name.split("-")[1]) not in (150, 300)
+    subprocess.run(command(launcher, whole, run), check=True)
+    if launcher in (TORCHRUN, SRUN):
+        assert_same_pictures(whole, run)
+    else:
+        assert_same_bits(whole / "checkpoint-300", run / "checkpoint-300")
+        assert comparable(whole) == comparable(run)
+
+
+def test_two_ranks_see_what_one_sees(config, tmp_path):
+    config = changed(config, train={"max_train_steps": 50, "logging_steps": 1, "checkpointing_steps": 25})
+    one, two = train(config), tmp_path / "two"
+    subprocess.run(command(TORCHRUN, one, two), check=True)
+    assert_same_pictures(one, two)
+
+
+@pytest.mark.parametrize(("first", "second"), [(TORCHRUN, PYTHON), (PYTHON, TORCHRUN)], ids=["two-one", "one-two"])
+def test_killed_on_some_ranks_a_run_goes_on_on_others_with_the_same_pictures(config, tmp_path, first, second):
+    config = changed(config, train={"max_train_steps": 200, "logging_steps": 7, "checkpointing_steps": 20})
+    whole, run = train(config), tmp_path / "moved"
+    process = begin(command(first, whole, run), run, row=4)  # the first checkpoint stands
+    kill(process)
+    assert not (run / "pipeline").exists()
+    subprocess.run(command(second, whole, run), check=True)
+    assert_same_pictures(whole, run)
+
+
+def test_ranks_that_do_not_see_the_same_checkpoint_stop_before_any_work(config, tmp_path):
+    """As on machines that do not share the run's folder."""
+    whole = train(config)
+    shutil.copytree(whole, tmp_path / "rank-0")
+    before = (tmp_path / "rank-0" / "training_log.csv").read_text()
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            command(PYTHON, whole, tmp_path / f"rank-{rank}", "--train.max_train_steps", "12"),
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "checkpoint-8 is not what rank 1 finds there; train.output_dir must be a folder that every" in said
+    assert (tmp_path / "rank-0" / "training_log.csv").read_text() == before
+    assert not list(tmp_path.glob("rank-1/checkpoint-*"))
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_sharded_by_fsdp2_a_run_trains_saves_goes_on_elsewhere_and_exports(config, tmp_path):
+    """With two averages and accumulation; killed when sharded, resumed sharded, then on one rank, and back."""
+    config = changed(
+        config,
+        optim={"extra_ema_decays": [0.5]},
+        train={"max_train_steps": 240, "logging_steps": 4, "checkpointing_steps": 20}
+        | {"gradient_accumulation_steps": 2},
+    )
+    whole, run = train(config), tmp_path / "sharded"
+    process = begin(command(SHARDED, whole, run), run, row=6)
+    kill(process)
+    assert not (run / "pipeline").exists()
+    for launcher, steps in ((SHARDED, 200), (PYTHON, 220), (SHARDED, 240)):
+        subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
+    assert_same_pictures(whole, run)
+    for name, weights in load_file(whole / "checkpoint-240" / "ema-0.5.safetensors").items():
+        torch.testing.assert_close(
+            load_file(run / "checkpoint-240" / "ema-0.5.safetensors")[name], weights, atol=1e-4, rtol=0
+        )
+    exported = DiffusionPipeline.from_pretrained(run / "pipeline").transformer.state_dict()
+    ema = load_file(run / "checkpoint-240" / "ema.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in ema.items())
+
+
+def test_sharded_muon_takes_the_steps_of_one_rank(config, tmp_path):
+    config = changed(
+        config,
+        optim={"optimizer": "muon", "adam_weight_decay": 0.1},
+        train={"max_train_steps": 40, "logging_steps": 4, "checkpointing_steps": 20},
+    )
+    whole, run = train(config), tmp_path / "sharded"
+    for launcher, steps in ((SHARDED, 20), (PYTHON, 32), (SHARDED, 40)):
+        subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
+    assert_same_pictures(whole, run)
