@@ -1,4 +1,4 @@
-"""A small CNN that tells the attributes of avatars, for benchmarks that ask whether a picture shows what it should."""
+"""A small CNN that tells the attributes of avatars, for benchmarks that ask whether an image shows what it should."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAINING_SEED, NUM_TRAINING, EPOCHS, BATCH = 77, 6000, 10, 64
 
 
 def avatars(seed: int, count: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 [count, size, size, 3] and attributes int64 [count, 22] of avatars of `seed`."""
+    """Images uint8 [count, size, size, 3] and attributes int64 [count, 22] of avatars of `seed`."""
     faces = [choose_face(seed, index) for index in range(count)]
     pictures = np.stack([np.asarray(render_face(face, size)) for face in faces])
     return pictures, np.array([[face.attributes[name] for name in ATTRIBUTES] for face in faces])
@@ -47,7 +47,7 @@ def train_classifier() -> nn.Module:
 
 @torch.no_grad()
 def classify(classifier: nn.Module, pictures: np.ndarray) -> np.ndarray:
-    """What is seen in pictures uint8 [n, 64, 64, 3]: int64 [n, 22]."""
+    """What is seen in images uint8 [n, 64, 64, 3]: int64 [n, 22]."""
     return np.concatenate(
         [(classifier(_prepare(part)) > 0).long().numpy() for part in torch.from_numpy(pictures).split(256)]
     )
@@ -68,7 +68,7 @@ def balanced_accuracy(seen: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _prepare(pictures: torch.Tensor, jitter: bool = False) -> torch.Tensor:
-    """[n, 3, 64, 64] around 0; in training some are a little blurred, as decoded pictures are."""
+    """[n, 3, 64, 64] around 0; in training some are a little blurred, as decoded images are."""
     pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
     if jitter:
         blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)

@@ -31,7 +31,7 @@ from dit_hf.evaluation.extract import collect, ranks
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.runs import load_pipeline
-from dit_hf.sampling.generate import draw, model_sha256
+from dit_hf.sampling.generate import generate_images, model_sha256
 from dit_hf.sampling.sample import SCHEDULERS
 
 SAMPLERS = {
@@ -73,7 +73,7 @@ def main() -> None:
             identity = {**entry, "model_sha256": model_sha256(pipeline)}
 
             def drawn(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-                return draw(pipeline, places, rows, 0, num_inference_steps=steps), np.asarray(places)  # noqa: B023
+                return generate_images(pipeline, places, rows, 0, num_inference_steps=steps), np.asarray(places)  # noqa: B023
 
             folder = work / f"{sampler}-{steps}".replace(" ", "-")
             features = collect(folder, net, drawn, count, BATCH, identity, f"{sampler}, {steps} steps").features

@@ -62,7 +62,7 @@ def sd_shaped_vae() -> AutoencoderKL:
 
 
 def time_build(folder: Path, vae: AutoencoderKL, size: int, count: int, batch: int, rounds: int) -> dict:
-    """Pictures/s of decoding, encoding and writing shards from jpgs, and of the VAE alone on the same batches."""
+    """Images/s of decoding, encoding and writing shards from jpgs, and of the VAE alone on the same batches."""
     pictures = folder / f"jpgs-{size}"
     pictures.mkdir()
     for i in range(count):
@@ -141,7 +141,7 @@ def time_reads(folder: Path, rows: int = 10_000, rounds: int = 7) -> dict:
         "dit_hf": lambda chosen: ours("latent_mean", chosen),
         "datasets, torch format, Array3D": lambda chosen: torch_array[chosen]["latent"].half(),
         "datasets, torch format, the cache's own List": lambda chosen: torch_list[chosen]["latent_mean"].half(),
-        "one .npy a picture": lambda chosen: np.stack([np.load(folder / "npy" / f"{i}.npy") for i in chosen]),
+        "one .npy an image": lambda chosen: np.stack([np.load(folder / "npy" / f"{i}.npy") for i in chosen]),
         "one np.memmap": lambda chosen: np.ascontiguousarray(memmap[chosen]),
     }
     rng, rates = np.random.default_rng(0), {name: [] for name in ways}

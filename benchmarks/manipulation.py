@@ -2,7 +2,7 @@
 
 python benchmarks/manipulation.py MODEL [--json FILE] [--sheets DIR]       (about fifteen minutes on 2 cores)
 
-MODEL was trained on avatars at 64 px. Whether a picture shows an attribute is told by a classifier that is trained on
+MODEL was trained on avatars at 64 px. Whether an image shows an attribute is told by a classifier that is trained on
 avatars of yet another seed; how right it is on real avatars is said beside.
 """
 
@@ -29,9 +29,9 @@ from dit_hf import (
     LatentDiTPipeline,
 )
 from dit_hf.data.avatars import ATTRIBUTES
-from dit_hf.image_grid import draw_sheet, save_sheet
+from dit_hf.image_grid import make_grid, save_grid
 from dit_hf.runs import load_pipeline
-from dit_hf.sampling.generate import batches, draw, model_sha256, to_uint8
+from dit_hf.sampling.generate import batches, generate_images, model_sha256, to_uint8
 
 UNSEEN = 5  # the seed of the avatars that are asked for and edited
 SHOWN = ("Eyeglasses", "Smiling", "Wearing_Hat", "Blond_Hair", "Black_Hair")
@@ -89,7 +89,7 @@ def other(cls: Any, pipeline: LatentDiTPipeline) -> Any:
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean over the pictures, in dB, of pixels between 0 and 1."""
+    """Mean over the images, in dB, of pixels between 0 and 1."""
     return round(float((-10 * (first - second).square().mean(dim=(1, 2, 3)).log10()).mean()), 2)
 
 
@@ -124,7 +124,7 @@ def generation(
 ) -> dict[str, Any]:
     """What 500 drawn faces show of what was asked for, beside what the classifier says of the real ones."""
     rows = rows_of(labels)
-    drawn = np.concatenate([draw(pipeline, part, rows, 0) for part in batches(len(rows), BATCH)])
+    drawn = np.concatenate([generate_images(pipeline, part, rows, 0) for part in batches(len(rows), BATCH)])
     seen, real = classify(classifier, drawn), classify(classifier, pictures)
     return {
         "rows": len(rows),
@@ -153,7 +153,7 @@ def inpainting(pipeline: LatentDiTPipeline, pictures: np.ndarray, labels: np.nda
         largest = max(largest, *map(int, changes))
         covered = Image.composite(Image.new("RGB", given.size, "#b8b8b8"), given, mask)
         shown += [given, covered, *painted]
-    save_sheet(draw_sheet(shown, 12, title="given, covered, ten completions", min_side=96), sheets / "inpainting.png")
+    save_grid(make_grid(shown, 12, title="given, covered, ten completions", min_side=96), sheets / "inpainting.png")
     return {"completions": 20, "largest_change_outside_the_mask": largest}
 
 
@@ -176,19 +176,19 @@ def editing(
         vae.append(to_uint8(changing.decode_latents(changing.encode_images(given), "pt")))
     after = classify(classifier, np.concatenate(edited))
     same = {
-        beside: np.delete(after == classify(classifier, before), place, axis=1).mean()
-        for beside, before in (("pictures", pictures), ("reconstructions", np.concatenate(vae)))
+        side_by_side: np.delete(after == classify(classifier, before), place, axis=1).mean()
+        for side_by_side, before in (("pictures", pictures), ("reconstructions", np.concatenate(vae)))
     }
     given, shown = images(pictures[:24]), images(np.concatenate(edited)[:24])
     pairs = [image for row in range(3) for image in given[8 * row : 8 * row + 8] + shown[8 * row : 8 * row + 8]]
-    save_sheet(draw_sheet(pairs, 8, title=f"given, and below with {name}", min_side=96), sheets / f"edit-{name}.png")
+    save_grid(make_grid(pairs, 8, title=f"given, and below with {name}", min_side=96), sheets / f"edit-{name}.png")
     return {
         "faces": len(rows),
         "num_inference_steps": 50,
         "edit_strength": 1.0,
         "shows_the_attribute": round(float(after[:, place].mean()), 4),
         "showed_it_before": round(float(classify(classifier, pictures)[:, place].mean()), 4),
-        "other_answers_unchanged": {beside: round(float(share), 4) for beside, share in same.items()},
+        "other_answers_unchanged": {side_by_side: round(float(share), 4) for side_by_side, share in same.items()},
     }
 
 

@@ -1,9 +1,9 @@
-"""Memory that training takes, by size: what is kept for a parameter and for a picture, and what batch fits a GPU.
+"""Memory that training takes, by size: what is kept for a parameter and for an image, and what batch fits a GPU.
 
 python benchmarks/memory.py [--json FILE]                     (a minute; nothing is allocated: tensors without content)
 
 By calculation: 22 bytes a parameter (weight, gradient, two moments, average in float32; a half-precision copy), and
-the tensors that autograd keeps of a picture for the backward pass, counted as the model runs on fake tensors in half
+the tensors that autograd keeps of an image for the backward pass, counted as the model runs on fake tensors in half
 precision by autocast. The backward pass of a block is taken to need as much again as the block keeps; with gradient
 checkpointing that block's own tensors too. A tenth of the GPU's memory is left to context and allocator.
 """

@@ -32,9 +32,9 @@ from dit_hf import open_images
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import INFO, load_reference
 from dit_hf.hub.card import figure_name
-from dit_hf.image_grid import draw_sheet, save_sheet
+from dit_hf.image_grid import make_grid, save_grid
 from dit_hf.runs import load_pipeline, read_log
-from dit_hf.sampling.generate import draw
+from dit_hf.sampling.generate import generate_images
 
 CUDA = torch.cuda.is_available()
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -261,16 +261,16 @@ def draw_faces(race: dict[str, Any], folder: Path, real: Path, output: Path) -> 
     numbers = range(FACES)
     avatars = open_images("avatars", **{**race["reference"], "num_images": FACES})
     output.mkdir(exist_ok=True)
-    save_sheet(draw_sheet(list(avatars["image"]), FACES, title="avatars"), output / "avatars.png")
+    save_grid(make_grid(list(avatars["image"]), FACES, title="avatars"), output / "avatars.png")
     for name, contestant in race["contestants"].items():
         run = folder / f"{name}-{contestant['seeds'][0]}"
         if not (run / "guidance" / "evaluation.json").is_file():
             continue
         pipeline, title = load_pipeline(str(run)), f"{name}, {contestant['images']:,} images seen"
         asked = load_reference(real).attributes(list(pipeline.transformer.config.conditions))
-        drawn = draw(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run))
-        row = draw_sheet([Image.fromarray(face) for face in drawn], FACES, title=title)
-        save_sheet(row, output / f"{name}.png")
+        drawn = generate_images(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run))
+        row = make_grid([Image.fromarray(face) for face in drawn], FACES, title=title)
+        save_grid(row, output / f"{name}.png")
 
 
 if __name__ == "__main__":

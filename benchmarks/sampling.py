@@ -75,7 +75,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def contestants(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Calls that draw `batch` pictures, by name."""
+    """Calls that draw `batch` images, by name."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks).eval()
@@ -99,7 +99,7 @@ def contestants(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 
 class NoVAE(nn.Module):
-    """Decodes to a picture of nothing, in no time."""
+    """Decodes to an image of nothing, in no time."""
 
     config = AutoencoderKL().config
     device, dtype = torch.device(DEVICE), torch.float32

@@ -86,7 +86,7 @@ def main(args: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         what = first_line(error)
         if isinstance(error, torch.OutOfMemoryError):
-            what = f"the GPU's memory is full; fewer pictures at once (--batch_size) need less ({what})"
+            what = f"the GPU's memory is full; fewer images at once (--batch_size) need less ({what})"
         print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {what}", file=sys.stderr)
         return 1
     return 0

@@ -26,7 +26,7 @@ class DataConfig:
         normalization: `channel` brings each channel of the latents to mean 0 and standard deviation 1 by the cache's
             statistics, `scaling_factor` only multiplies by the VAE's scaling factor.
         sample_posterior: Draw fresh samples of the VAE's posterior; false reads its mean.
-        flip: Mirror half of the pictures, where the cache holds them mirrored.
+        flip: Mirror half of the images, where the cache holds them mirrored.
     """
 
     latents: str = "runs/demo/latents"
@@ -87,7 +87,7 @@ class ObjectiveConfig:
         logit_mean: Mean of log(sigma / alpha) of the levels that `logit_normal` draws; above 0 is noisier.
         logit_std: Its standard deviation.
         num_train_timesteps: Levels of the cosine schedule.
-        condition_dropout: Share of the pictures trained without any condition, for guidance; as many again keep only a
+        condition_dropout: Share of the images trained without any condition, for guidance; as many again keep only a
             random part of theirs, so that sampling may ask for a few attributes and leave the others open.
     """
 
@@ -146,7 +146,7 @@ class TrainConfig:
     Args:
         output_dir: The run's folder.
         max_train_steps: Optimizer steps.
-        global_batch_size: Pictures a step, over all ranks and accumulation steps.
+        global_batch_size: Images a step, over all ranks and accumulation steps.
         gradient_accumulation_steps: Parts a rank's share of the batch is computed in.
         gradient_checkpointing: Less memory for about a third more time.
         torch_compile: Compile the blocks with torch.compile, which needs a C++ compiler on a CPU; null compiles on
@@ -159,11 +159,11 @@ class TrainConfig:
         checkpointing_steps: Steps between checkpoints; the averaged weights are validated at each.
         checkpoints_total_limit: How many of the newest are kept.
         best_checkpoints_limit: How many of those with the lowest validation loss are kept beside them (`best.json`).
-        validation_images: Held-out pictures in the validation loss, each at ten noise levels; 0 is no validation.
+        validation_images: Held-out images in the validation loss, each at ten noise levels; 0 is no validation.
         logging_steps: Steps between rows of `training_log.csv`.
-        sampling_steps: Steps between sample sheets; 0 draws none.
-        num_inference_steps: Of the sample sheets.
-        guidance_scale: Of the sample sheets, and the default of the exported pipeline.
+        sampling_steps: Steps between sample image grids; 0 draws none.
+        num_inference_steps: Of the sample image grids.
+        guidance_scale: Of the sample image grids, and the default of the exported pipeline.
         evaluation_steps: Steps between measurements of the samples' Fréchet distance (a column of the log, with its
             number of samples in its name); 0 measures none.
         evaluation_samples: How many samples.
@@ -266,15 +266,15 @@ class Config:
         if self.train.push_to_hub and not self.train.hub_model_id:
             raise ValueError("train.push_to_hub needs train.hub_model_id, the repository to push to (OWNER/NAME)")
 
-    def decisive(self) -> dict[str, Any]:
+    def resume_keys(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: every key that decides what is learned, step by step."""
-        decisive = dataclasses.asdict(self)
-        decisive["data"].pop("latents")
-        decisive["model"].pop("init_from")
-        if decisive["optim"]["optimizer"] == "apex_fused_adam":  # which takes the same steps
-            decisive["optim"]["optimizer"] = "adamw"
-        decisive["train"] = {name: decisive["train"][name] for name in ("global_batch_size", "seed")}
-        return decisive
+        resume_keys = dataclasses.asdict(self)
+        resume_keys["data"].pop("latents")
+        resume_keys["model"].pop("init_from")
+        if resume_keys["optim"]["optimizer"] == "apex_fused_adam":  # which takes the same steps
+            resume_keys["optim"]["optimizer"] = "adamw"
+        resume_keys["train"] = {name: resume_keys["train"][name] for name in ("global_batch_size", "seed")}
+        return resume_keys
 
 
 def read_config(path: Path) -> Config:

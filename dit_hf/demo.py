@@ -1,4 +1,4 @@
-"""The demo: from nothing to faces on a sheet, offline, in about ten minutes on two CPU cores."""
+"""The demo: from nothing to faces on an image grid, offline, in about ten minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from .config import Config, read_config, recipe_path
 from .data.sources import AVATARS, open_source
-from .image_grid import beside, draw_sheet, save_sheet
+from .image_grid import make_grid, save_grid, side_by_side
 from .latents.cache import open_latents
 from .latents.prepare import prepare_latents
 from .pipelines.guidance import Attributes
@@ -28,7 +28,7 @@ from .training.muon import MuonAdamW
 from .training.trainer import Trainer
 
 NUM_IMAGES = 8000
-SHEET_SIZE = 64
+GRID_SIZE = 64
 TIMED_STEPS = 20
 # The line of the caption, the attribute, its word.
 CAPTIONS = (
@@ -53,10 +53,10 @@ And with this model, in a browser:
 
 
 def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:
-    """Draw avatars, encode them, train for about `minutes`, and draw sheets with the trained pipeline, all offline.
+    """Render avatars, encode them, train for about `minutes`, and make image grids with the trained pipeline, offline.
 
     Args:
-        output_dir: The run's folder. An unfinished demo there is gone on with; of a finished one the sheet is named.
+        output_dir: The run's folder. An unfinished demo there is resumed; a finished one is left as it is.
         minutes: How long to train; turned into a number of steps once, by the speed of the first 20.
         seed: Of avatars, weights and training.
     """
@@ -73,7 +73,7 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
         config = _recipe(run, latents, seed)
         _set_speed(config, minutes * 60)
         write_text(RunFolder(run).config, config.to_yaml())
-    # From here on it is an ordinary run, and the sheets are drawn by a process that loads what it exported.
+    # From here on it is an ordinary run, and the image grids are drawn by a process that loads what it exported.
     _run("dit_hf", "train", "--config", str(RunFolder(run).config), "--train.resume_from_checkpoint", "latest")
     _run("dit_hf.demo", str(run), HF_HUB_OFFLINE="1")
     print(f"\n{run} holds:")
@@ -98,13 +98,13 @@ def _run(module: str, *args: str, **environment: str) -> None:
         raise subprocess.CalledProcessError(process.returncode, module)
 
 
-def draw_sheets(run: Path) -> None:
+def make_grids(run: Path) -> None:
     """Load the exported pipeline of `run` and draw `sheet.png` and `denoising.png`."""
     pipeline = DiffusionPipeline.from_pretrained(RunFolder(run).pipeline)
     pipeline.set_progress_bar_config(disable=True)
     _, info = open_latents(run / "latents")
     # What is asked for are the attributes of avatars that were never trained on.
-    unseen = open_source(AVATARS, num_images=SHEET_SIZE, seed=info["settings"]["seed"] + 1).rows
+    unseen = open_source(AVATARS, num_images=GRID_SIZE, seed=info["settings"]["seed"] + 1).rows
     asked: list[Attributes] = [
         {name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")
     ]
@@ -112,10 +112,10 @@ def draw_sheets(run: Path) -> None:
     faces = pipeline(asked, generator=generator).images
     free = pipeline(batch_size=16, generator=generator).images
     captions = ["\n".join(_words(row)) for row in asked]
-    left = draw_sheet(faces, 8, captions, "asked for these attributes, among others", min_side=96)
-    right = draw_sheet(free, 2, ["\n\n"] * len(free), "asked for nothing", min_side=96)
-    save_sheet(_denoising(pipeline, asked[:8]), run / "denoising.png")
-    save_sheet(beside(left, right), run / "sheet.png")  # last: where it is, the demo is finished
+    left = make_grid(faces, 8, captions, "asked for these attributes, among others", min_side=96)
+    right = make_grid(free, 2, ["\n\n"] * len(free), "asked for nothing", min_side=96)
+    save_grid(_denoising(pipeline, asked[:8]), run / "denoising.png")
+    save_grid(side_by_side(left, right), run / "sheet.png")  # last: where it is, the demo is finished
 
 
 def _recipe(run: Path, latents: Path, seed: int) -> Config:
@@ -177,8 +177,8 @@ def _denoising(pipeline: LatentDiTPipeline, asked: list[Attributes]) -> Image.Im
     steps = [*range(0, len(stages) - 1, 3), len(stages) - 1]
     shown = [pipeline.decode_latents(stages[step]) for step in steps]
     images = [column[row] for row in range(len(asked)) for column in shown]
-    return draw_sheet(images, len(steps), title="out of the noise, step by step", min_side=96)
+    return make_grid(images, len(steps), title="out of the noise, step by step", min_side=96)
 
 
 if __name__ == "__main__":
-    draw_sheets(Path(sys.argv[1]))
+    make_grids(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Sheets of pictures: grids with captions, as people look at them."""
+"""Image grids of images: grids with captions, as people look at them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .storage import new_file
 _INK, _PAPER, _GAP = "#22272e", "#ffffff", 6
 
 
-def draw_sheet(
+def make_grid(
     images: list[Image.Image],
     columns: int,
     captions: list[str] | None = None,
     title: str | None = None,
     min_side: int = 0,
 ) -> Image.Image:
-    """A grid of pictures of one size, row by row.
+    """A grid of images of one size, row by row.
 
     Args:
-        images: The pictures.
+        images: The images.
         columns: How many stand side by side.
-        captions: One text a picture, drawn below it; a line break begins a new line.
+        captions: One text an image, drawn below it; a line break begins a new line.
         title: A line above the grid.
-        min_side: Pictures narrower than this many pixels are enlarged by a whole factor.
+        min_side: Images narrower than this many pixels are enlarged by a whole factor.
     """
     factor = max(1, -(-min_side // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
@@ -46,15 +46,15 @@ def draw_sheet(
     return sheet
 
 
-def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Save as PNG in one step, so that nobody opens half a picture; makes the folder."""
+def save_grid(sheet: Image.Image, path: Path) -> None:
+    """Save as PNG in one step, so that nobody opens half an image; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as partial:
         sheet.save(partial, "png")
 
 
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two sheets side by side."""
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two image grids side by side."""
     sheet = Image.new("RGB", (left.width + 3 * _GAP + right.width, max(left.height, right.height)), _PAPER)
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + 3 * _GAP, 0))

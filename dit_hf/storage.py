@@ -58,7 +58,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def is_vacant(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     """Whether nothing is there yet, or an empty folder: what `new_folder` may take without a loss."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
@@ -113,7 +113,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def facts_sha256(facts: dict[str, Any]) -> str:
+def hash_json(facts: dict[str, Any]) -> str:
     """SHA-256 of what can be JSON, in whatever order it is written."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

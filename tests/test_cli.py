@@ -73,7 +73,7 @@ def test_a_full_gpu_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("dit_hf.evaluation.reference.load_features", full)
     code, _, error = run(capsys, "reference", "avatars", "--output_dir", str(tmp_path / "out"))
     assert code == 1
-    assert error.startswith("dit-hf reference: error: the GPU's memory is full; fewer pictures at once (--batch_size")
+    assert error.startswith("dit-hf reference: error: the GPU's memory is full; fewer images at once (--batch_size")
     assert error.count("\n") == 1
 
 

@@ -1,14 +1,14 @@
 import numpy as np
 from PIL import Image
 
-from dit_hf.image_grid import beside, draw_sheet, save_sheet
+from dit_hf.image_grid import make_grid, save_grid, side_by_side
 
 COLORS = ["red", "lime", "blue", "yellow", "magenta"]
 
 
 def test_pictures_stand_row_by_row_with_captions_below(tmp_path):
     images = [Image.new("RGB", (10, 8), color) for color in COLORS]
-    sheet = draw_sheet(images, columns=3, captions=list("abcde"), title="five", min_side=30)
+    sheet = make_grid(images, columns=3, captions=list("abcde"), title="five", min_side=30)
     pixels = np.asarray(sheet)
     found = [tuple(int(v) for v in np.argwhere((pixels == image.getpixel((0, 0))).all(-1)).min(0)) for image in images]
     assert found == sorted(found)
@@ -18,6 +18,6 @@ def test_pictures_stand_row_by_row_with_captions_below(tmp_path):
     assert sum((pixels == images[0].getpixel((0, 0))).all(-1).ravel()) == 30 * 24
     below = pixels[tops[0] + 24 : tops[3], lefts[0] : lefts[0] + 30]
     assert (below < 128).any()
-    save_sheet(beside(sheet, sheet), tmp_path / "new" / "sheet.png")
+    save_grid(side_by_side(sheet, sheet), tmp_path / "new" / "sheet.png")
     assert Image.open(tmp_path / "new" / "sheet.png").width > 2 * sheet.width
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]

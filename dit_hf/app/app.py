@@ -1,4 +1,4 @@
-"""The app: a page that draws pictures with a model, changes given ones, and paints parts of them anew."""
+"""The app: a page that draws images with a model, changes given ones, and paints parts of them anew."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .studio import Studio
 
 
 def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
-    """Serve a page that draws pictures with `model`, changes given ones, and paints parts of them anew, until Ctrl-C.
+    """Serve a page that draws images with `model`, changes given ones, and paints parts of them anew, until Ctrl-C.
 
     Args:
         model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.

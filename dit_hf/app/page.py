@@ -1,4 +1,4 @@
-"""The app's page: the model's attributes on the left; new pictures, changed ones and painted ones on the right."""
+"""The app's page: the model's attributes on the left; new images, changed ones and painted ones on the right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..storage import first_line
 from .studio import Control, Settings, Studio, read_image, union
 
 NUM_IMAGES, MAX_IMAGES = 8, 16
-# Pictures are shown to be painted on at this size at least; the pixels of a small one are too few for a brush.
+# Images are shown to be painted on at this size at least; the pixels of a small one are too few for a brush.
 CANVAS = 512
 GENERATE, CHANGE, INPAINT = "generate", "change", "inpaint"
 VARY, EDIT = "Draw again", "Change attributes"
@@ -88,9 +88,9 @@ def build_page(studio: Studio, name: str) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 panel = _panel(studio)
             with gr.Column(scale=5, min_width=420), gr.Tabs(selected=GENERATE) as tabs:
-                with gr.Tab("New pictures", id=GENERATE):
+                with gr.Tab("New images", id=GENERATE):
                     to_change, to_inpaint, drawn, selected = _generate_tab(panel)
-                with gr.Tab("Change a picture", id=CHANGE):
+                with gr.Tab("Change an image", id=CHANGE):
                     upload = _change_tab(panel)
                 with gr.Tab("Paint anew", id=INPAINT):
                     editor = _inpaint_tab(panel)
@@ -98,7 +98,7 @@ def build_page(studio: Studio, name: str) -> gr.Blocks:
         def chosen(gallery: list[tuple[str, str]] | None, index: int) -> Image.Image:
             with _readable():
                 if not gallery:
-                    raise ValueError("draw some pictures first, then choose one")
+                    raise ValueError("draw some images first, then choose one")
                 return read_image(gallery[min(index, len(gallery) - 1)][0])
 
         def change(gallery: list[tuple[str, str]] | None, index: int) -> tuple[gr.Tabs, Image.Image]:
@@ -212,7 +212,7 @@ def _generate_tab(panel: Panel) -> tuple[gr.Button, gr.Button, gr.Gallery, gr.St
 
 def _change_tab(panel: Panel) -> gr.Image:
     studio = panel.studio
-    gr.Markdown("A picture drawn again out of noise, or with the attributes on the left changed.", elem_classes="hint")
+    gr.Markdown("An image drawn again out of noise, or with the attributes on the left changed.", elem_classes="hint")
     with gr.Row():
         with gr.Column(scale=2):
             upload = _upload(studio)
@@ -224,7 +224,7 @@ def _change_tab(panel: Panel) -> gr.Image:
                 elem_id="how",
                 visible=bool(studio.controls),
             )
-            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="1 keeps nothing of the picture")
+            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="1 keeps nothing of the image")
             amount = gr.Slider(
                 *(0.1, 3, 1), step=0.1, label="Amount", info="of what is asked for on the left", visible=False
             )
@@ -238,11 +238,11 @@ def _change_tab(panel: Panel) -> gr.Image:
     def change(data: Data, progress: gr.Progress = gr.Progress()) -> tuple[list[tuple[Image.Image, str]], int]:  # noqa: B008
         with _readable():
             if data[upload] is None:
-                raise ValueError("upload a picture first, or draw one and choose it")
+                raise ValueError("upload an image first, or draw one and choose it")
             image = read_image(data[upload])
             settings, asked, on_step = panel.settings(data), panel.asked(data), _steps(progress)
             if data[how] == EDIT:
-                progress(0, desc="finding the noise that gives this picture")
+                progress(0, desc="finding the noise that gives this image")
                 images = studio.edit(image, asked, data[amount], settings, on_step)
             else:
                 images = studio.vary(image, asked, data[strength], settings, on_step)
@@ -255,7 +255,7 @@ def _change_tab(panel: Panel) -> gr.Image:
 
 def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
     studio = panel.studio
-    gr.Markdown("Paint over the part of a picture that is to be drawn anew; the rest stays.", elem_classes="hint")
+    gr.Markdown("Paint over the part of an image that is to be drawn anew; the rest stays.", elem_classes="hint")
     with gr.Row():
         with gr.Column(scale=3):
             editor = gr.ImageEditor(
@@ -283,7 +283,7 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
             value = data[editor] or {}
             image = value.get("background")
             if image is None:
-                raise ValueError("there is no picture to paint on: upload a PNG or JPEG, or draw one and choose it")
+                raise ValueError("there is no image to paint on: upload a PNG or JPEG, or draw one and choose it")
             settings, mask = panel.settings(data), union(value["layers"], image.size)
             asked, image = panel.asked(data), image.convert("RGB")
             return studio.inpaint(image, mask, asked, settings, _steps(progress)), settings.seed
@@ -294,13 +294,13 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
 
 
 def _upload(studio: Studio) -> gr.Image:
-    """Where a picture is uploaded; shown as the model sees it."""
+    """Where an image is uploaded; shown as the model sees it."""
     upload = gr.Image(
         type="filepath",
         image_mode=None,
         format="png",
         sources=["upload", "clipboard"],
-        label="A picture",
+        label="An image",
         height=320,
         elem_id="upload",
     )
@@ -311,7 +311,7 @@ def _upload(studio: Studio) -> gr.Image:
             return opened(payload)
         except Exception as error:  # broken bytes make decoders raise anything
             name = getattr(payload, "orig_name", None) or "this file"
-            raise _message(f"{name} is no picture that can be opened; take a PNG or JPEG") from error
+            raise _message(f"{name} is no image that can be opened; take a PNG or JPEG") from error
 
     def fit(path: str) -> Image.Image:
         with _readable():
@@ -323,7 +323,7 @@ def _upload(studio: Studio) -> gr.Image:
 
 
 def _canvas(studio: Studio, image: Image.Image) -> Image.Image:
-    """What the model sees of a picture, large enough to be painted on."""
+    """What the model sees of an image, large enough to be painted on."""
     image = studio.fit(image)
     factor = CANVAS / max(image.size)
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
@@ -344,7 +344,7 @@ def _gallery(label: str, columns: int) -> gr.Gallery:
 
 
 def _on_click(button: gr.Button, draw: Callable, inputs: set[Any], outputs: list[Any]) -> None:
-    """One picture at a time: the four pipelines share a scheduler."""
+    """One image at a time: the four pipelines share a scheduler."""
     button.click(draw, inputs, outputs, concurrency_limit=1, concurrency_id="model", show_progress_on=outputs[:1])
 
 

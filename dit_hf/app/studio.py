@@ -1,4 +1,4 @@
-"""What the app does with a model: pictures drawn, varied, changed and painted anew, and the controls it offers."""
+"""What the app does with a model: images drawn, varied, changed and painted anew, and the controls it offers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are sampled: see the arguments of [`LatentDiTPipeline`] and `sampling.generators`."""
+    """How images are sampled: see the arguments of [`LatentDiTPipeline`] and `sampling.generators`."""
 
     num_images: int = 4
     seed: int = 0
@@ -81,7 +81,7 @@ class Studio:
 
     def __init__(self, pipeline: LatentDiTPipeline):
         if pipeline.vae is None:
-            raise ValueError("this pipeline has no vae, without which there are no pictures")
+            raise ValueError("this pipeline has no vae, without which there are no images")
         parts = pipeline.components
         self.text2img = LatentDiTPipeline(**parts)
         self.img2img = LatentDiTImg2ImgPipeline(**parts)
@@ -107,24 +107,24 @@ class Studio:
         )
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """What the model sees of a picture: its centre, at the model's size."""
+        """What the model sees of an image: its centre, at the model's size."""
         return Geometry(self.resolution, "center").fit(image)
 
     def generate(self, asked: Attributes, settings: Settings, on_step: OnStep) -> list[Image.Image]:
-        """New pictures."""
+        """New images."""
         return self.text2img(asked or None, settings.num_images, **_options(settings, on_step))[0]
 
     def vary(
         self, image: Image.Image, asked: Attributes, strength: float, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
-        """A picture drawn anew from `strength` noise, in several ways."""
+        """An image drawn anew from `strength` noise, in several ways."""
         options = _options(settings, on_step)
         return self.img2img(asked or None, image, strength, num_images_per_prompt=settings.num_images, **options)[0]
 
     def edit(
         self, image: Image.Image, change: Attributes, strength: float, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
-        """A picture with attributes changed, by `strength`.
+        """An image with attributes changed, by `strength`.
 
         Raises:
             ValueError: if there is nothing to change.
@@ -138,7 +138,7 @@ class Studio:
     def inpaint(
         self, image: Image.Image, mask: Image.Image, asked: Attributes, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
-        """A picture painted anew where the mask is white, in several ways.
+        """An image painted anew where the mask is white, in several ways.
 
         Raises:
             ValueError: if the mask is black.
@@ -150,10 +150,10 @@ class Studio:
 
 
 def read_image(path: str) -> Image.Image:
-    """An uploaded picture of any kind, the way up that its EXIF says, in RGB.
+    """An uploaded image of any kind, the way up that its EXIF says, in RGB.
 
     Raises:
-        ValueError: if it is no picture, or a broken one.
+        ValueError: if it is no image, or a broken one.
     """
     return decode_image({"id": "this file", "image": {"path": path}}, Geometry(None, "none"))
 

@@ -8,21 +8,21 @@ from pathlib import Path, PurePosixPath
 from .metadata import Table, csv_errors
 
 CELEBA_LISTS = ("list_attr_celeba", "CelebAMask-HQ-attribute-anno", "list_eval_partition")
-CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # which picture of CelebA each one of CelebA-HQ was made of
-# Folders of aligned faces, by which they are told from the masks and the pictures in the wild that come beside them.
-CELEBA_PICTURES = ("img_align_celeba", "img_align_celeba_png", "CelebA-HQ-img")
+CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # which image of CelebA each one of CelebA-HQ was made of
+# Folders of aligned faces, by which they are told from the masks and the images in the wild that come beside them.
+CELEBA_FOLDERS = ("img_align_celeba", "img_align_celeba_png", "CelebA-HQ-img")
 CELEBA_PARTITION = {"0": "train", "1": "validation", "2": "test"}
 
 
 def celeba_images(sizes: dict[str, int], left_out: list[tuple[str, str]]) -> dict[str, str]:
-    """The pictures of CelebA by file name, which is how its lists name them wherever the folder puts them."""
-    aligned = [name for name in sizes if set(PurePosixPath(name).parts) & set(CELEBA_PICTURES)]
+    """The images of CelebA by file name, which is how its lists name them wherever the folder puts them."""
+    aligned = [name for name in sizes if set(PurePosixPath(name).parts) & set(CELEBA_FOLDERS)]
     paths: dict[str, str] = {}
     stems: set[str] = set()
     for name in aligned or sizes:
         image_id, stem = PurePosixPath(name).name, PurePosixPath(name).stem
         if stem in stems:
-            left_out.append((name, "another picture has the same number"))
+            left_out.append((name, "another image has the same number"))
         else:
             paths[image_id] = name
             stems.add(stem)
@@ -50,7 +50,7 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
                 if stem == "list_eval_partition":
                     values = [CELEBA_PARTITION[values[0]]]
                 table.rows[key] = {"": image_id, **dict(zip(columns, values, strict=True))}
-        if mapping and stem == "list_eval_partition":  # this one names the pictures of CelebA
+        if mapping and stem == "list_eval_partition":  # this one names the images of CelebA
             _, lines = _celeba_lines(folder / mapping)
             origins = {index: PurePosixPath(name).stem for _, (index, *_, name) in lines[1:]}
             table.rows = {index: table.rows[key] for index, key in origins.items() if key in table.rows}

@@ -23,7 +23,7 @@ class Column:
     labels: list[str] | None = None
 
 
-def as_condition(
+def infer_condition(
     values: Sequence[Any], labels: list[str] | None = None
 ) -> tuple[list[int], Value | ClassLabel] | None:
     """A column as a condition: ids (-1 where there is no value) and the feature; None if it cannot be one.
@@ -60,7 +60,7 @@ def _simplified(value: Any) -> Any:
     return value.lower() if value.lower() in _BINARY else value or None
 
 
-def translated(name: str, ids: np.ndarray, there: list[str] | None, here: list[str] | None) -> np.ndarray:
+def remap_class_ids(name: str, ids: np.ndarray, there: list[str] | None, here: list[str] | None) -> np.ndarray:
     """Ids of the condition `name` of one data set as those of another, by the names of their values.
 
     Where one of them has no names, or mere numbers for such, and where of equally many none is the same (as numbers of

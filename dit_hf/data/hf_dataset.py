@@ -24,14 +24,14 @@ from .image_folder import EXTENSIONS, walk
 from .metadata import METADATA
 from .splits import SPLITS
 
-MAX_PREVIEWS = 10  # so many pictures may lie beside shards
+MAX_PREVIEWS = 10  # so many images may lie beside shards
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
 def holds_dataset(folder: Path) -> bool:
-    """Whether a folder is one of `save_to_disk`, or of parquet, webdataset or arrow shards and not of pictures.
+    """Whether a folder is one of `save_to_disk`, or of parquet, webdataset or arrow shards and not of images.
 
-    Few pictures beside shards are previews, unless there is a list of them.
+    Few images beside shards are previews, unless there is a list of them.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return True
@@ -63,7 +63,7 @@ def read_hf_dataset(
     for part_split, part in loaded.items():
         image = _image_column(source, part)
         ids += _ids(str(part_split), part)
-        sizes += _picture_sizes(part.select_columns(image))
+        sizes += _image_sizes(part.select_columns(image))
         others = _plain_columns(part.remove_columns(image))
         others.setdefault("split", Column([SPLITS.get(str(part_split).lower(), "train")] * len(part)))
         for name, column in others.items():
@@ -81,7 +81,7 @@ def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"source {source}: no such folder (a data set of the Hub is spelled OWNER/NAME)")
     if path.is_file() and path.suffix.lower() not in _LOADERS:
-        raise ValueError(f"source {source}: of files, {', '.join(_LOADERS)} are read; pictures, by their folder")
+        raise ValueError(f"source {source}: of files, {', '.join(_LOADERS)} are read; images, by their folder")
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(source)
@@ -99,7 +99,7 @@ def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
 
 
 def _image_column(source: str, part: Dataset) -> str:
-    """The column of pictures: the one called `image`, else the first whose feature is an image."""
+    """The column of images: the one called `image`, else the first whose feature is an image."""
     names = [name for name, feature in part.features.items() if isinstance(feature, Image)]
     if not names:
         raise ValueError(f"source {source}: no column of images; it has {', '.join(part.column_names)}")
@@ -114,8 +114,8 @@ def _ids(split: str, part: Dataset) -> list[str]:
     return [f"{split}-{row}" for row in range(len(part))]
 
 
-def _picture_sizes(images: Dataset) -> list[int]:
-    """Bytes of each stored picture, without reading them; 0 where there are none."""
+def _image_sizes(images: Dataset) -> list[int]:
+    """Bytes of each stored image, without reading them; 0 where there are none."""
     (name,) = images.column_names
     sizes: list[int] = []
     for batch in images.with_format("arrow").iter(1000):

@@ -1,4 +1,4 @@
-"""Folders of pictures: their files, and the lists beside them that say what the pictures show.
+"""Folders of images: their files, and the lists beside them that say what the images show.
 
 Known are CelebA (as Kaggle ships it, with the original .txt lists, or flat), CelebAMask-HQ, folders with a
 `metadata.csv`, `metadata.jsonl` or `metadata.parquet` (as `datasets`' imagefolder reads them), folders whose
@@ -18,18 +18,18 @@ from .metadata import METADATA, join_tables, read_metadata
 from .splits import splits_by_folder, with_splits
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl")  # which are not read, but listed as left out
+UNREAD_EXTENSIONS = (".heic", ".heif", ".jp2", ".jxl")  # which are not read, but listed as left out
 CACHE_INFO = "latents.json"  # by which a folder is a latent cache
 
 
 @dataclass
 class Folder:
-    """The pictures of a folder in the order of their names.
+    """The images of a folder in the order of their names.
 
     Attributes:
-        paths: The file of each picture by its id, relative to the folder.
+        paths: The file of each image by its id, relative to the folder.
         sizes: Its size in bytes.
-        columns: What the lists say of each picture, by name of the column; one value a picture, in order.
+        columns: What the lists say of each image, by name of the column; one value an image, in order.
         left_out: Ids (escaped where they are no UTF-8) that cannot be used, with the reason.
     """
 
@@ -40,7 +40,7 @@ class Folder:
 
 
 def read_folder(folder: Path) -> Folder:
-    """Find the pictures of `folder` and its subfolders (hidden files and names with `__` in front are passed over).
+    """Find the images of `folder` and its subfolders (hidden files and names with `__` in front are passed over).
 
     Raises:
         ValueError: for a list that cannot be read at all.
@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> Folder:
 
 
 def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int], list[str]]:
-    """Sizes of the pictures by relative path, and the lists, in the order of their names."""
+    """Sizes of the images by relative path, and the lists, in the order of their names."""
     sizes: dict[str, int] = {}
     lists: list[str] = []
     for name, entry in walk(str(folder), "", set()):
@@ -77,7 +77,7 @@ def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int]
         if suffix not in EXTENSIONS:
             if entry.name in METADATA or PurePosixPath(name).stem in (*CELEBA_LISTS, CELEBA_HQ_MAPPING):
                 lists.append(name)
-            elif suffix in OTHER_PICTURES:
+            elif suffix in UNREAD_EXTENSIONS:
                 left_out.append((printable(name), f"{suffix} is not read: convert it to .jpg or .png"))
             continue
         try:
@@ -98,7 +98,7 @@ def _scan(folder: Path, left_out: list[tuple[str, str]]) -> tuple[dict[str, int]
 def walk(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """All files below `folder` with their relative names; links are followed, each folder is visited once.
 
-    A latent cache among them is passed over: its sheet is no picture of the source.
+    A latent cache among them is passed over: its image grid is no image of the source.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
@@ -123,7 +123,7 @@ def printable(name: str) -> str:
 
 
 def _describe_by_subfolder(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Split by the first folder, class by the last, where all pictures agree that these are what folders mean here."""
+    """Split by the first folder, class by the last, where all images agree that these are what folders mean here."""
     parents = [PurePosixPath(name).parts[:-1] for name in names]
     splits = splits_by_folder(names)
     if splits:
@@ -131,7 +131,7 @@ def _describe_by_subfolder(names: list[str]) -> dict[str, dict[str, Any]]:
     classes = [parts[-1] if parts else None for parts in parents]
     has_classes = len(set(classes)) > 1 and len({len(parts) for parts in parents}) == 1
     if has_classes and all(str(label).isdigit() and str(label).endswith("000") for label in classes):
-        has_classes = False  # a thousand pictures in each, as FFHQ comes
+        has_classes = False  # a thousand images in each, as FFHQ comes
     return {
         name: ({"split": splits[name]} if splits else {}) | ({"class": label} if has_classes else {})
         for name, label in zip(names, classes, strict=True)

@@ -1,4 +1,4 @@
-"""Pictures of any source as one `datasets.Dataset`: `id`, `image` and one column a condition."""
+"""Images of any source as one `datasets.Dataset`: `id`, `image` and one column a condition."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def open_images(
     seed: int = 0,
     dataset_config_name: str | None = None,
 ) -> Dataset:
-    """Open the pictures of any source as a data set with `id`, `image` and one column a condition.
+    """Open the images of any source as a data set with `id`, `image` and one column a condition.
 
     Args:
-        source: `"avatars"`, the embedded data set; a folder of pictures (CelebA with its lists, CelebA-HQ, subfolders
-            that are classes or splits, `metadata.csv` or `metadata.jsonl`, or just pictures); a parquet or webdataset
+        source: `"avatars"`, the embedded data set; a folder of images (CelebA with its lists, CelebA-HQ, subfolders
+            that are classes or splits, `metadata.csv` or `metadata.jsonl`, or just images); a parquet or webdataset
             file or a folder of them, or one of `save_to_disk`; or the id of a data set on the Hub.
         resolution: `N`, `"HxW"` or `(H, W)` in pixels; None keeps each picture's own size (avatars: 64).
         crop: `"celeba-178"`, `"celeba-140"`, `"center"` or `"none"`, see [`Geometry`].
-        num_images: how many pictures; None is all (avatars: 8,000).
+        num_images: how many images; None is all (avatars: 8,000).
         split: `"train"`, `"validation"` or `"test"`, for sources that come divided.
-        seed: which avatars; other pictures are always in the order of their names, or of their rows.
+        seed: which avatars; other images are always in the order of their names, or of their rows.
         dataset_config_name: which configuration of a data set on the Hub.
 
     Returns:
@@ -38,8 +38,8 @@ def open_images(
         `ClassLabel`.
 
     Raises:
-        FileNotFoundError: if the source does not exist or holds no picture.
-        ValueError: for an unknown crop, size or split, or (on reading a row) a picture that cannot be decoded.
+        FileNotFoundError: if the source does not exist or holds no image.
+        ValueError: for an unknown crop, size or split, or (on reading a row) an image that cannot be decoded.
     """
     geometry = Geometry(parse_resolution(resolution), crop)
     avatar_size = max(geometry.resolution or (DEFAULT_AVATAR_SIZE,))

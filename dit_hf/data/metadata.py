@@ -18,7 +18,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 @dataclass
 class Table:
-    """The rows of a list: values by column, by the key of the picture."""
+    """The rows of a list: values by column, by the key of the image."""
 
     name: str
     rows: dict[str, dict[str, Any]]
@@ -89,7 +89,7 @@ def csv_errors(path: Path) -> Iterator[None]:
 def join_tables(
     keys: dict[str, str], tables: list[Table], left_out: list[tuple[str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """What the tables say of each picture (`keys`: the tables' key of each id) that has a good row in all of them."""
+    """What the tables say of each image (`keys`: the tables' key of each id) that has a good row in all of them."""
     present = set(keys.values())
     missing: dict[str, tuple[str, list[str]]] = {}
     told = {name for name, _ in left_out}
@@ -97,7 +97,7 @@ def join_tables(
         for key, row in table.rows.items():
             if row and key not in present and row[""] not in told:
                 missing.setdefault(key, (row[""], []))[1].append(table.name)
-    left_out += [(name, f"no such picture; it has a row in {' and '.join(files)}") for name, files in missing.values()]
+    left_out += [(name, f"no such image; it has a row in {' and '.join(files)}") for name, files in missing.values()]
     described: dict[str, dict[str, Any]] = {}
     for image_id, key in keys.items():
         without = [table.name for table in tables if key not in table.rows]

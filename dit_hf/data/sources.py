@@ -1,4 +1,4 @@
-"""Any source of pictures as rows: `id`, the undecoded `image`, perhaps a `split`, and one column a condition."""
+"""Any source of images as rows: `id`, the undecoded `image`, perhaps a `split`, and one column a condition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, Value, concatenate_datasets
 
 from ..devices import available_cpus
 from .avatars import open_avatars
-from .conditions import Column, as_condition
+from .conditions import Column, infer_condition
 from .hf_dataset import holds_dataset, read_hf_dataset
 from .image_folder import EXTENSIONS, read_folder
 from .splits import SPLITS
@@ -36,7 +36,7 @@ class Source:
         left_out: What of the source is no usable row, and of the split as far as that is known: id and reason.
         unused: The names of its columns that are no conditions.
         total: How many it has with these, `num_images` or not.
-        sha256: Of ids, sizes of the pictures, splits and conditions: two sources with the same are the same.
+        sha256: Of ids, sizes of the images, splits and conditions: two sources with the same are the same.
     """
 
     name: str
@@ -55,10 +55,10 @@ def open_source(
     seed: int = 0,
     avatar_size: int = DEFAULT_AVATAR_SIZE,
 ) -> Source:
-    """Open `source`, see [`dit_hf.open_images`], without decoding its pictures.
+    """Open `source`, see [`dit_hf.open_images`], without decoding its images.
 
     Raises:
-        FileNotFoundError: if there is no such source, or no picture in it.
+        FileNotFoundError: if there is no such source, or no image in it.
         ValueError: for options that do not fit it, or lists that cannot be read.
     """
     if num_images is not None and num_images < 1:
@@ -79,7 +79,7 @@ def open_source(
             raise ValueError(f"split={split!r}: {source} does not come divided into splits")
         rows = rows.select(np.flatnonzero(np.array(rows["split"][:]) == split))
         if not len(rows):
-            raise ValueError(f"split={split!r}: {source} has no such pictures")
+            raise ValueError(f"split={split!r}: {source} has no such images")
     total = len(rows) + len(left_out)
     if num_images is not None and num_images < len(rows):
         rows = rows.select(range(num_images))
@@ -101,7 +101,7 @@ def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[s
     found = read_folder(folder)
     if not found.paths:
         first = f"; {len(found.left_out)} left out, {': '.join(found.left_out[0])}" if found.left_out else ""
-        raise FileNotFoundError(f"source {folder}: no pictures in it ({', '.join(EXTENSIONS)}){first}")
+        raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(EXTENSIONS)}){first}")
     root = folder.resolve()
     images = Dataset.from_dict(
         {"image": [{"bytes": None, "path": str(root / path)} for path in found.paths.values()]},
@@ -129,7 +129,7 @@ def _assemble(
         data["split"], features["split"] = columns.pop("split").values, Value("string")
     unused = []
     for name, column in columns.items():
-        condition = as_condition(column.values, column.labels)
+        condition = infer_condition(column.values, column.labels)
         if condition is None or name in ("id", "image"):
             unused.append(name)
             continue
@@ -146,7 +146,7 @@ def _assemble(
 
 
 def _fingerprint(rows: Dataset, left_out: list[tuple[str, str]]) -> str:
-    """SHA-256 of everything about the rows but the content of the pictures, of which only the sizes are read."""
+    """SHA-256 of everything about the rows but the content of the images, of which only the sizes are read."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
     called = {name: "size" if name == _SIZE else name for name in sorted(set(rows.column_names) - {"image"})}
     for name in sorted(called, key=called.__getitem__):

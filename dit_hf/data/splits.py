@@ -15,14 +15,14 @@ SPLITS = {
 
 
 def splits_by_folder(names: Iterable[str]) -> dict[str, str]:
-    """The split of each picture by its first folder; nothing unless all are in the folder of one."""
+    """The split of each image by its first folder; nothing unless all are in the folder of one."""
     first = {name: PurePosixPath(name).parts[0].lower() for name in names}
     found = {name: SPLITS[folder] for name, folder in first.items() if folder in SPLITS}
     return found if len(found) == len(first) else {}
 
 
 def with_splits(described: dict[str, dict[str, Any]], left_out: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """With the splits that folders say where the rows say none; else without the pictures whose row says none."""
+    """With the splits that folders say where the rows say none; else without the images whose row says none."""
     if not any(row.get("split") for row in described.values()):
         splits = splits_by_folder(described)
         return {name: row | ({"split": splits[name]} if splits else {}) for name, row in described.items()}
@@ -31,5 +31,5 @@ def with_splits(described: dict[str, dict[str, Any]], left_out: list[tuple[str, 
 
 
 def is_held_out(image_id: str, share: float = 0.02) -> bool:
-    """Whether a picture is held out for validation: decided by the hash of its id alone, so by nothing else."""
+    """Whether an image is held out for validation: decided by the hash of its id alone, so by nothing else."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8]) < share * 2**64

@@ -18,10 +18,10 @@ CROPS = ("celeba-178", "celeba-140", "center", "none")
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a picture becomes `resolution` (height, width) pixels: crop by name, then an antialiased resize.
+    """How an image becomes `resolution` (height, width) pixels: crop by name, then an antialiased resize.
 
-    `celeba-178` and `celeba-140` are the centred 178 and 140 px squares of CelebA's aligned 178 x 218 pictures,
-    `center` is the largest centred box of the resolution's shape, `none` stretches the whole picture. What is
+    `celeba-178` and `celeba-140` are the centred 178 and 140 px squares of CelebA's aligned 178 x 218 images,
+    `center` is the largest centred box of the resolution's shape, `none` stretches the whole image. What is
     transparent shows `background`.
     """
 
@@ -78,10 +78,10 @@ def parse_resolution(resolution: int | str | tuple[int, int] | None) -> tuple[in
 
 
 def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
-    """Decode the picture of one undecoded row.
+    """Decode the image of one undecoded row.
 
     Raises:
-        ValueError: if the picture is broken or too small for the crop, with its name and the reason.
+        ValueError: if the image is broken or too small for the crop, with its name and the reason.
     """
     stored = row["image"] or {}
     try:
@@ -89,7 +89,7 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
         if data is None and stored.get("path"):
             data = Path(stored["path"]).read_bytes()
         if not data:
-            raise ValueError("no picture" if data is None else "an empty file")
+            raise ValueError("no image" if data is None else "an empty file")
         with PILImage.open(io.BytesIO(data)) as image:
             return geometry.fit(image)
     except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
@@ -97,9 +97,9 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong with a picture, without the path of a file, which differs from machine to machine."""
+    """What was wrong with an image, without the path of a file, which differs from machine to machine."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
+        return "not an image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

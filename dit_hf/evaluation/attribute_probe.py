@@ -1,4 +1,4 @@
-"""Obedience: are the attributes that were asked for in the picture? A small head on the features says."""
+"""Obedience: are the attributes that were asked for in the image? A small head on the features says."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ EPOCHS, BATCH, WIDTH, HELD_OUT = 40, 128, 256, 0.2
 
 @dataclass(frozen=True)
 class AttributeHead:
-    """Reads conditions from features, as it learned from real pictures.
+    """Reads conditions from features, as it learned from real images.
 
     Attributes:
         sizes: Number of values by condition.
         network: Features, float32 [batch, dim], to logits of all conditions side by side.
-        held_out: Its accuracy by condition on real pictures it has not seen.
+        held_out: Its accuracy by condition on real images it has not seen.
     """
 
     sizes: dict[str, int]
@@ -35,7 +35,7 @@ class AttributeHead:
         return {name: part.argmax(1).numpy() for name, part in zip(self.sizes, logits, strict=True)}
 
     def accuracy(self, features: np.ndarray, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """How often the pictures show what they were asked for, beside the head's own accuracy on real ones.
+        """How often the images show what they were asked for, beside the head's own accuracy on real ones.
 
         `balanced` is the mean over the values of a condition, so that saying what is most frequent earns nothing.
         """
@@ -51,12 +51,12 @@ class AttributeHead:
 
 
 def train_head(features: np.ndarray, conditions: Mapping[str, np.ndarray], seed: int = 0) -> AttributeHead:
-    """Train a head of one hidden layer on the features of real pictures with their own attributes.
+    """Train a head of one hidden layer on the features of real images with their own attributes.
 
     Args:
         features: float32 [count, dim].
         conditions: Ids by name, [count].
-        seed: Of weights, order, and which fifth of the pictures is held out.
+        seed: Of weights, order, and which fifth of the images is held out.
     """
     sizes = {name: int(ids.max()) + 1 for name, ids in conditions.items()}
     targets = torch.from_numpy(np.stack(list(conditions.values()), 1).astype(np.int64))

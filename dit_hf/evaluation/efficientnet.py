@@ -23,7 +23,7 @@ STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures (x - 127) / 128, [batch, 3, height, width], to features pooled over space: [batch, 320 or 1280].
+    """Images (x - 127) / 128, [batch, 3, height, width], to features pooled over space: [batch, 320 or 1280].
 
     Args:
         head: False for the 320 channels before the head, True for its 1280.

@@ -1,4 +1,4 @@
-"""`dit-hf evaluate`: a model's samples beside real pictures, with the floor, the errors and the whole protocol."""
+"""`dit-hf evaluate`: a model's samples beside real images, with the floor, the errors and the whole protocol."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from PIL import Image
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import AVATARS
 from ..hub.card import write_run_card
-from ..image_grid import save_sheet
+from ..image_grid import save_grid
 from ..latents.cache import open_latents
 from ..latents.vae import weights_sha256
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, find_run, load_pipeline
-from ..sampling.generate import draw, model_facts
-from ..storage import disk_errors, facts_sha256
+from ..sampling.generate import describe_model, generate_images
+from ..storage import disk_errors, hash_json
 from .attribute_probe import AttributeHead, train_head
 from .extract import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
-from .memorization import Neighbours, draw_pairs, facts_of_pairs, find_neighbours
+from .memorization import Neighbours, describe_pairs, find_neighbours, make_pairs_grid
 from .metrics import NEIGHBOURS, Gaussian, measure
 from .reference import INFO, Reference, load_reference, make_reference, statistics_identity, versions
-from .reference_images import Pictures, open_pictures, reconstructed
+from .reference_images import ReferenceImages, open_reference_images, reconstructed
 from .report import figure_name, markdown, write_report
 
 MIN_SAMPLES = 16
@@ -59,7 +59,7 @@ def evaluate(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     save_images: bool = False,
 ) -> Path:
-    """Measure how far a model's samples are from real pictures; a call that was killed goes on where it was.
+    """Measure how far a model's samples are from real images; a call that was killed goes on where it was.
 
     Under `accelerate launch` or `torchrun` every rank draws its part. Conditional models are asked for the attribute
     rows of the reference in order. Lists of guidance scales or steps are measured in every combination and plotted;
@@ -68,20 +68,20 @@ def evaluate(
 
     Args:
         model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
-        reference: a folder of `dit-hf reference`, or any source of pictures (see prepare-latents), a latent cache
-            too, which is decoded; without it the pictures that the run learned from.
-        num_samples: how many pictures are drawn.
+        reference: a folder of `dit-hf reference`, or any source of images (see prepare-latents), a latent cache
+            too, which is decoded; without it the images that the run learned from.
+        num_samples: how many images are drawn.
         features: `inception`, `inception-clean`, `legacy64`, `dinov2`, `efficientnet-lite0`,
             `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
         feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
         output_dir: where the report goes; without it `evaluation` in the run's folder.
         guidance_scale: of the samples; without it the pipeline's own.
         num_inference_steps: of the samples.
-        crop: of the reference's pictures: `celeba-178`, `celeba-140`, `center` or `none`.
+        crop: of the reference's images: `celeba-178`, `celeba-140`, `center` or `none`.
         split: only this part of a reference that comes divided.
-        num_images: only so many pictures of the reference.
-        batch_size: pictures at once.
-        seed: of the samples; picture i of a seed is always the same.
+        num_images: only so many images of the reference.
+        batch_size: images at once.
+        seed: of the samples; image i of a seed is always the same.
         dtype: of the pipeline's weights.
         save_images: keep the samples as PNG, in `images/`, by what they were drawn with.
 
@@ -111,13 +111,13 @@ def evaluate(
     if pictures is None:
         real = load_reference(Path(str(reference)))
     elif pictures.facts["resolution"] != resolution:  # only a cache has its own
-        raise ValueError(f"{reference}: pictures of {pictures.facts['resolution']} px, the model's are {resolution}")
+        raise ValueError(f"{reference}: images of {pictures.facts['resolution']} px, the model's are {resolution}")
     else:
-        name = f"reference-{facts_sha256(statistics_identity(pictures, net))[:12]}"
+        name = f"reference-{hash_json(statistics_identity(pictures, net))[:12]}"
         real = make_reference(folder / name, pictures, net, batch_size)
     real.check(net, resolution)
     if len(real.features) < 2 * MIN_SAMPLES:
-        raise ValueError(f"the reference has {len(real.features)} pictures, and at least {2 * MIN_SAMPLES} are needed")
+        raise ValueError(f"the reference has {len(real.features)} images, and at least {2 * MIN_SAMPLES} are needed")
     evaluation = Evaluation(pipeline, net, real, pictures, folder, num_samples, batch_size, seed, dtype, save_images)
     scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
     steps = num_inference_steps if isinstance(num_inference_steps, list) else [num_inference_steps]
@@ -142,7 +142,7 @@ class Evaluation:
     pipeline: LatentDiTPipeline
     net: FeatureNet
     real: Reference
-    pictures: Pictures | None
+    pictures: ReferenceImages | None
     folder: Path
     num_samples: int
     batch_size: int
@@ -154,7 +154,7 @@ class Evaluation:
         """Draw, measure and report; to be called on all ranks. `own_folder` is the model's, which may have changed."""
         known = list(self.pipeline.transformer.config.conditions or {})
         asked = self.real.attributes(known, self.pipeline.config.condition_labels)
-        identity = model_facts(self.pipeline)
+        identity = describe_model(self.pipeline)
         if not own_folder:
             self._check_model(name, identity)
         elif ranks().is_main_process:
@@ -175,7 +175,7 @@ class Evaluation:
             "figures": {k: v for k, v in rows[0].items() if k not in (*settings[0], "accuracy", "attributes")},
             "floor": {"vae": self._floor(rebuilt, rest), "real": self._floor(self.real.features[held_out], rest)},
             "bias": _bias(self.num_samples, self.net.dim),
-            "memorisation": neighbours.figures() | {"closest": facts_of_pairs(neighbours)},
+            "memorisation": neighbours.figures() | {"closest": describe_pairs(neighbours)},
             "attributes": rows[0]["attributes"],
             "settings": [{k: v for k, v in row.items() if k != "attributes"} for row in rows],
         }
@@ -208,12 +208,12 @@ class Evaluation:
         name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
         facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
         facts |= {"asked": _rows_sha256(asked) if asked else None}
-        images = self.folder / "images" / name / facts_sha256(facts)[:12]
+        images = self.folder / "images" / name / hash_json(facts)[:12]
         if self.save_images:
             facts |= {"images": True}  # others may have features without any
 
         def read(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            drawn = draw(self.pipeline, numbers, asked, self.seed, **setting)
+            drawn = generate_images(self.pipeline, numbers, asked, self.seed, **setting)
             if self.save_images:
                 images.mkdir(parents=True, exist_ok=True)
                 for picture, number in zip(drawn, numbers, strict=True):
@@ -224,17 +224,17 @@ class Evaluation:
         return collect(folder, self.net, read, range(self.num_samples), self.batch_size, facts, name).features
 
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places of as many real pictures as there are samples (or half of them), by chance, and those of the rest."""
+        """Places of as many real images as there are samples (or half of them), by chance, and those of the rest."""
         order = np.random.default_rng(self.seed).permutation(len(self.real.features))
         count = min(self.num_samples, len(order) // 2)
         return np.sort(order[:count]), np.sort(order[count:])
 
     def _reconstruct(self, held_out: np.ndarray) -> np.ndarray | str:
-        """Features of what the VAE makes of those real pictures, or why there are none."""
+        """Features of what the VAE makes of those real images, or why there are none."""
         if self.pictures is None:
-            return "statistics hold no pictures; give --reference their source"
+            return "statistics hold no images; give --reference their source"
         if "vae_sha256" in self.pictures.facts:
-            return "the reference's pictures are themselves decoded latents"
+            return "the reference's images are themselves decoded latents"
         vae, rows = copy.deepcopy(self.pipeline.vae).float(), self.real.rows[held_out]
         read = _with_rows(reconstructed(self.pictures, vae))
         facts = {"vae_sha256": weights_sha256(vae), "pictures": self.real.info["pictures"]}
@@ -261,7 +261,7 @@ class Evaluation:
         return {**setting, **figures, "accuracy": found["accuracy"] if found else None, "attributes": found}
 
     def _floor(self, values: np.ndarray | str, rest: np.ndarray) -> dict[str, Any]:
-        """Figures of real pictures, or their reconstructions, beside the real pictures that are none of them."""
+        """Figures of real images, or their reconstructions, beside the real images that are none of them."""
         if isinstance(values, str):
             return {"reason": values}
         others = self.real.features[rest]
@@ -270,14 +270,14 @@ class Evaluation:
     def _draw_neighbours(
         self, neighbours: Neighbours, asked: list[Attributes] | None, setting: dict[str, Any]
     ) -> None:
-        """A sheet of the closest pairs; statistics alone have no pictures to show."""
+        """An image grid of the closest pairs; statistics alone have no images to show."""
         (self.folder / "neighbours.png").unlink(missing_ok=True)
         if self.pictures is None:
             return
         closest = neighbours.closest()
-        drawn = draw(self.pipeline, closest, asked, self.seed, **setting)
+        drawn = generate_images(self.pipeline, closest, asked, self.seed, **setting)
         real = self.pictures.read(self.real.rows[neighbours.rows[closest]].tolist())
-        save_sheet(draw_pairs(drawn, real, neighbours.distances[closest]), self.folder / "neighbours.png")
+        save_grid(make_pairs_grid(drawn, real, neighbours.distances[closest]), self.folder / "neighbours.png")
 
     def _protocol(self, asked: list[Attributes] | None, setting: dict[str, Any]) -> dict[str, Any]:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -291,10 +291,10 @@ class Evaluation:
             "attributes": f"of the reference's rows, in order: {', '.join(asked[0])}" if asked else "none asked for",
             "features": self.net.identity(),
             "reference": self.real.info["pictures"],
-            "kid": "mean of 100 random subsets of up to 1,000 pictures a side, kernel (x y / dim + 1)^3",
+            "kid": "mean of 100 random subsets of up to 1,000 images a side, kernel (x y / dim + 1)^3",
             "precision_and_recall": f"{NEIGHBOURS} nearest neighbours",
             "standard_error": "jackknife with 20 groups of samples left out in turn, the reference fixed",
-            "floor": "as many real pictures, or their reconstructions, against the others of the reference",
+            "floor": "as many real images, or their reconstructions, against the others of the reference",
             "machine": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "versions": versions() | {"torchmetrics": version("torchmetrics")},
         }
@@ -314,11 +314,11 @@ def _with_rows(read: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequenc
 
 def _bias(num_samples: int, dim: int) -> str:
     text = (
-        f"A Fréchet distance of N = {num_samples:,} pictures is too high by an amount that falls as 1 / N: compare it "
+        f"A Fréchet distance of N = {num_samples:,} images is too high by an amount that falls as 1 / N: compare it "
         "with others of the same N only, and with the floor"
     )
     if num_samples <= dim:
-        text += f"; with no more pictures than features ({dim:,}) most of it can be this"
+        text += f"; with no more images than features ({dim:,}) most of it can be this"
     return f"{text}."
 
 
@@ -348,19 +348,19 @@ def _resolution(pipeline: LatentDiTPipeline) -> str:
 
 def _pictures(
     model: str, reference: str | None, resolution: str, crop: str, split: str | None, num_images: int | None
-) -> Pictures | None:
-    """The reference's pictures; None where it is statistics, which hold none."""
+) -> ReferenceImages | None:
+    """The reference's images; None where it is statistics, which hold none."""
     if reference is not None and (Path(reference) / INFO).is_file():
         return None
     if reference is not None:
-        return open_pictures(reference, resolution, crop, split, num_images)
+        return open_reference_images(reference, resolution, crop, split, num_images)
     config = RunFolder(find_run(model) or Path(model)).config
     cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
     if cache is None or not (cache / CACHE_INFO).is_file():
         raise ValueError(f"{model}: what it learned from is not here; give --reference a source or statistics")
     settings = open_latents(cache)[1]["settings"]
-    if settings["source"] == AVATARS:  # which are drawn again; of other pictures the cache is what is left
-        return open_pictures(
+    if settings["source"] == AVATARS:  # which are drawn again; of other images the cache is what is left
+        return open_reference_images(
             AVATARS, resolution, num_images=num_images or settings["num_images"], seed=settings["seed"]
         )
-    return open_pictures(str(cache), resolution, split=split or "train", num_images=num_images)
+    return open_reference_images(str(cache), resolution, split=split or "train", num_images=num_images)

@@ -1,4 +1,4 @@
-"""Features of many pictures, batch by batch, on many ranks; what a killed call has finished is not done again."""
+"""Features of many images, batch by batch, on many ranks; what a killed call has finished is not done again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..sampling.generate import batches
-from ..storage import facts_sha256, new_file, write_text
+from ..storage import hash_json, new_file, write_text
 from .features import FeatureNet
 
 IDENTITY = "identity.json"
@@ -26,12 +26,12 @@ IDENTITY = "identity.json"
 
 @dataclass(frozen=True)
 class Collected:
-    """Features of pictures.
+    """Features of images.
 
     Attributes:
         features: float32 [count, dim].
-        rows: int64 [count], which pictures these are.
-        pixels_sha256: Of the pictures themselves, batch by batch.
+        rows: int64 [count], which images these are.
+        pixels_sha256: Of the images themselves, batch by batch.
     """
 
     features: np.ndarray
@@ -53,20 +53,20 @@ def collect(
     identity: dict[str, Any],
     what: str,
 ) -> Collected:
-    """Features of the pictures of `rows`; to be called on all ranks, each of which does some of the batches.
+    """Features of the images of `rows`; to be called on all ranks, each of which does some of the batches.
 
     Args:
         folder: Where each batch is kept as one file until all are there, in a folder of what decides the features.
         net: The feature network.
-        read: Rows to pictures, uint8 [n, height, width, 3], and the rows they are of (some may be broken).
+        read: Rows to images, uint8 [n, height, width, 3], and the rows they are of (some may be broken).
         rows: All rows.
-        batch_size: Pictures at once; batch k is the same whoever does it.
-        identity: What decides the features, beside network, batches and number of pictures.
+        batch_size: Images at once; batch k is the same whoever does it.
+        identity: What decides the features, beside network, batches and number of images.
         what: The pictures' name, for the progress bar.
     """
     state = ranks()
     identity = {**identity, "features": net.identity(), "batch_size": batch_size, "count": len(rows)}
-    folder = folder / facts_sha256(identity)[:12]
+    folder = folder / hash_json(identity)[:12]
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")

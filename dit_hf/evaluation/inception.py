@@ -19,7 +19,7 @@ _max_pool = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class FIDInception(nn.Module):
-    """Pictures (x - 128) / 128 of 299 px, [batch, 3, 299, 299], to features pooled over space.
+    """Images (x - 128) / 128 of 299 px, [batch, 3, 299, 299], to features pooled over space.
 
     Args:
         features: 2048 (`pool3`, what the FID is defined on), or 64 (after the first max pooling).

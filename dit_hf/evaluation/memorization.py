@@ -1,4 +1,4 @@
-"""Memorisation: is what a model draws nearer to the pictures it learned from than these are to each other?"""
+"""Memorisation: is what a model draws nearer to the images it learned from than these are to each other?"""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..image_grid import draw_sheet
+from ..image_grid import make_grid
 from .metrics import nearest
 
-MAX_QUERIES = 10_000  # of real pictures, whose neighbours are looked for among all
+MAX_QUERIES = 10_000  # of real images, whose neighbours are looked for among all
 CLOSEST = 16
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Nearest real pictures of samples, and of real pictures among the others.
+    """Nearest real images of samples, and of real images among the others.
 
     Attributes:
-        distances: Of each sample to its nearest real picture.
+        distances: Of each sample to its nearest real image.
         rows: Which that is, by its place in the reference.
-        real: Distances of real pictures to the nearest other one.
+        real: Distances of real images to the nearest other one.
     """
 
     distances: np.ndarray
@@ -30,10 +30,10 @@ class Neighbours:
     real: np.ndarray
 
     def figures(self) -> dict[str, float]:
-        """Shares of samples that are nearer to a real picture than real ones are to each other.
+        """Shares of samples that are nearer to a real image than real ones are to each other.
 
-        Of new pictures as varied as the real ones 1 % are nearer than the closest 1 % of these, and half are nearer
-        than half of these; a model that repeats its pictures has more.
+        Of new images as varied as the real ones 1 % are nearer than the closest 1 % of these, and half are nearer
+        than half of these; a model that repeats its images has more.
         """
         return {
             "share_within_closest_1_percent": float(np.mean(self.distances < np.quantile(self.real, 0.01))),
@@ -43,7 +43,7 @@ class Neighbours:
         }
 
     def closest(self) -> list[int]:
-        """The samples nearest to a real picture, nearest first."""
+        """The samples nearest to a real image, nearest first."""
         return np.argsort(self.distances, kind="stable")[:CLOSEST].tolist()
 
 
@@ -54,18 +54,18 @@ def find_neighbours(samples: np.ndarray, reference: np.ndarray, seed: int = 0) -
     return Neighbours(distances, rows, nearest(reference[queries], reference, own=queries)[0])
 
 
-def draw_pairs(drawn: np.ndarray, real: np.ndarray, distances: np.ndarray) -> Image.Image:
-    """A sheet of samples, each beside its nearest real picture."""
+def make_pairs_grid(drawn: np.ndarray, real: np.ndarray, distances: np.ndarray) -> Image.Image:
+    """An image grid of samples, each beside its nearest real image."""
     images, captions = [], []
     for sample, picture, distance in zip(drawn, real, distances, strict=True):
         images += [Image.fromarray(sample), Image.fromarray(picture)]
         captions += [f"drawn, {distance:.1f} from", "the real one"]
-    title = "drawn pictures and the nearest real ones, in feature space; the closest pairs first"
-    return draw_sheet(images, 8, captions, title, min_side=96)
+    title = "drawn images and the nearest real ones, in feature space; the closest pairs first"
+    return make_grid(images, 8, captions, title, min_side=96)
 
 
-def facts_of_pairs(neighbours: Neighbours) -> list[dict[str, Any]]:
-    """The closest pairs: number of the sample, place of the real picture, distance."""
+def describe_pairs(neighbours: Neighbours) -> list[dict[str, Any]]:
+    """The closest pairs: number of the sample, place of the real image, distance."""
     return [
         {"sample": number, "real": int(neighbours.rows[number]), "distance": float(neighbours.distances[number])}
         for number in neighbours.closest()

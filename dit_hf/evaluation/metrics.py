@@ -20,8 +20,8 @@ class Gaussian:
 
     Attributes:
         mean: float64 [dim].
-        factor: float64 [dim, rank], the covariance is `factor @ factor.T`. Rank is below dim with few pictures.
-        count: How many pictures.
+        factor: float64 [dim, rank], the covariance is `factor @ factor.T`. Rank is below dim with few images.
+        count: How many images.
     """
 
     mean: torch.Tensor
@@ -33,12 +33,12 @@ class Gaussian:
         """Of features [count, dim]: the sample's mean and unbiased covariance.
 
         Raises:
-            ValueError: for less than two pictures, or features that are not finite.
+            ValueError: for less than two images, or features that are not finite.
         """
         values = torch.from_numpy(np.asarray(features)).double()
         count, dim = values.shape
         if count < 2:
-            raise ValueError(f"a covariance of {count} pictures: at least two are needed")
+            raise ValueError(f"a covariance of {count} images: at least two are needed")
         if not torch.isfinite(values).all():
             raise ValueError("features are not finite")
         mean = values.mean(0)
@@ -60,7 +60,7 @@ def frechet_distance(first: Gaussian | np.ndarray, second: Gaussian | np.ndarray
 
     |m1 - m2|² + tr C1 + tr C2 - 2 tr (C1 C2)^½ (Dowson and Landau, 1982; https://arxiv.org/abs/1706.08500), where the
     last trace is the sum of the singular values of F1ᵀ F2 for C = F Fᵀ: exact also where covariances are singular,
-    as they are with fewer pictures than features.
+    as they are with fewer images than features.
     """
     one, other = (side if isinstance(side, Gaussian) else Gaussian.of(side) for side in (first, second))
     shared = torch.linalg.svdvals(one.factor.T @ other.factor).sum()
@@ -72,7 +72,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
     """KID (https://arxiv.org/abs/1801.01401): the unbiased squared MMD with the kernel (x·y / dim + 1)³.
 
     Returns:
-        Mean over 100 random subsets of up to 1,000 pictures a side, and the standard deviation between them.
+        Mean over 100 random subsets of up to 1,000 images a side, and the standard deviation between them.
     """
     from torchmetrics.image.kid import poly_mmd  # here, for training does not need it
 
@@ -93,8 +93,8 @@ def precision_and_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (https://arxiv.org/abs/1904.06991).
 
-    Precision is the share of pictures within the reference's manifold, which is the balls around its pictures that
-    reach to the third nearest other one; recall the share of the reference within that of the pictures.
+    Precision is the share of images within the reference's manifold, which is the balls around its images that
+    reach to the third nearest other one; recall the share of the reference within that of the images.
     """
     one, other = (torch.from_numpy(np.asarray(side)).double() for side in (features, reference))
     return _share_within(one, other, neighbours), _share_within(other, one, neighbours)
@@ -105,7 +105,7 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distance to the nearest of `reference` and its row, [len(features)] each.
 
-    Where the features are among the reference's, `own` says in which rows: a picture is not its own neighbour.
+    Where the features are among the reference's, `own` says in which rows: an image is not its own neighbour.
     """
     one, other = (torch.from_numpy(np.asarray(side)).double() for side in (features, reference))
     distances, rows = [], []
@@ -119,10 +119,10 @@ def nearest(
 
 
 def standard_error(metric: Callable[[np.ndarray], float], features: np.ndarray, seed: int = 0) -> float:
-    """Standard error of `metric(features)` over draws of the pictures, by the jackknife with groups left out.
+    """Standard error of `metric(features)` over draws of the images, by the jackknife with groups left out.
 
-    Unlike the bootstrap it repeats no picture, which would make a sample look less varied than it is. The reference is
-    held fixed: what is told is how the figure varies from one set of pictures of this size to another.
+    Unlike the bootstrap it repeats no image, which would make a sample look less varied than it is. The reference is
+    held fixed: what is told is how the figure varies from one set of images of this size to another.
     """
     groups = np.array_split(np.random.default_rng(seed).permutation(len(features)), min(GROUPS, len(features)))
     values = np.array([metric(np.delete(features, group, 0)) for group in groups])
@@ -130,9 +130,9 @@ def standard_error(metric: Callable[[np.ndarray], float], features: np.ndarray, 
 
 
 def extrapolated(metric: Callable[[np.ndarray], float], features: np.ndarray, seed: int = 0) -> float:
-    """`metric` as it would be with infinitely many pictures: its bias is proportional to 1 / N.
+    """`metric` as it would be with infinitely many images: its bias is proportional to 1 / N.
 
-    A Fréchet distance of N pictures is too high by about c / N (https://arxiv.org/abs/1911.07023). The line through
+    A Fréchet distance of N images is too high by about c / N (https://arxiv.org/abs/1911.07023). The line through
     its values at N and, on average, at the two halves, is followed to 1 / N = 0.
     """
     order = np.random.default_rng(seed).permutation(len(features))

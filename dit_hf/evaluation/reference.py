@@ -1,4 +1,4 @@
-"""Reference statistics: features of real pictures with all that says what they are, kept to be compared with."""
+"""Reference statistics: features of real images with all that says what they are, kept to be compared with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..data.conditions import translated
+from ..data.conditions import remap_class_ids
 from ..pipelines.guidance import Attributes
-from ..storage import disk_errors, is_vacant, new_folder, partial_folder, read_manifest, write_manifest
+from ..storage import disk_errors, is_empty, new_folder, partial_folder, read_manifest, write_manifest
 from .extract import Collected, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
-from .reference_images import Pictures, check_left_out, open_pictures
+from .reference_images import ReferenceImages, check_left_out, open_reference_images
 
 INFO = "reference.json"
 STATISTICS = "statistics.safetensors"
@@ -29,10 +29,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures as a feature network sees them.
+    """Real images as a feature network sees them.
 
     Attributes:
-        info: What `reference.json` says: pictures, feature network, versions.
+        info: What `reference.json` says: images, feature network, versions.
         features: float32 [count, dim].
         rows: Rows of the source they are of, int64 [count].
         conditions: Ids of each condition by name, [count].
@@ -60,7 +60,7 @@ class Reference:
             return None
         ids = {name: self.conditions[name] for name in names}
         if labels is not None:
-            ids = {n: translated(n, ids[n], self.labels.get(n), labels.get(n)) for n in names}
+            ids = {n: remap_class_ids(n, ids[n], self.labels.get(n), labels.get(n)) for n in names}
         return [dict(zip(names, row, strict=True)) for row in zip(*(ids[n].tolist() for n in names), strict=True)]
 
     def check(self, net: FeatureNet, resolution: str) -> None:
@@ -72,7 +72,7 @@ class Reference:
         before, now = self.info["features"], net.identity()
         different = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before[name] != value]
         if self.info["pictures"]["resolution"] != resolution:
-            different.append(f"pictures of {self.info['pictures']['resolution']} px, now {resolution}")
+            different.append(f"images of {self.info['pictures']['resolution']} px, now {resolution}")
         if different:
             raise ValueError(f"the reference does not match what is evaluated: {'; '.join(different)}")
 
@@ -90,12 +90,12 @@ def reference(
     dataset_config_name: str | None = None,
     batch_size: int = 64,
 ) -> Path:
-    """Compute reference statistics of the pictures of any source; a call that was killed goes on where it was.
+    """Compute reference statistics of the images of any source; a call that was killed goes on where it was.
 
     Under `accelerate launch` or `torchrun` every rank does its part.
 
     Args:
-        source: a folder of pictures, parquet or webdataset shards, a data set of the Hub, `avatars` (see
+        source: a folder of images, parquet or webdataset shards, a data set of the Hub, `avatars` (see
             prepare-latents), or a latent cache, whose latents are decoded.
         output_dir: the statistics' folder.
         features: `inception`, `inception-clean`, `legacy64`, `dinov2`, `efficientnet-lite0`,
@@ -104,38 +104,38 @@ def reference(
         resolution: `N` or `HxW` pixels, those of the model that will be evaluated (a cache has its own).
         crop: `celeba-178`, `celeba-140`, `center` or `none`.
         split: only this part of a source that comes divided.
-        num_images: only so many pictures.
+        num_images: only so many images.
         seed: which avatars.
         dataset_config_name: which configuration of a data set on the Hub.
-        batch_size: pictures at once.
+        batch_size: images at once.
 
     Returns:
         The folder: `statistics.safetensors` (mean and covariance in float64, features, rows, conditions) and
-        `reference.json`, with hashes of the pictures and of the feature network's weights.
+        `reference.json`, with hashes of the images and of the feature network's weights.
 
     Raises:
         FileExistsError: if `output_dir` holds other statistics, or something else.
-        ValueError: for options that do not fit, or if too many of the pictures cannot be read.
+        ValueError: for options that do not fit, or if too many of the images cannot be read.
     """
     net = load_features(features, feature_weights, ranks().device)
-    pictures = open_pictures(source, resolution, crop, split, num_images, seed, dataset_config_name)
+    pictures = open_reference_images(source, resolution, crop, split, num_images, seed, dataset_config_name)
     made = make_reference(Path(output_dir), pictures, net, batch_size)
     if ranks().is_main_process:
         print(f"{output_dir}: {describe(made)}", flush=True)
     return Path(output_dir)
 
 
-def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size: int) -> Reference:
+def make_reference(folder: Path, pictures: ReferenceImages, net: FeatureNet, batch_size: int) -> Reference:
     """The statistics of `pictures`, of `folder` where they are there already; to be called on all ranks.
 
     Raises:
         FileExistsError: if the folder holds others, or something else.
-        ValueError: if too many of the pictures cannot be read.
+        ValueError: if too many of the images cannot be read.
     """
     state, asked = ranks(), statistics_identity(pictures, net)
     parts = partial_folder(folder).with_name(f".{folder.name}.features")
     finished = (folder / INFO).is_file()
-    if not (finished or is_vacant(folder)):
+    if not (finished or is_empty(folder)):
         raise FileExistsError(f"output_dir {folder} holds something else (no {INFO}); name a new folder")
     state.wait_for_everyone()  # all ranks have seen the same
     if not finished:
@@ -147,7 +147,7 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
                 range(pictures.count),
                 batch_size,
                 {"pictures": asked["pictures"]},
-                "real pictures",
+                "real images",
             )
             check_left_out(pictures, found.rows)
             if state.is_main_process:
@@ -160,7 +160,7 @@ def make_reference(folder: Path, pictures: Pictures, net: FeatureNet, batch_size
     return made
 
 
-def statistics_identity(pictures: Pictures, net: FeatureNet) -> dict[str, Any]:
+def statistics_identity(pictures: ReferenceImages, net: FeatureNet) -> dict[str, Any]:
     """What decides the statistics, as JSON has it."""
     return {"pictures": json.loads(json.dumps(pictures.facts)), "features": net.identity()}
 
@@ -192,7 +192,7 @@ def describe(made: Reference) -> str:
     """A line that says what statistics these are."""
     pictures, features = made.info["pictures"], made.info["features"]
     return (
-        f"{len(made.features):,} pictures of {pictures['source']} ({pictures['pixels_sha256'][:12]}), "
+        f"{len(made.features):,} images of {pictures['source']} ({pictures['pixels_sha256'][:12]}), "
         f"{pictures['resolution']} px, {features['name']} ({features['weights_sha256'][:12]})"
     )
 
@@ -205,7 +205,7 @@ def versions() -> dict[str, str]:
     return {"dit_hf": __version__} | {name: version(name) for name in names}
 
 
-def _write(folder: Path, pictures: Pictures, asked: dict[str, Any], found: Collected) -> None:
+def _write(folder: Path, pictures: ReferenceImages, asked: dict[str, Any], found: Collected) -> None:
     values, rows = found.features.astype(np.float64), found.rows
     tensors = {
         "mean": values.mean(0),

@@ -1,4 +1,4 @@
-"""Pictures to be turned into features, of any source or decoded from a latent cache, read by their rows' numbers."""
+"""Images to be turned into features, of any source or decoded from a latent cache, read by their rows' numbers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..latents.vae import VAE, decode, encode, load_vae
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures of one size, of which each can be read again.
+class ReferenceImages:
+    """Images of one size, of which each can be read again.
 
     Attributes:
         count: How many.
         facts: What they are, for a protocol; no path of this machine is among it.
         conditions: Ids of each condition by name, in the order of the rows.
         labels: Names of the values of those conditions that are classes.
-        read: Rows to their pictures, uint8 [n, height, width, 3]; one that is broken raises ValueError.
+        read: Rows to their images, uint8 [n, height, width, 3]; one that is broken raises ValueError.
     """
 
     count: int
@@ -38,7 +38,7 @@ class Pictures:
     read: Callable[[Sequence[int]], np.ndarray]
 
     def read_whole(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures of `rows` that can be read, perhaps none, and their rows."""
+        """The images of `rows` that can be read, perhaps none, and their rows."""
         with contextlib.suppress(ValueError):
             return self.read(rows), np.array(rows)
         height, width = (int(side) for side in self.facts["resolution"].split("x"))
@@ -50,7 +50,7 @@ class Pictures:
         return np.concatenate(found), np.array(kept, np.int64)
 
 
-def open_pictures(
+def open_reference_images(
     source: str,
     resolution: str,
     crop: str = "center",
@@ -58,18 +58,18 @@ def open_pictures(
     num_images: int | None = None,
     seed: int = 0,
     dataset_config_name: str | None = None,
-) -> Pictures:
-    """The pictures of any source, see [`dit_hf.open_images`], or those that the latents of a cache decode to.
+) -> ReferenceImages:
+    """The images of any source, see [`dit_hf.open_images`], or those that the latents of a cache decode to.
 
     Raises:
         ValueError: for options that do not fit the source.
-        FileNotFoundError: if there is no such source, or no picture in it.
+        FileNotFoundError: if there is no such source, or no image in it.
     """
     if (Path(source) / CACHE_INFO).is_file():
         return _decoded(source, split, num_images)
     geometry = Geometry(parse_resolution(resolution), crop)
     if geometry.resolution is None:
-        raise ValueError("resolution is needed: the pictures of a reference have one size")
+        raise ValueError("resolution is needed: the images of a reference have one size")
     opened = open_source(source, dataset_config_name, split, num_images, seed, max(geometry.resolution))
     rows = opened.rows
     height, width = geometry.resolution
@@ -89,11 +89,11 @@ def open_pictures(
     facts |= {"seed": seed} if source == AVATARS else {}
     conditions, features = _conditions(rows), rows.features
     labels = {name: features[name].names for name in conditions if isinstance(features[name], ClassLabel)}
-    return Pictures(len(rows), facts, conditions, labels, read)
+    return ReferenceImages(len(rows), facts, conditions, labels, read)
 
 
-def reconstructed(pictures: Pictures, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:
-    """Reads what a VAE makes of pictures: the decoded means of their latents."""
+def reconstructed(pictures: ReferenceImages, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:
+    """Reads what a VAE makes of images: the decoded means of their latents."""
 
     def read(rows: Sequence[int]) -> np.ndarray:
         mean, _ = encode(vae, torch.from_numpy(pictures.read(rows)))
@@ -102,15 +102,15 @@ def reconstructed(pictures: Pictures, vae: VAE) -> Callable[[Sequence[int]], np.
     return read
 
 
-def check_left_out(pictures: Pictures, rows: np.ndarray) -> None:
+def check_left_out(pictures: ReferenceImages, rows: np.ndarray) -> None:
     """Refuse a set of which too much is missing; `rows` are those that could be read.
 
     Raises:
-        ValueError: if more than 1 % of the pictures could not, with the reason of the first.
+        ValueError: if more than 1 % of the images could not, with the reason of the first.
     """
     missing = sorted({*range(pictures.count)} - {*rows.tolist()})
     if len(missing) > MAX_LEFT_OUT * pictures.count:
-        what = f"{len(missing)} of {pictures.count} pictures of {pictures.facts['source']} cannot be read"
+        what = f"{len(missing)} of {pictures.count} images of {pictures.facts['source']} cannot be read"
         try:
             pictures.read(missing[:1])
         except ValueError as error:
@@ -118,12 +118,12 @@ def check_left_out(pictures: Pictures, rows: np.ndarray) -> None:
         raise ValueError(f"{what}, more than {MAX_LEFT_OUT:.0%}")
 
 
-def _decoded(folder: str, split: str | None, num_images: int | None) -> Pictures:
+def _decoded(folder: str, split: str | None, num_images: int | None) -> ReferenceImages:
     cache, info = open_latents(folder)
     chosen = np.array(cache["split"][:]) == split if split else np.ones(len(cache), bool)
     rows = cache.select(np.flatnonzero(chosen)[:num_images])
     if not len(rows):
-        raise ValueError(f"split={split!r}: {folder} has no such pictures")
+        raise ValueError(f"split={split!r}: {folder} has no such images")
     vae, shape = load_vae(str(Path(folder) / "vae")), tuple(info["latent_shape"])
     facts = {
         "source": f"latents of {info['settings']['source']}, decoded",
@@ -140,7 +140,7 @@ def _decoded(folder: str, split: str | None, num_images: int | None) -> Pictures
         return decode(vae, torch.tensor(latents).view(-1, *shape)).cpu().numpy()
 
     conditions = {name: list(rows[name][:]) for name in info["conditions"]}
-    return Pictures(len(rows), facts, conditions, info["condition_labels"], read)
+    return ReferenceImages(len(rows), facts, conditions, info["condition_labels"], read)
 
 
 def _conditions(rows: Dataset) -> dict[str, list[int]]:

@@ -27,15 +27,15 @@ def figure_name(label: str, num_samples: int) -> str:
 def write_report(folder: Path, report: dict[str, Any], neighbours: Neighbours) -> None:
     """Write table and plots, and last the JSON, which says that all is there."""
     write_text(folder / "evaluation.md", markdown(report))
-    _save(draw_figures(report, neighbours), folder / EVALUATION_PLOT)
+    _save(plot_figures(report, neighbours), folder / EVALUATION_PLOT)
     (folder / SETTINGS_PLOT).unlink(missing_ok=True)
     if len(report["settings"]) > 1:
-        _save(draw_settings(report), folder / SETTINGS_PLOT)
+        _save(plot_settings(report), folder / SETTINGS_PLOT)
     write_text(folder / EVALUATION_REPORT, json.dumps(report, indent=2) + "\n")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table: the model beside what its VAE makes of real pictures, and beside real pictures themselves."""
+    """The table: the model beside what its VAE makes of real images, and beside real images themselves."""
     floor = report["floor"]
     columns = [report["figures"], floor["vae"], floor["real"]]
     protocol, memory = report["protocol"], report["memorisation"]
@@ -46,7 +46,7 @@ def markdown(report: dict[str, Any]) -> str:
         ["precision", *(_number(column, "precision") for column in columns)],
         ["recall", *(_number(column, "recall") for column in columns)],
         ["pictures", *(_number(column, "num_samples") for column in columns)],
-        ["reference pictures", *(_number(column, "num_reference") for column in columns)],
+        ["reference images", *(_number(column, "num_reference") for column in columns)],
     ]
     lines = [
         f"# {report['model']['name']}: {report['name']} {_with_error(report['figures'])}",
@@ -57,7 +57,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"± is 1.96 standard errors. {report['bias']}",
         "",
-        f"{memory['share_within_closest_1_percent']:.1%} of the samples are nearer to a real picture than the closest "
+        f"{memory['share_within_closest_1_percent']:.1%} of the samples are nearer to a real image than the closest "
         f"1 % of real ones are to each other, {memory['share_within_closest_half']:.1%} nearer than half of them.",
         "",
     ]
@@ -65,7 +65,7 @@ def markdown(report: dict[str, Any]) -> str:
         found = report["attributes"]
         lines += [
             f"Attributes asked for and found: {found['accuracy']:.1%} ({found['balanced_accuracy']:.1%} balanced); on "
-            f"real pictures that it has not seen the head that looks for them is right in "
+            f"real images that it has not seen the head that looks for them is right in "
             f"{found['accuracy_on_real']:.1%}.",
             "",
         ]
@@ -84,8 +84,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_figures(report: dict[str, Any], neighbours: Neighbours) -> Figure:
-    """The distance beside its floors, and how near samples and real pictures are to their nearest real one."""
+def plot_figures(report: dict[str, Any], neighbours: Neighbours) -> Figure:
+    """The distance beside its floors, and how near samples and real images are to their nearest real one."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     floor = report["floor"]
@@ -100,16 +100,16 @@ def draw_figures(report: dict[str, Any], neighbours: Neighbours) -> Figure:
     left.set_xlim(0, 1.18 * max(c["frechet_distance"] + 1.96 * c["standard_error"] for _, c, _ in shown))
     bins = np.linspace(0, max(neighbours.distances.max(), neighbours.real.max()), 60)
     for values, name, color in (
-        (neighbours.real, "real pictures, to the others", _REAL),
-        (neighbours.distances, "samples, to real pictures", _MODEL),
+        (neighbours.real, "real images, to the others", _REAL),
+        (neighbours.distances, "samples, to real images", _MODEL),
     ):
         right.hist(values, bins, density=True, histtype="stepfilled", alpha=0.5, color=color, label=name)
-    right.set(title="Distance to the nearest real picture", xlabel="in feature space", yticks=[])
+    right.set(title="Distance to the nearest real image", xlabel="in feature space", yticks=[])
     right.legend()
     return figure
 
 
-def draw_settings(report: dict[str, Any]) -> Figure:
+def plot_settings(report: dict[str, Any]) -> Figure:
     """Distance and accuracy of the asked attributes against guidance, a line for each number of steps."""
     rows = report["settings"]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -129,7 +129,7 @@ def draw_settings(report: dict[str, Any]) -> Figure:
         if "frechet_distance" in column:
             left.axhline(column["frechet_distance"], color=color, linestyle="--", label=f"floor: {name}")
     if report["attributes"]:
-        right.axhline(report["attributes"]["accuracy_on_real"], color=_REAL, linestyle="--", label="on real pictures")
+        right.axhline(report["attributes"]["accuracy_on_real"], color=_REAL, linestyle="--", label="on real images")
     title, unit = along.replace("_", " "), figure_name(report["name"].rpartition("-")[0], rows[0]["num_samples"])
     left.set(title=unit, xlabel=title, ylim=(0, None))
     right.set(title="Attributes asked for and found", xlabel=title)

@@ -111,7 +111,7 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
     shared: dict[str, Any] = {
         "task_type": "unconditional-image-generation",
         "dataset_type": pictures["source"],
-        "dataset_name": f"{pictures['source']}, {pictures['pictures']:,} pictures of {pictures['resolution']} px",
+        "dataset_name": f"{pictures['source']}, {pictures['pictures']:,} images of {pictures['resolution']} px",
         "dataset_split": pictures["split"],
         "metric_config": protocol["features"]["name"],
         "metric_args": {"num_samples": figures["num_samples"]}
@@ -150,7 +150,7 @@ def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
 
 
 def is_celeba(training: dict[str, Any]) -> bool:
-    """Whether the pictures are CelebA's or CelebA-HQ's, whose terms allow non-commercial research only."""
+    """Whether the images are CelebA's or CelebA-HQ's, whose terms allow non-commercial research only."""
     source, crop = str(training.get("source", "")).lower(), str(training.get("crop", ""))
     drawn = source == AVATARS
     return not drawn and ("celeb" in source or "celeba" in crop or "5_o_Clock_Shadow" in training.get("columns", []))

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
-from ..image_grid import draw_sheet, save_sheet
+from ..image_grid import make_grid, save_grid
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import (
@@ -33,13 +33,13 @@ from ..runs import (
     is_checkpoint,
     load_pipeline,
 )
-from ..sampling.generate import draw
+from ..sampling.generate import generate_images
 from ..storage import disk_errors, new_folder, write_text
 from ..upload import upload_folder
 from .card import example_attributes, write_card
 from .to_diffusers import BuiltinExport, to_builtin
 
-SHEET_SIZE = 8
+GRID_SIZE = 8
 _EVALUATION = (EVALUATION_REPORT, EVALUATION_PLOT, SETTINGS_PLOT)
 # What a push replaces as a whole: weights that are not part of it any more go.
 _FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
@@ -53,7 +53,7 @@ _FILES = (
     EXPORT,
     *_PICTURES.values(),
 )
-_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # that file managers leave
+_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # that file managers leave
 
 
 def push(
@@ -69,7 +69,7 @@ def push(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Share a model: weights, card, sheet, recipe, log and evaluation, as a repository of the Hub or a folder.
+    """Share a model: weights, card, image grid, recipe, log and evaluation, as a repository of the Hub or a folder.
 
     Args:
         model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
@@ -135,7 +135,7 @@ def write_repository(
     Args:
         folder: An empty one.
         pipeline: The model.
-        model: Where it came from; if that is a run, its recipe, log, curve, sheet and evaluation are taken too.
+        model: Where it came from; if that is a run, its recipe, log, curve, image grid and evaluation are taken too.
         name: The card's title.
         source: What the card's snippets load.
         max_shard_size: Of the files of weights.
@@ -149,13 +149,13 @@ def write_repository(
     training = training if training is not None else exported_summary(run or _local_folder(model))
     if training:  # for who pushes it on
         write_text(folder / EXPORT, json.dumps({"training": training}, indent=2) + "\n")
-        if run is not None and not is_checkpoint(model):  # whose log, sheet and figures are not the run's last
+        if run is not None and not is_checkpoint(model):  # whose log, image grid and figures are not the run's last
             shown |= _copy_run(run, folder)
     if export is not None:
         shown |= {"builtin": export.facts(), "sheet": _PICTURES["sheet"]}
-        save_sheet(draw_sheet(export.draw(SHEET_SIZE), 4, min_side=96), folder / _PICTURES["sheet"])
+        save_grid(make_grid(export.draw(GRID_SIZE), 4, min_side=96), folder / _PICTURES["sheet"])
     elif "sheet" not in shown and pipeline.vae is not None:
-        _draw_sheet(pipeline, folder / _PICTURES["sheet"])
+        _save_example_grid(pipeline, folder / _PICTURES["sheet"])
         shown["sheet"] = _PICTURES["sheet"]
     write_card(folder, pipeline, name, source, training, **shown)
 
@@ -195,7 +195,7 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     shutil.copyfile(run / LOG, folder / LOG)
     recipe = without_paths(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
     write_text(folder / CONFIG, yaml.safe_dump(recipe, sort_keys=False))
-    for name in _EVALUATION:  # and not the sheet of nearest pictures, which are others' to share
+    for name in _EVALUATION:  # and not the image grid of nearest images, which are others' to share
         path = RunFolder(run).evaluation / name
         if path.is_file():
             RunFolder(folder).evaluation.mkdir(exist_ok=True)
@@ -218,20 +218,20 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def _draw_sheet(pipeline: LatentDiTPipeline, path: Path) -> None:
-    """A sheet of what the pipeline draws when asked for something, and when asked for nothing."""
+def _save_example_grid(pipeline: LatentDiTPipeline, path: Path) -> None:
+    """An image grid of what the pipeline draws when asked for something, and when asked for nothing."""
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     example = example_attributes(pipeline)
     rows: list[Attributes] = [example, {}] if example else [{}]
-    images = [Image.fromarray(image) for image in draw(pipeline, range(SHEET_SIZE), rows, seed=0)]
-    captions = [", ".join(f"{k}: {v}" for k, v in rows[i % len(rows)].items()) or "any" for i in range(SHEET_SIZE)]
-    save_sheet(draw_sheet(images, 4, captions, min_side=96), path)
+    images = [Image.fromarray(image) for image in generate_images(pipeline, range(GRID_SIZE), rows, seed=0)]
+    captions = [", ".join(f"{k}: {v}" for k, v in rows[i % len(rows)].items()) or "any" for i in range(GRID_SIZE)]
+    save_grid(make_grid(images, 4, captions, min_side=96), path)
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Whether it is empty, or may be replaced: with `overwrite`, and if all in it was pushed there."""
     names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name not in (*_FOLDERS, *_FILES, *_LITTER)]
+    others = [name for name in names if name not in (*_FOLDERS, *_FILES, *_SYSTEM_FILES)]
     if others:
         raise FileExistsError(f"output_dir {folder} holds {', '.join(others[:3])}, from no push; name a new folder")
     if names and not overwrite:

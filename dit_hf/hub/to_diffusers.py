@@ -21,7 +21,7 @@ COMPARED_STEPS = 10
 MAX_DIFFERENCE = 0.05
 FIT_ERROR, FIT_STEPS = 1e-4, 300
 # What the built-in transformer can be told, or has anyway.
-_TRANSLATED = {
+_CONVERTED = {
     *("sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads"),
     *("attention_head_dim", "conditions", "timestep_freq_shift", "position_base_size"),
 }
@@ -48,7 +48,7 @@ class BuiltinExport:
     protocol: str
 
     def draw(self, count: int) -> list[Any]:
-        """Pictures of the first labels, in turn."""
+        """Images of the first labels, in turn."""
         labels = [i % max(1, self.num_labels) for i in range(count)]
         self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
     print(result.sentence(), flush=True)
     if difference > MAX_DIFFERENCE:
         raise ValueError(
-            f"the built-in transformer gives other pictures: they differ by {difference:.2f} of 1 ({protocol}), and "
+            f"the built-in transformer gives other images: they differ by {difference:.2f} of 1 ({protocol}), and "
             f"{MAX_DIFFERENCE} is allowed; push without --builtin"
         )
     return result
@@ -120,7 +120,7 @@ def _check_fits(pipeline: LatentDiTPipeline, attributes: Attributes | None) -> N
     elif attributes and not conditions:
         reason = "it is unconditional, so there are no --attributes to draw"
     for name, value in config.items():
-        if name in defaults and name not in _TRANSLATED and value != defaults[name].default:
+        if name in defaults and name not in _CONVERTED and value != defaults[name].default:
             reason = f"the built-in transformer has no {name}={value!r}"
     if reason is not None:
         raise ValueError(f"the model does not fit diffusers' DiTPipeline: {reason}")
@@ -271,5 +271,5 @@ def _compare(pipeline: LatentDiTPipeline, export: DiTPipeline, attributes: Attri
     export.set_progress_bar_config(disable=True)
     (ours,) = pipeline([*rows, {}], generator=torch.Generator().manual_seed(0), **options)
     (others,) = export(labels, generator=torch.Generator().manual_seed(0), **options)
-    protocol = f"{len(labels)} pictures, {steps} steps, guidance {options['guidance_scale']:g}, seed 0"
+    protocol = f"{len(labels)} images, {steps} steps, guidance {options['guidance_scale']:g}, seed 0"
     return float(abs(ours - others).max()), protocol

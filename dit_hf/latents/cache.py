@@ -10,7 +10,7 @@ from datasets import Dataset, load_from_disk
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import Source
 from ..data.transforms import Geometry
-from ..storage import is_vacant, read_manifest
+from ..storage import is_empty, read_manifest
 from ..upload import upload_folder
 from .vae import VAE, weights_sha256
 
@@ -55,7 +55,7 @@ def cache_identity(
     height, width = geometry.resolution or (0, 0)
     return {
         "format": FORMAT_VERSION,
-        "source": f"{source.name}, {len(source.rows)} pictures ({source.sha256[:12]})",
+        "source": f"{source.name}, {len(source.rows)} images ({source.sha256[:12]})",
         "vae": f"{settings['vae']} ({weights_sha256(vae)[:12]})",
         "crop": geometry.crop,
         "resolution": f"{height}x{width}",
@@ -69,7 +69,7 @@ def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     Raises:
         FileExistsError: if it holds another one, or something else.
     """
-    if is_vacant(folder):
+    if is_empty(folder):
         return False
     if not (folder / CACHE_INFO).is_file():
         raise FileExistsError(

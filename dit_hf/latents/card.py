@@ -1,4 +1,4 @@
-"""What a person sees of a latent cache: its card, and a sheet of pictures beside their reconstructions."""
+"""What a person sees of a latent cache: its card, and an image grid of images beside their reconstructions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ..data.transforms import decode_image
-from ..image_grid import draw_sheet, save_sheet
+from ..image_grid import make_grid, save_grid
 from .vae import VAE, decode
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SHOWN = 16
 
 
-def draw_reconstructions(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
-    """Draw pictures, evenly spread over the cache, beside what the VAE makes of their stored latents.
+def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
+    """Draw images, evenly spread over the cache, beside what the VAE makes of their stored latents.
 
     Returns:
         Their mean PSNR in dB.
@@ -33,7 +33,7 @@ def draw_reconstructions(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path
     sources = {image_id: row for row, image_id in enumerate(rows["id"])}
     images: list[Image.Image] = []
     ratios, captions = [], []
-    vae = vae.to(memory_format=torch.contiguous_format)  # whoever encoded, the sheet is the same
+    vae = vae.to(memory_format=torch.contiguous_format)  # whoever encoded, the image grid is the same
     for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
         original = decode_image(rows[sources[image_id]], job.geometry)
         latents = torch.tensor(latent).view(1, *job.latent_shape)
@@ -43,8 +43,8 @@ def draw_reconstructions(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path
         captions += [Path(image_id).name[-20:], f"{ratios[-1]:.1f} dB"]
         images += [original, Image.fromarray(pixels)]
     mean = round(float(np.mean(ratios)), 1)
-    title = f"pictures, and their reconstructions from the latents: PSNR {mean:.1f} dB"
-    save_sheet(draw_sheet(images, 8, captions, title, min_side=96), path)
+    title = f"images, and their reconstructions from the latents: PSNR {mean:.1f} dB"
+    save_grid(make_grid(images, 8, captions, title, min_side=96), path)
     return mean
 
 
@@ -71,16 +71,16 @@ configs:
 
 | | |
 |---|---|
-| pictures | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
+| images | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
 | left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |
 | geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
-| VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the pictures of the sheet |
+| VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the image grid |
 | latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |
 | conditions | {", ".join(f"{name} ({count})" for name, count in info["conditions"].items()) or "none"} |
 | size | {size / 1e6:,.1f} MB |
 
-Each row is a picture: its `id`, its `split`, the latents (flattened, channels first; mean and standard deviation of
-the VAE's posterior where it has one, `_flip` those of the mirrored picture) and the conditions. `latents.json` has the
+Each row is an image: its `id`, its `split`, the latents (flattened, channels first; mean and standard deviation of
+the VAE's posterior where it has one, `_flip` those of the mirrored image) and the conditions. `latents.json` has the
 statistics by channel, the settings, and size and SHA-256 of every file.
 
 ```python
@@ -94,6 +94,6 @@ hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
 dit-hf train --config recipes/celeba.yaml --data.latents latents
 ```
 
-Made by `dit-hf prepare-latents`. What the pictures may be used for is said where they come from.
+Made by `dit-hf prepare-latents`. What the images may be used for is said where they come from.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

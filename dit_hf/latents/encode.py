@@ -1,4 +1,4 @@
-"""The shards of a latent cache: parts of some hundred pictures that are encoded, written and kept one by one.
+"""The shards of a latent cache: parts of some hundred images that are encoded, written and kept one by one.
 
 A shard is finished when its notes (a JSON file beside it) are there; it is never encoded again, whoever goes on with
 the build. Shards and what is in them depend on the source alone, not on the number of processes.
@@ -42,14 +42,14 @@ class Job:
 
     Attributes:
         folder: Where the shards go; `folder / "vae"` is the VAE.
-        geometry: Of the pictures; its resolution is set.
+        geometry: Of the images; its resolution is set.
         latent_shape: (channels, height, width).
-        flip: Whether each picture is encoded mirrored too.
-        hold_out: Whether 2 % of the training pictures become validation, the source having none.
+        flip: Whether each image is encoded mirrored too.
+        hold_out: Whether 2 % of the training images become validation, the source having none.
         features: Of the cache.
         num_rows: Of the source.
-        batch_size: Pictures that go through the VAE at once.
-        shard_size: Pictures of one shard; a multiple of the batch.
+        batch_size: Images that go through the VAE at once.
+        shard_size: Images of one shard; a multiple of the batch.
         sha256: Of all that decides about the latents.
     """
 
@@ -98,7 +98,7 @@ class Notes:
     """What is known of a shard besides its rows.
 
     Attributes:
-        left_out: Id and reason of the pictures that could not be read.
+        left_out: Id and reason of the images that could not be read.
         sums: Over all latents by channel [3][channels]: mean, mean squared, variance.
         count: Latent pixels that were summed up.
         size, sha256: Of the shard's file.
@@ -112,7 +112,7 @@ class Notes:
 
 
 def plan_sizes(num_rows: int, resolution: tuple[int, int]) -> tuple[int, int]:
-    """Batch and shard size: batches of at most 64 pictures of 256 px, at most 256 shards up to 16 million pictures."""
+    """Batch and shard size: batches of at most 64 images of 256 px, at most 256 shards up to 16 million images."""
     batch = max(1, min(MAX_BATCH, BATCH_PIXELS // (resolution[0] * resolution[1])))
     shard = min(MAX_SHARD, max(MIN_SHARD, -(-num_rows // NUM_SHARDS)))
     return batch, -(-shard // batch) * batch
@@ -140,13 +140,13 @@ def cache_features(rows: Dataset, vae: VAE, shape: tuple[int, int, int], flip: b
 
 
 class ShardEncoder:
-    """Encodes shards of `job`, decoding the next pictures while the VAE works on the last.
+    """Encodes shards of `job`, decoding the next images while the VAE works on the last.
 
     Args:
         job: The cache.
-        rows: All rows of the source, pictures not decoded.
+        rows: All rows of the source, images not decoded.
         vae: The VAE, which is laid out channels last in memory.
-        on_batch: Called with the number of pictures after each batch.
+        on_batch: Called with the number of images after each batch.
     """
 
     def __init__(self, job: Job, rows: Dataset, vae: VAE, on_batch: Any = lambda count: None):
@@ -208,7 +208,7 @@ class ShardEncoder:
     def _encode_images(
         self, images: list[np.ndarray], suffix: str, notes: Notes, sums: torch.Tensor
     ) -> dict[str, np.ndarray]:
-        """Latents of the pictures, flattened, and their share of the statistics."""
+        """Latents of the images, flattened, and their share of the statistics."""
         names = (
             [f"latent_mean{suffix}", f"latent_std{suffix}"] if has_posterior(self.vae) else [f"latent_mean{suffix}"]
         )
@@ -224,7 +224,7 @@ class ShardEncoder:
         return dict(zip(names, latents, strict=True))
 
     def _decode_ahead(self, shards: list[int], pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | str]]:
-        """The decoded pictures batch by batch (or why one cannot be), always two batches ahead of the VAE."""
+        """The decoded images batch by batch (or why one cannot be), always two batches ahead of the VAE."""
         waiting: deque[list[Future]] = deque()
         pictures = self.rows.select_columns(["id", "image"])
         for shard in shards:

@@ -1,4 +1,4 @@
-"""The latent cache: pictures encoded once by a VAE into one Arrow data set that training reads."""
+"""The latent cache: images encoded once by a VAE into one Arrow data set that training reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..data.sources import AVATARS, MAX_LEFT_OUT, Source, open_source
 from ..data.transforms import Geometry, parse_resolution
 from ..storage import (
     disk_errors,
-    facts_sha256,
+    hash_json,
     locked,
     partial_folder,
     put_in_place,
@@ -31,7 +31,7 @@ from ..storage import (
     write_text,
 )
 from .cache import cache_identity, check_same_identity, is_finished, push_latents
-from .card import draw_reconstructions, write_cache_card
+from .card import save_reconstruction_grid, write_cache_card
 from .encode import Job, ShardEncoder, cache_features, encode_in_processes, latent_columns, no_bars, plan_sizes
 from .vae import VAE, latent_shape, load_vae, weights_sha256
 
@@ -52,28 +52,28 @@ def prepare_latents(
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Path:
-    """Encode the pictures of any source into a latent cache; a build that was stopped goes on where it was.
+    """Encode the images of any source into a latent cache; a build that was stopped goes on where it was.
 
     Under `accelerate launch` or `torchrun` every rank encodes its part. The cache is the same however often the build
     was stopped, and for any number of processes (as far as the VAE's kernels give the same bits with another number
     of threads: Stable Diffusion's on a CPU differ by their rounding).
 
     Args:
-        output_dir: the cache's folder. If it holds the finished cache of the same pictures, VAE and geometry, that is
+        output_dir: the cache's folder. If it holds the finished cache of the same images, VAE and geometry, that is
             the result.
-        source: a folder of pictures (CelebA with its lists, CelebA-HQ, subfolders that are classes or splits,
+        source: a folder of images (CelebA with its lists, CelebA-HQ, subfolders that are classes or splits,
             metadata.csv, ...), parquet or webdataset shards, a data set of the Hub (`OWNER/NAME`), or `avatars`.
         vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder of a diffusers `AutoencoderKL`,
             `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
         resolution: `N` or `HxW` pixels, divisible by what the VAE reduces a side by.
         crop: `celeba-178`, `celeba-140`, `center` or `none`.
         split: only this part (`train`, `validation` or `test`) of a source that comes divided.
-        flip: also encode each picture mirrored (latents themselves are never mirrored).
-        num_images: only so many pictures.
+        flip: also encode each image mirrored (latents themselves are never mirrored).
+        num_images: only so many images.
         seed: which avatars.
         dataset_config_name: which configuration of a data set on the Hub.
         num_proc: on a CPU, encode in so many processes.
-        max_left_out: the share of pictures that may be left out because they cannot be used; more stop the build.
+        max_left_out: the share of images that may be left out because they cannot be used; more stop the build.
         push_to_hub: upload the finished cache as this data set (`OWNER/NAME`).
         private: make that repository private if it is a new one.
 
@@ -83,9 +83,9 @@ def prepare_latents(
         `latent_std_flip`, and one column a condition.
 
     Raises:
-        FileExistsError: if `output_dir` holds something else, or a cache of other pictures, VAE or geometry (the
+        FileExistsError: if `output_dir` holds something else, or a cache of other images, VAE or geometry (the
             difference is said).
-        ValueError: for options that do not fit, or if too many of the pictures cannot be used.
+        ValueError: for options that do not fit, or if too many of the images cannot be used.
         OSError: if the folder cannot be written or the disk is full.
     """
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
@@ -110,7 +110,7 @@ def prepare_latents(
             _build(final, opened, model, identity, settings, num_proc, max_left_out, state)
     if state.is_main_process:
         counts = read_manifest(final, CACHE_INFO)["counts"]
-        text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test pictures"
+        text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
         already = "already holds " if finished else ""
         print(f"{final}: {already}{text}, {counts['left_out']} left out", flush=True)
         if push_to_hub:
@@ -143,7 +143,7 @@ def _build(
         left_out = _LeftOut(max_left_out, source)
         done = job.num_rows - sum(len(job.rows_of(shard)) for shard in shards)
         if done and state.is_main_process:
-            print(f"{final}: going on after {done} of {job.num_rows} pictures", flush=True)
+            print(f"{final}: going on after {done} of {job.num_rows} images", flush=True)
         mine = shards[state.process_index :: state.num_processes]
         total = sum(len(job.rows_of(shard)) for shard in mine)
         with tqdm(total=total, desc="encoding", unit="pictures", disable=not state.is_main_process) as progress:
@@ -193,7 +193,7 @@ def _plan(partial: Path, source: Source, vae: VAE, identity: dict[str, Any]) -> 
         num_rows=len(source.rows),
         batch_size=batch_size,
         shard_size=shard_size,
-        sha256=facts_sha256(identity),
+        sha256=hash_json(identity),
     )
 
 
@@ -208,7 +208,7 @@ def _check_space(job: Job, vae: VAE, shards: list[int]) -> None:
 
 class _LeftOut:
     """Counts what is left out, and stops the build when it is more than `share`: of the source what its lists say
-    already, however little of it is asked for, and of what is asked for the broken pictures."""
+    already, however little of it is asked for, and of what is asked for the broken images."""
 
     def __init__(self, share: float, source: Source):
         self.share, self.source, self.broken = share, source, list[tuple[str, str]]()
@@ -221,7 +221,7 @@ class _LeftOut:
         self.broken += broken
         counts = (len(self.source.left_out), self.source.total), (len(self.broken), len(self.source.rows))
         if sum(count / max(1, total) for count, total in counts) > self.share:
-            told = " and ".join(f"{count} of {total} pictures" for count, total in counts if count)
+            told = " and ".join(f"{count} of {total} images" for count, total in counts if count)
             first = "; ".join(f"{image_id}: {reason}" for image_id, reason in self.all()[:3])
             raise ValueError(f"{told} cannot be used, more than max_left_out={self.share:g} of them: {first}")
 
@@ -238,7 +238,7 @@ def _finish(
     _write_index(job)
     cache = load_from_disk(str(job.folder))
     if not len(cache):
-        raise ValueError(f"no picture of {source.name} can be used: {': '.join(left_out.all()[0])}")
+        raise ValueError(f"no image of {source.name} can be used: {': '.join(left_out.all()[0])}")
     labels = {k: feature.names for k, feature in cache.features.items() if isinstance(feature, ClassLabel)}
     names = [name for name in job.features if name not in ("id", "split", *latent_columns(vae, job.flip))]
     splits = cache["split"][:]
@@ -255,7 +255,7 @@ def _finish(
         "counts": {name: splits.count(name) for name in ("train", "validation", "test")}
         | {"left_out": len(left_out.all())},
     }
-    info["psnr"] = draw_reconstructions(cache, source.rows, vae, job, job.folder / "reconstructions.png")
+    info["psnr"] = save_reconstruction_grid(cache, source.rows, vae, job, job.folder / "reconstructions.png")
     write_cache_card(job.folder, info, left_out.all())
     write_manifest(job.folder, CACHE_INFO, "building", **info)
 

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from ..data.conditions import translated
+from ..data.conditions import remap_class_ids
 from .cache import open_latents
 
 
 class LatentReader:
     """Reads batches of latents straight out of the memory-mapped Arrow file of a cache.
 
-    Picture j of a run over n pictures is `perm(seed, j // n)[j % n]`, and step k (from 0) of global batch size b holds
-    pictures k b … (k + 1) b - 1: no state to keep, the same for any number of processes.
+    Image j of a run over n images is `perm(seed, j // n)[j % n]`, and step k (from 0) of global batch size b holds
+    images k b … (k + 1) b - 1: no state to keep, the same for any number of processes.
 
     Args:
         folder: A cache made by `dit-hf prepare-latents`.
@@ -28,7 +28,7 @@ class LatentReader:
         posterior: Whether batches hold `latent_std` too, where the cache does.
 
     Raises:
-        ValueError: if the cache is not whole, has no picture in the split, or lacks a condition.
+        ValueError: if the cache is not whole, has no image in the split, or lacks a condition.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class LatentReader:
         self._table = dataset.data.table
         self.indices = np.flatnonzero(pc.equal(self._table.column("split"), split).to_numpy())
         if not len(self.indices):
-            raise ValueError(f"{folder} has no {split} pictures")
-        # Classes are few: 16 bits a condition keep 40 attributes of ten million pictures below a gigabyte.
+            raise ValueError(f"{folder} has no {split} images")
+        # Classes are few: 16 bits a condition keep 40 attributes of ten million images below a gigabyte.
         self._condition_ids = np.zeros((len(self._table), len(names)), np.int16)
         for position, name in enumerate(names):
             self._condition_ids[:, position] = self._table.column(name).to_numpy()
@@ -66,7 +66,7 @@ class LatentReader:
         return _reopen, (self.folder, self.indices, list(self.conditions), "latent_std" in self.columns)
 
     def rows(self, seed: int, first: int, count: int) -> np.ndarray:
-        """Rows of the cache that are pictures `first` … `first + count - 1` of a run with `seed`."""
+        """Rows of the cache that are images `first` … `first + count - 1` of a run with `seed`."""
         total, rows = len(self.indices), []
         while count:
             epoch, offset = divmod(first, total)
@@ -86,9 +86,9 @@ class LatentReader:
         return out
 
     def batch(self, seed: int, first: int, count: int, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Pictures `first` … `first + count - 1`: `latent_mean`, perhaps `latent_std`, and int64 `condition_ids`.
+        """Images `first` … `first + count - 1`: `latent_mean`, perhaps `latent_std`, and int64 `condition_ids`.
 
-        `flip` [count] says which pictures are read mirrored; without such columns it has no effect.
+        `flip` [count] says which images are read mirrored; without such columns it has no effect.
         """
         rows = self.rows(seed, first, count)
         batch = {name: self.read(name, rows) for name in self.columns}
@@ -102,7 +102,7 @@ class LatentReader:
         return self._condition_ids[rows].astype(np.int64)
 
     def attributes(self, count: int, labels: Mapping[str, list[str]] | None = None) -> list[dict[str, int]] | None:
-        """The conditions of the first `count` pictures in the order of the cache, as ids.
+        """The conditions of the first `count` images in the order of the cache, as ids.
 
         With `labels`, names of a pipeline's values, the ids are the pipeline's; a class without such a name is a
         ValueError.
@@ -113,7 +113,7 @@ class LatentReader:
         if labels is not None:
             own = self.info["condition_labels"]
             columns = zip(self.conditions, rows.T, strict=True)
-            rows = np.stack([translated(n, ids, own.get(n), labels.get(n)) for n, ids in columns], 1)
+            rows = np.stack([remap_class_ids(n, ids, own.get(n), labels.get(n)) for n, ids in columns], 1)
         return [dict(zip(self.conditions, row.tolist(), strict=True)) for row in rows]
 
     def _permuted(self, seed: int, epoch: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from ..data.images import open_images
 from ..data.sources import MAX_LEFT_OUT
 from ..data.splits import is_held_out
 from ..devices import available_cpus
-from ..storage import is_vacant, new_folder
+from ..storage import is_empty, new_folder
 from .vae import encode
 
 KL_WEIGHT = 1e-4
@@ -49,14 +49,14 @@ def train_autoencoder(
     Args:
         output_dir: a new or empty folder for the weights, and `training.json` with settings and held-out PSNR.
         source: any source of [`open_images`]; 2 % of it, by hash of the id, are held out.
-        resolution: side of the square training pictures in pixels, divisible by 4; the VAE takes any size later.
+        resolution: side of the square training images in pixels, divisible by 4; the VAE takes any size later.
         crop: see [`open_images`].
-        num_images: how many pictures of the source.
+        num_images: how many images of the source.
         max_train_steps: optimizer steps.
-        train_batch_size: pictures a step.
+        train_batch_size: images a step.
         learning_rate: AdamW's, before the decay.
         mixed_precision: `"no"` or `"bf16"`.
-        seed: of pictures (avatars), weights and order.
+        seed: of images (avatars), weights and order.
 
     Raises:
         ValueError: for options that do not fit, before any work.
@@ -64,7 +64,7 @@ def train_autoencoder(
     """
     settings = {name: value for name, value in locals().items() if name != "output_dir"}
     folder = Path(output_dir)
-    if not is_vacant(folder):
+    if not is_empty(folder):
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
     if max_train_steps < 1 or train_batch_size < 1:
         raise ValueError("max_train_steps and train_batch_size must be at least 1")
@@ -78,7 +78,7 @@ def train_autoencoder(
     held_out = [is_held_out(image_id) for image_id in images["id"]]
     train, held = (images.select([i for i, h in enumerate(held_out) if h is wanted]) for wanted in (False, True))
     if not len(held) or len(train) < train_batch_size:
-        raise ValueError(f"source {source}: {len(images)} pictures are too few for batches of {train_batch_size}")
+        raise ValueError(f"source {source}: {len(images)} images are too few for batches of {train_batch_size}")
 
     vae = new_autoencoder(resolution).to(device)
     started = time.monotonic()
@@ -90,7 +90,7 @@ def train_autoencoder(
     with new_folder(folder) as partial:
         vae.half().save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps({"settings": settings, **figures}, indent=2) + "\n")
-    print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(held)} held-out pictures")
+    print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(held)} held-out images")
     return vae
 
 
@@ -109,7 +109,7 @@ def new_autoencoder(sample_size: int) -> AutoencoderKL:
 
 
 def scaling_factor(vae: AutoencoderKL, images: Dataset, count: int = 1000) -> float:
-    """What brings the latents of the first `count` pictures, all channels together, to standard deviation 1."""
+    """What brings the latents of the first `count` images, all channels together, to standard deviation 1."""
     mean, std = encode(vae, torch.from_numpy(np.stack([np.array(image) for image in images[:count]["image"]])))
     within = 0.0 if std is None else std.float().square().mean()
     return round((mean.float().var() + within).rsqrt().item(), 5)
@@ -117,7 +117,7 @@ def scaling_factor(vae: AutoencoderKL, images: Dataset, count: int = 1000) -> fl
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB (peak 1) of reconstructions by the posterior's mean.
+    """Mean over images of the peak signal-to-noise ratio in dB (peak 1) of reconstructions by the posterior's mean.
 
     Reconstructions are rounded to 8 bits first, as they would be when saved.
     """
@@ -140,7 +140,7 @@ def _readable(images: Dataset) -> Dataset:
         except ValueError as error:
             broken.append(str(error))
     if len(broken) > MAX_LEFT_OUT * len(images):
-        raise ValueError(f"{len(broken)} of {len(images)} pictures cannot be read, more than 1 %: {broken[0]}")
+        raise ValueError(f"{len(broken)} of {len(images)} images cannot be read, more than 1 %: {broken[0]}")
     for reason in broken:
         print(f"left out: {reason}")
     return images.select(kept) if broken else images

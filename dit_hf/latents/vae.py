@@ -14,7 +14,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 from ..storage import first_line
 
 BUNDLED = "avatar"
-# Of the pictures that go through a VAE at once: Stable Diffusion's takes some 3 GB for so many.
+# Of the images that go through a VAE at once: Stable Diffusion's takes some 3 GB for so many.
 PART_PIXELS = 16 * 256 * 256
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
@@ -44,12 +44,12 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
 
 
 def has_posterior(vae: VAE) -> bool:
-    """Whether it encodes a picture as a distribution, of which the standard deviation is stored too."""
+    """Whether it encodes an image as a distribution, of which the standard deviation is stored too."""
     return isinstance(vae, AutoencoderKL)
 
 
 def latent_shape(vae: VAE, resolution: tuple[int, int]) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of pictures of `resolution` (height, width).
+    """(channels, height, width) of the latents of images of `resolution` (height, width).
 
     Raises:
         ValueError: if the resolution is not divisible by what the VAE reduces a side by.

@@ -71,7 +71,7 @@ class LatentDiTAttnProcessor:
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = (rotate(x, *image_rotary_emb) for x in (query, key))
+            query, key = (apply_rotary_emb(x, *image_rotary_emb) for x in (query, key))
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -79,7 +79,7 @@ class LatentDiTAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def apply_rotary_emb(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Turn neighbours in each head of `x` [batch, tokens, heads, head_dim].
 
     `cosine` and `sine` are [tokens, head_dim], in the precision of `x`. diffusers' `apply_rotary_emb` does the same in
@@ -135,10 +135,14 @@ class LatentDiTTransformerBlock(nn.Module):
 
         `image_rotary_emb`, where positions are rotary, is cosine and sine, each [tokens, head_dim].
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(temb).unsqueeze(1).chunk(6, dim=-1)
-        attended = self.attn(self.norm1(hidden_states) * (1 + scale1) + shift1, image_rotary_emb=image_rotary_emb)
-        hidden_states = hidden_states + gate1 * attended
-        return hidden_states + gate2 * self.ff(self.norm2(hidden_states) * (1 + scale2) + shift2)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            self.modulation(temb).unsqueeze(1).chunk(6, dim=-1)
+        )
+        attended = self.attn(
+            self.norm1(hidden_states) * (1 + scale_msa) + shift_msa, image_rotary_emb=image_rotary_emb
+        )
+        hidden_states = hidden_states + gate_msa * attended
+        return hidden_states + gate_mlp * self.ff(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
 
 
 class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):

@@ -25,7 +25,7 @@ class GuidanceOptions(TypedDict, total=False):
             multiplied (as concepts are weighed in https://arxiv.org/abs/2206.01714). Each costs one more prediction.
         guidance_rescale: 0 to 1, how far the guided prediction is brought back to the standard deviation of the
             unguided one (https://arxiv.org/abs/2305.08891, section 3.4).
-        guidance_start: Where guidance begins on the way from noise (0) to picture (1), in timesteps
+        guidance_start: Where guidance begins on the way from noise (0) to image (1), in timesteps
             (https://arxiv.org/abs/2404.07724).
         guidance_end: Where it ends; steps without guidance cost half.
         guidance_transformer: Autoguidance (https://arxiv.org/abs/2406.02070): a smaller or earlier model of the same
@@ -65,7 +65,7 @@ class Guidance:
     end: float = 1.0
 
     def at(self, progress: float) -> tuple[torch.Tensor, list[tuple[torch.Tensor, float]]]:
-        """`asked` and `others` of a step; `progress` is how far from noise to picture it begins."""
+        """`asked` and `others` of a step; `progress` is how far from noise to image it begins."""
         if self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1):
             return self.asked, self.others
         return self.asked if self.elsewhere is None else self.elsewhere, []

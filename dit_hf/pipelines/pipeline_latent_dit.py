@@ -22,7 +22,7 @@ from .guidance import Attributes, AttributeValue, Guidance, GuidanceOptions
 from .interpolation import interpolate_noises
 from .standalone import standalone_source
 
-# The pixels that go through the VAE at a time, which needs far more memory for a picture than the transformer.
+# The pixels that go through the VAE at a time, which needs far more memory for an image than the transformer.
 VAE_PIXELS = 16 * 256 * 256
 
 
@@ -192,7 +192,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         pixels = torch.cat([self.vae.decode(part).sample for part in parts])
         if not torch.isfinite(pixels).all():
             dtype = str(self.vae.dtype).removeprefix("torch.")
-            raise ValueError(f"decoded pictures are not finite: does the VAE need more than {dtype}? pipe.vae.float()")
+            raise ValueError(f"decoded images are not finite: does the VAE need more than {dtype}? pipe.vae.float()")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def _vae_parts(self, images: torch.Tensor, factor: int = 1) -> tuple[torch.Tensor, ...]:
@@ -209,7 +209,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         **options: Any,
     ) -> list[Any]:
         r"""
-        Frames between noises: each the picture of a point on the arc from one noise to the next.
+        Frames between noises: each the image of a point on the arc from one noise to the next.
 
         Args:
             num_frames: Frames from one noise to the next, both ends included.
@@ -219,7 +219,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             options: Of a call.
 
         Returns:
-            The pictures, `num_frames` of them and `num_frames - 1` more for each noise beyond the second.
+            The images, `num_frames` of them and `num_frames - 1` more for each noise beyond the second.
 
         Raises:
             ValueError: for less than two frames or noises.

@@ -51,7 +51,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         Args:
             attributes: What the images have, one dict for all or a list with one for each; the more is given the more
                 is kept. None where it is not known.
-            image: One picture or several; see [`LatentDiTImg2ImgPipeline`].
+            image: One image or several; see [`LatentDiTImg2ImgPipeline`].
             edit: What to change, e.g. `{"Eyeglasses": True}`, one dict for all images or a list with one for each.
             edit_strength: 0 gives the image back, 1 leads from the image's own attributes to those asked for with
                 the guidance that the pipeline samples with; more is more.

@@ -46,11 +46,11 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         Args:
             attributes: What to ask for, one dict for all images or a list with one for each; see
                 [`LatentDiTPipeline`], as for all arguments that are not explained here.
-            image: One picture or several, as PIL images, arrays or tensors; PIL images are cropped at the centre to
+            image: One image or several, as PIL images, arrays or tensors; PIL images are cropped at the centre to
                 the model's shape, all are resized to its size. They are encoded by the posterior's mean.
             strength: How much is noise to begin with: 0 runs no step and gives the VAE's reconstruction, 1 begins
                 with noise alone.
-            num_images_per_prompt: Images for each picture.
+            num_images_per_prompt: Images for each image.
             num_inference_steps: Steps of a whole schedule, of which those below `strength` of the timesteps are run.
 
         Returns:
@@ -81,7 +81,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
 
     @torch.no_grad()
     def encode_images(self, image: PipelineImageInput) -> torch.Tensor:
-        """The model's normalised latents, float32 [images, channels, height, width], of pictures of any size.
+        """The model's normalised latents, float32 [images, channels, height, width], of images of any size.
 
         PIL images are cropped at the centre to the model's shape, all are resized to its size. Where the VAE has a
         posterior its mean is taken.
@@ -100,7 +100,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
     def _preprocess(self, processor: Any, image: PipelineImageInput) -> torch.Tensor:
-        """Pictures of the model's size as `processor` makes them, [images, channels, height, width]."""
+        """Images of the model's size as `processor` makes them, [images, channels, height, width]."""
         size = self.transformer.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         factor = processor.config.vae_scale_factor
@@ -123,7 +123,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         rows = self._rows(attributes, 1)
         count = max(len(rows), len(known))
         if len(rows) not in (1, count) or len(known) not in (1, count):
-            raise ValueError(f"{len(rows)} rows of attributes for {len(known)} pictures")
+            raise ValueError(f"{len(rows)} rows of attributes for {len(known)} images")
         rows = self._rows(rows * count if len(rows) == 1 else rows, 1, each)
         return rows, known.expand(count, -1, -1, -1).repeat_interleave(each, dim=0)
 

@@ -54,8 +54,8 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         Args:
             attributes: What to ask for, one dict for all images or a list with one for each; see
                 [`LatentDiTPipeline`], as for all arguments that are not explained here.
-            image: One picture or several; see [`LatentDiTImg2ImgPipeline`].
-            mask_image: One mask for all, or one for each picture, cropped and resized like them: white is painted
+            image: One image or several; see [`LatentDiTImg2ImgPipeline`].
+            mask_image: One mask for all, or one for each image, cropped and resized like them: white is painted
                 anew, black is kept, grey blends.
             strength: How much of the white part is noise to begin with; below 1 something of it shows through.
             jump_length: Steps that are done again at a time when `jump_n_sample` is above 1.
@@ -64,7 +64,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
                 others, which cannot go back.
             paste_back: Put the picture's own pixels back where the mask is black (and blend them where it is grey);
                 without it they have gone through the VAE.
-            num_images_per_prompt: Images for each picture.
+            num_images_per_prompt: Images for each image.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -99,7 +99,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             for index in range(begin, min(begin + jump_length, len(schedule)))
         ]
 
-        # 3. Denoise; after each step the known part is that of the picture, at the same level.
+        # 3. Denoise; after each step the known part is that of the image, at the same level.
         def blend(step: int, latents: torch.Tensor) -> torch.Tensor:
             following = order[step] + 1
             if following < len(schedule):
@@ -135,14 +135,14 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             raise ValueError(f"jump_n_sample={jump_n_sample} needs a CosineLatentScheduler; {name} cannot go back")
 
     def _masks(self, mask_image: PipelineImageInput, known: torch.Tensor) -> torch.Tensor:
-        """Masks, float32 [1 or pictures, 1, height, width] in pixels, between 0 and 1."""
+        """Masks, float32 [1 or images, 1, height, width] in pixels, between 0 and 1."""
         factor = self.image_processor.config.vae_scale_factor
         processor = VaeImageProcessor(
             vae_scale_factor=factor, resample="bilinear", do_normalize=False, do_convert_grayscale=True
         )
         mask = self._preprocess(processor, mask_image).to(known.device, torch.float32).clamp(0, 1)
         if len(mask) not in (1, len(known)):
-            raise ValueError(f"{len(mask)} masks for {len(known)} pictures")
+            raise ValueError(f"{len(mask)} masks for {len(known)} images")
         return mask
 
     def _noise_again(

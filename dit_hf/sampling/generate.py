@@ -12,10 +12,10 @@ import torch
 from ..latents.vae import weights_sha256
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..storage import facts_sha256
+from ..storage import hash_json
 
 
-def model_facts(pipeline: LatentDiTPipeline) -> dict[str, Any]:
+def describe_model(pipeline: LatentDiTPipeline) -> dict[str, Any]:
     """What decides what a pipeline draws, wherever it was loaded from: weights (hashed), scheduler, normalisation."""
     scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     return {
@@ -27,9 +27,9 @@ def model_facts(pipeline: LatentDiTPipeline) -> dict[str, Any]:
 
 
 def model_sha256(pipeline: LatentDiTPipeline) -> str:
-    """Of `model_facts`, and of the guidance that the pipeline has by default."""
-    facts = {**model_facts(pipeline), "guidance_scale": pipeline.config.guidance_scale}
-    return facts_sha256(facts)
+    """Of `describe_model`, and of the guidance that the pipeline has by default."""
+    facts = {**describe_model(pipeline), "guidance_scale": pipeline.config.guidance_scale}
+    return hash_json(facts)
 
 
 def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
@@ -52,7 +52,7 @@ def image_seed(seed: int, image: int) -> int:
     return int(np.random.SeedSequence([seed, image]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def draw(
+def generate_images(
     pipeline: LatentDiTPipeline, images: Sequence[int], rows: Sequence[Attributes] | None, seed: int, **options: Any
 ) -> np.ndarray:
     """Images number `images` of a series, uint8 [len(images), height, width, 3].
@@ -72,5 +72,5 @@ def draw(
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
-    """Pictures between 0 and 1, [batch, 3, height, width], as uint8 [batch, height, width, 3]."""
+    """Images between 0 and 1, [batch, 3, height, width], as uint8 [batch, height, width, 3]."""
     return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

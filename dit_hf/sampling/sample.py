@@ -1,4 +1,4 @@
-"""`dit-hf sample`: new pictures, or given ones changed, in every way that the pipelines know."""
+"""`dit-hf sample`: new images, or given ones changed, in every way that the pipelines know."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..runs import load_pipeline
 from ..storage import disk_errors
-from .generate import draw, generators, model_sha256, to_uint8
+from .generate import generate_images, generators, model_sha256, to_uint8
 from .writer import FILM, SETTINGS, SHEET, Series, write_series
 
 Mode = Literal["generate", "img2img", "inpaint", "interpolate", "edit"]
@@ -87,26 +87,26 @@ def sample(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     output_format: Literal["folder", "npz"] = "folder",
 ) -> Path:
-    """Draw pictures: new ones, from given ones, between noises or pictures, or with attributes changed.
+    """Draw images: new ones, from given ones, between noises or images, or with attributes changed.
 
-    Under `accelerate launch` every rank draws its part. Picture i is a function of the seed and i, and a call that was
+    Under `accelerate launch` every rank draws its part. Image i is a function of the seed and i, and a call that was
     killed goes on where it was when it is given again.
 
     Args:
         model: The folder of a run, of one of its checkpoints or of a pipeline, or an id of the Hub.
         output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and perhaps `film.gif` go.
         mode: `generate`, `img2img`, `inpaint`, `interpolate` or `edit`.
-        num_images: How many; without it 16, or one for each picture or edit. With `interpolate`, the noises to pass.
-        attributes: What to ask for (with `edit`, what the pictures have), as JSON (`'{"Smiling": true}'` or a list of
-            these), a JSON file of it, or a latent cache, whose rows are taken in order. Picture i gets row i, from the
+        num_images: How many; without it 16, or one for each image or edit. With `interpolate`, the noises to pass.
+        attributes: What to ask for (with `edit`, what the images have), as JSON (`'{"Smiling": true}'` or a list of
+            these), a JSON file of it, or a latent cache, whose rows are taken in order. Image i gets row i, from the
             beginning again after the last.
-        image: A picture or a folder of them, in the order of their names.
-        mask_image: A mask (white is painted anew, what is transparent is kept), or a folder with one for each picture,
+        image: An image or a folder of them, in the order of their names.
+        mask_image: A mask (white is painted anew, what is transparent is kept), or a folder with one for each image,
             in the order of their names.
-        strength: How far from the picture, 0 to 1; without it the pipeline's default.
+        strength: How far from the image, 0 to 1; without it the pipeline's default.
         edit: What to change, spelled like `attributes`.
         edit_strength: How much, 1 being as much as the pipeline's guidance.
-        num_frames: From one noise or picture to the next, both included; 16 without it.
+        num_frames: From one noise or image to the next, both included; 16 without it.
         num_inference_steps: Denoising steps; without it the pipeline's default.
         guidance_scale: Without it the pipeline's own.
         guidance_model: A weaker model of the same conditions, from which guidance leads away (autoguidance).
@@ -115,14 +115,14 @@ def sample(
             `negative_attributes`, `jump_n_sample`, ...
         scheduler: A diffusers scheduler by its class, e.g. `UniPCMultistepScheduler`; without it the pipeline's.
         seed: Of the series.
-        batch_size: Pictures at once.
+        batch_size: Images at once.
         dtype: What is computed in.
         output_format: `folder` of PNG files, each with its settings in it, or one `npz` (`arr_0`, uint8
             [images, height, width, 3]).
 
     Raises:
-        FileExistsError: if `output_dir` holds pictures of other settings.
-        ValueError: for options that do not fit together, unknown attributes, or no such model or picture.
+        FileExistsError: if `output_dir` holds images of other settings.
+        ValueError: for options that do not fit together, unknown attributes, or no such model or image.
     """
     settings = {name: value for name, value in locals().items() if name != "output_dir" and value is not None}
     _check(settings, mode)
@@ -133,23 +133,21 @@ def sample(
     if guidance_model is not None:
         weaker = _open_pipeline(guidance_model, "generate", None, dtype, state.device)
         call["guidance_transformer"], hashes["guidance_model_sha256"] = weaker.transformer, model_sha256(weaker)
-    images, masks = _picture_files(image), _picture_files(mask_image)
+    images, masks = _image_files(image), _image_files(mask_image)
     if len(masks) > 1 and len(masks) != len(images):
-        raise ValueError(
-            f"{mask_image} holds {len(masks)} masks for {len(images)} pictures; want one, or one for each"
-        )
+        raise ValueError(f"{mask_image} holds {len(masks)} masks for {len(images)} images; want one, or one for each")
     edits = _read_rows("edit", edit, pipeline, num_images)
     count = num_images or max(len(images), len(edits or [])) or 16
     rows = _read_rows("attributes", attributes, pipeline, count)
     for asked in (rows, edits):
         pipeline.encode_attributes(asked)  # an unknown name is told before any work
     if mode == "generate":
-        series = _new_pictures(pipeline, count, rows, seed, call)
+        series = _new_images(pipeline, count, rows, seed, call)
     elif mode == "interpolate":
         series = _film(pipeline, images, num_images or 2, num_frames or 16, rows, seed, call, batch_size)
     else:
         lists = {"image": images, "mask_image": masks, "attributes": rows, "edit": edits}
-        series = _changed_pictures(pipeline, count, {k: v for k, v in lists.items() if v}, seed, call)
+        series = _changed_images(pipeline, count, {k: v for k, v in lists.items() if v}, seed, call)
     hashes["inputs_sha256"] = _inputs_sha256(rows, edits, [*images, *masks])
     folder = Path(output_dir)
     try:
@@ -158,7 +156,7 @@ def sample(
     except torch.OutOfMemoryError as error:
         raise OSError(f"the GPU's memory is too small for --batch_size {batch_size}; give a smaller one") from error
     if state.is_main_process:
-        print(f"{folder}: {series.num_images} pictures; {folder / SHEET} shows the first", flush=True)
+        print(f"{folder}: {series.num_images} images; {folder / SHEET} shows the first", flush=True)
     return folder
 
 
@@ -173,7 +171,7 @@ def _check(settings: dict[str, Any], mode: str) -> None:
     if mode == "interpolate" and "image" in settings:
         for name in ("num_images", "scheduler"):
             if name in settings:
-                raise ValueError(f"--{name} is for films between noises; between pictures each is a stop, by DDIM")
+                raise ValueError(f"--{name} is for films between noises; between images each is a stop, by DDIM")
     for name, least in (("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("seed", 0)):
         if settings.get(name, least) < least:
             raise ValueError(f"--{name} {settings[name]} must be at least {least}")
@@ -214,26 +212,26 @@ def _options_of_call(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> d
     return {name: settings[name] for name in names if name in settings} | options
 
 
-def _new_pictures(
+def _new_images(
     pipeline: LatentDiTPipeline, count: int, rows: list[dict] | None, seed: int, call: dict[str, Any]
 ) -> Series:
     return Series(
         count,
-        lambda images: draw(pipeline, images, rows, seed, **call),
+        lambda images: generate_images(pipeline, images, rows, seed, **call),
         lambda image: {"attributes": rows[image % len(rows)]} if rows else {},
     )
 
 
-def _changed_pictures(
+def _changed_images(
     pipeline: LatentDiTPipeline, count: int, lists: dict[str, list], seed: int, call: dict[str, Any]
 ) -> Series:
-    """Picture i is made of the picture, mask, row and edit i, each list beginning again after its last."""
+    """Image i is made of the image, mask, row and edit i, each list beginning again after its last."""
 
     def draw_images(images: range) -> np.ndarray:
         chosen: dict[str, list] = {name: [values[i % len(values)] for i in images] for name, values in lists.items()}
         if masks := chosen.get("mask_image"):
-            chosen["mask_image"] = [_open_picture(path, "black").convert("L") for path in masks]
-        chosen["image"] = [_open_picture(path) for path in chosen["image"]]
+            chosen["mask_image"] = [_open_image(path, "black").convert("L") for path in masks]
+        chosen["image"] = [_open_image(path) for path in chosen["image"]]
         if not isinstance(pipeline, LatentDiTEditPipeline):  # which draws no noise
             chosen["generator"] = generators(seed, images)
         changed: Any = pipeline  # each of diffusers' pipelines has a call of its own
@@ -256,28 +254,28 @@ def _film(
     call: dict[str, Any],
     batch_size: int,
 ) -> Series:
-    """Frames from noise to noise, or from picture to picture over the noises that give them."""
+    """Frames from noise to noise, or from image to image over the noises that give them."""
     if rows is not None and len(rows) > 1:
         raise ValueError("--mode interpolate takes one row of attributes, for all frames")
     stops, attributes = len(pictures) or num_noises, rows[0] if rows else None
     if stops < 2 or num_frames < 2:
         raise ValueError(
-            f"--mode interpolate needs two noises or pictures and two frames; these are {stops} and {num_frames}"
+            f"--mode interpolate needs two noises or images and two frames; these are {stops} and {num_frames}"
         )
     if pictures:
         call = {"num_inference_steps": 50, "guidance_scale": 1.0, **call}
         inverting = LatentDiTEditPipeline(**pipeline.components)
-        # The noises give the pictures back by the steps that they are found by.
+        # The noises give the images back by the steps that they are found by.
         pipeline.scheduler = inverting.reversible_scheduler()
 
     @functools.cache
     def frames() -> torch.Tensor:
-        """All noises; of pictures they are sought when the first frame is drawn."""
+        """All noises; of images they are sought when the first frame is drawn."""
         parts = [range(start, min(start + batch_size, stops)) for start in range(0, stops, batch_size)]
         if not pictures:
             noises = [pipeline.draw_noise(len(part), generators(seed, part)) for part in parts]
         else:
-            given = [[_open_picture(pictures[i]) for i in part] for part in parts]
+            given = [[_open_image(pictures[i]) for i in part] for part in parts]
             noises = [inverting.invert(part, attributes, call["num_inference_steps"]) for part in given]
         return interpolate_noises(torch.cat(noises), num_frames)
 
@@ -307,8 +305,8 @@ def _read_rows(
     return rows
 
 
-def _picture_files(given: str | None) -> list[Path]:
-    """A picture, or those of a folder in the order of their names; of what `sample` wrote the numbered ones."""
+def _image_files(given: str | None) -> list[Path]:
+    """An image, or those of a folder in the order of their names; of what `sample` wrote the numbered ones."""
     if given is None:
         return []
     path = Path(given)
@@ -317,17 +315,17 @@ def _picture_files(given: str | None) -> list[Path]:
     files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
     found = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS]
     if not found:
-        raise ValueError(f"{path}: no picture there ({', '.join(EXTENSIONS)})")
+        raise ValueError(f"{path}: no image there ({', '.join(EXTENSIONS)})")
     return found
 
 
-def _open_picture(path: Path, background: str = "white") -> Image.Image:
-    """As pictures are read for a latent cache, which are on white; a mask of strokes on nothing is on black."""
+def _open_image(path: Path, background: str = "white") -> Image.Image:
+    """As images are read for a latent cache, which are on white; a mask of strokes on nothing is on black."""
     return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none", background))
 
 
 def _inputs_sha256(rows: list[dict] | None, edits: list[dict] | None, pictures: list[Path]) -> str:
-    """Of what a series is drawn from besides the model: attributes, and names and sizes of pictures."""
+    """Of what a series is drawn from besides the model: attributes, and names and sizes of images."""
     files = [(path.name, path.stat().st_size) for path in pictures]
     return hashlib.sha256(json.dumps([rows, edits, files]).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""A series of pictures as files: drawn batch by batch on many ranks, gone on with after a kill, shown by a sheet."""
+"""A series of images as files: generated batch by batch on many ranks, resumed after a kill, with an image grid."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from accelerate import PartialState
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from ..image_grid import draw_sheet, save_sheet
-from ..storage import is_vacant, new_file, write_text
+from ..image_grid import make_grid, save_grid
+from ..storage import is_empty, new_file, write_text
 from .generate import batches
 
 SETTINGS = "settings.json"
 SHEET, FILM = "sheet.png", "film.gif"
 NPZ = "samples.npz"
-SHEET_SIZE = 64
+GRID_SIZE = 64
 
 
 @dataclass
 class Series:
-    """Pictures to draw.
+    """Images to draw.
 
     Attributes:
         num_images: How many.
-        draw: Numbers of pictures to uint8 [len, height, width, 3].
-        facts: Number of a picture to what its file says of it alone.
+        draw: Numbers of images to uint8 [len, height, width, 3].
+        facts: Number of an image to what its file says of it alone.
         is_film: Whether they are the frames of one, which is saved as a GIF too.
     """
 
@@ -49,15 +49,15 @@ def write_series(
 
     Args:
         folder: Where the files go.
-        series: The pictures.
+        series: The images.
         settings: What decides about all of them: kept in the folder and in every PNG, and the same for a call that
             goes on.
-        batch_size: Pictures drawn at once.
+        batch_size: Images drawn at once.
         as_npz: One `samples.npz` (`arr_0`) instead of PNG files.
         state: Of the ranks.
 
     Raises:
-        FileExistsError: if the folder holds pictures of other settings, or something else.
+        FileExistsError: if the folder holds images of other settings, or something else.
     """
     if state.is_main_process:
         _open_folder(folder, settings)
@@ -70,8 +70,8 @@ def write_series(
                 bar.update(len(images))
     state.wait_for_everyone()
     if state.is_main_process:
-        first = _join_batches(folder, series, batch_size) if as_npz else _read_images(folder, SHEET_SIZE)
-        save_sheet(draw_sheet(first, columns=min(8, len(first)), min_side=96), folder / SHEET)
+        first = _join_batches(folder, series, batch_size) if as_npz else _read_images(folder, GRID_SIZE)
+        save_grid(make_grid(first, columns=min(8, len(first)), min_side=96), folder / SHEET)
         if series.is_film and not as_npz:
             save_gif(_read_images(folder, series.num_images), folder / FILM)
     state.wait_for_everyone()
@@ -91,8 +91,8 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
         if different:
-            raise FileExistsError(f"output_dir {folder} holds pictures of other settings ({different})")
-    elif not (path.is_file() or is_vacant(folder)):
+            raise FileExistsError(f"output_dir {folder} holds images of other settings ({different})")
+    elif not (path.is_file() or is_empty(folder)):
         raise FileExistsError(f"output_dir {folder} holds something else (no {SETTINGS}); name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
@@ -122,7 +122,7 @@ def _draw_batch(folder: Path, series: Series, images: range, settings: dict[str,
 
 
 def _join_batches(folder: Path, series: Series, batch_size: int) -> list[Image.Image]:
-    """Make the npz, batch after batch so that only one is in memory; returns its first pictures."""
+    """Make the npz, batch after batch so that only one is in memory; returns its first images."""
     paths = [_batch_path(folder, images) for images in batches(series.num_images, batch_size)]
     if not (folder / NPZ).is_file():
         _save(folder / NPZ, lambda file: _write_npz(file, paths, series.num_images))
@@ -131,7 +131,7 @@ def _join_batches(folder: Path, series: Series, batch_size: int) -> list[Image.I
     with zipfile.ZipFile(folder / NPZ) as archive, archive.open("arr_0.npy") as array:
         np.lib.format.read_magic(array)
         shape, _, dtype = np.lib.format.read_array_header_1_0(array)
-        count = min(SHEET_SIZE, shape[0])
+        count = min(GRID_SIZE, shape[0])
         pixels = np.frombuffer(array.read(count * int(np.prod(shape[1:]))), dtype).reshape(count, *shape[1:])
     return [Image.fromarray(picture) for picture in pixels]
 

@@ -50,7 +50,7 @@ class TrainingTensors:
         """The model's weights, whole, on the CPU; on other ranks than the first perhaps nothing."""
         return get_model_state_dict(self.model, options=_WHOLE)
 
-    def averaged_weights(self, name: str) -> dict[str, Any]:
+    def ema_weights(self, name: str) -> dict[str, Any]:
         """Likewise those of an average."""
         with self.averages[name].swapped_in():
             return {key: value.clone() for key, value in self.weights().items()}
@@ -58,7 +58,7 @@ class TrainingTensors:
     def gather(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint holds by the name of its file; to be called on all ranks."""
         contents: dict[str, Any] = {WEIGHTS: self.weights()}
-        contents |= {f"{name}.safetensors": self.averaged_weights(name) for name in self.averages}
+        contents |= {f"{name}.safetensors": self.ema_weights(name) for name in self.averages}
         optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
         moments = {
             f"{key}/{name}": x for key, state in optimizer.get("state", {}).items() for name, x in state.items()
@@ -229,7 +229,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
     Raises:
         ValueError: naming every key that differs.
     """
-    defaults = Config().decisive()
+    defaults = Config().resume_keys()
     before = {section: {**defaults.get(section, {}), **before.get(section, {})} for section in now}
     different = [
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"

@@ -44,7 +44,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        _put_whole_weights_away(self._model)
+        _reshard(self._model)
         for weight, average in zip(self._weights, self._averages, strict=True):
             kept = weight.clone()
             weight.copy_(average)
@@ -53,12 +53,12 @@ class EMA:
 
 def local_weights(model: nn.Module) -> list[torch.Tensor]:
     """The weights, or this rank's shards of them, without their history."""
-    _put_whole_weights_away(model)
+    _reshard(model)
     weights = [parameter.detach() for parameter in model.parameters()]
     return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
 
 
-def _put_whole_weights_away(model: nn.Module) -> None:
+def _reshard(model: nn.Module) -> None:
     """Sharded models may hold weights whole after a forward; where shards are read or changed they must not."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""What a run leaves for its user: sheets while it goes on, and in the end the pipeline, the curve and the card."""
+"""What a run leaves for its user: sample grids while it trains, and at its end the pipeline, loss curve and card."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..config import Config
 from ..hub.background_push import BackgroundPush
 from ..hub.card import write_run_card
 from ..hub.push import write_repository
-from ..image_grid import draw_sheet, save_sheet
+from ..image_grid import make_grid, save_grid
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import RunFolder, training_summary
 from ..storage import new_folder, write_text
-from .log import draw_loss_curve
+from .log import plot_loss_curve
 
-SHEET_SIZE = 16
+GRID_SIZE = 16
 
 
-def draw_samples(pipeline: LatentDiTPipeline, reader: LatentReader, steps: int, path: Path) -> None:
-    """Draw a sheet: the same noise and the data's first attribute rows every time."""
-    noise = torch.randn((SHEET_SIZE, *reader.latent_shape), generator=torch.Generator().manual_seed(0))
-    rows = reader.attributes(SHEET_SIZE)
-    (images,) = pipeline(rows, SHEET_SIZE, latents=noise, num_inference_steps=steps, return_dict=False)
-    save_sheet(draw_sheet(images, columns=8, title=path.stem, min_side=96), path)
+def save_sample_grid(pipeline: LatentDiTPipeline, reader: LatentReader, steps: int, path: Path) -> None:
+    """Draw an image grid: the same noise and the data's first attribute rows every time."""
+    noise = torch.randn((GRID_SIZE, *reader.latent_shape), generator=torch.Generator().manual_seed(0))
+    rows = reader.attributes(GRID_SIZE)
+    (images,) = pipeline(rows, GRID_SIZE, latents=noise, num_inference_steps=steps, return_dict=False)
+    save_grid(make_grid(images, columns=8, title=path.stem, min_side=96), path)
 
 
 def export(
@@ -46,7 +46,7 @@ def export(
     Args:
         run: The run's folder.
         config: Its recipe.
-        reader: Its pictures.
+        reader: Its images.
         pipeline: Of the averaged weights.
         extra: Transformers of further averages, by the name of their folder.
         recipe: What the card shows.
@@ -60,8 +60,8 @@ def export(
         mark.unlink(missing_ok=True)
     training = training_summary(run, config, reader, recipe, steps)
     exports: dict[str, Callable[[], None]] = {
-        sheet: lambda: draw_samples(pipeline, reader, config.train.num_inference_steps, run / sheet),
-        "loss_curve.png": lambda: draw_loss_curve(run),
+        sheet: lambda: save_sample_grid(pipeline, reader, config.train.num_inference_steps, run / sheet),
+        "loss_curve.png": lambda: plot_loss_curve(run),
         "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
         "README.md": lambda: write_run_card(run, pipeline, training),
     }
@@ -87,7 +87,7 @@ def share(
     recipe: dict[str, Any],
     step: int,
 ) -> None:
-    """Begin to push what the run is after `step` steps; its newest sheet is the card's."""
+    """Begin to push what the run is after `step` steps; its newest image grid is the card's."""
     training = training_summary(run, config, reader, recipe, step)
     shown: dict[str, Any] = {"training": training, "revision": hub.revision, "sheet": None}
 

@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
-    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run goes on; sheets likewise.
+    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run resumes; sample grids likewise.
 
     Its columns are those asked for, and those that it had and that are not measured any more.
     """
@@ -48,7 +48,7 @@ def append_log(run: Path, row: dict[str, Any]) -> None:
         csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
 
 
-def draw_loss_curve(run: Path) -> None:
+def plot_loss_curve(run: Path) -> None:
     """Draw `loss_curve.png` from the log: training and validation, and the latest validated (or trained) by level."""
     rows = read_log(run)
     validated = [row for row in rows if row["validation_loss"]]

@@ -16,7 +16,7 @@ NOISE_LEVELS = 10
 
 
 @dataclass
-class Draws:
+class StepRandomness:
     """The random numbers of a step, for the whole global batch or a slice of it.
 
     Args:
@@ -31,37 +31,37 @@ class Draws:
     posterior_noise: torch.Tensor
     keep: torch.Tensor
 
-    def __getitem__(self, part: slice) -> Draws:
-        return Draws(self.timesteps[part], self.noise[part], self.posterior_noise[part], self.keep[part])
+    def __getitem__(self, part: slice) -> StepRandomness:
+        return StepRandomness(self.timesteps[part], self.noise[part], self.posterior_noise[part], self.keep[part])
 
 
-def draw(
+def sample_step_randomness(
     config: ObjectiveConfig,
     seed: int,
     step: int,
     latents_shape: tuple[int, ...],
     num_conditions: int,
     device: torch.device,
-) -> Draws:
+) -> StepRandomness:
     """Draw for one step: a pure function of (seed, step) for the whole batch `latents_shape` [batch, c, h, w]."""
     generator = torch.Generator(device).manual_seed(step_seed(seed, step))
     batch = latents_shape[0]
-    timesteps = draw_timesteps(config, batch, generator, device)
+    timesteps = sample_timesteps(config, batch, generator, device)
     noise = torch.randn(latents_shape, generator=generator, device=device)
     posterior_noise = torch.randn(latents_shape, generator=generator, device=device)
-    # One picture in 1/p keeps no condition, one in 1/p keeps each with a probability of its own, the others keep all.
+    # One image in 1/p keeps no condition, one in 1/p keeps each with a probability of its own, the others keep all.
     kind = torch.rand((batch, 1), generator=generator, device=device)
     share = torch.rand((batch, 1), generator=generator, device=device)
     each = torch.rand((batch, num_conditions), generator=generator, device=device)
     p = config.condition_dropout
     keep = (kind >= 2 * p) | ((kind >= p) & (each < share))
-    return Draws(timesteps, noise, posterior_noise, keep)
+    return StepRandomness(timesteps, noise, posterior_noise, keep)
 
 
-def draw_timesteps(
+def sample_timesteps(
     config: ObjectiveConfig, batch: int, generator: torch.Generator, device: torch.device
 ) -> torch.Tensor:
-    """Timesteps of `batch` pictures, float32 [batch], by the recipe's density.
+    """Timesteps of `batch` images, float32 [batch], by the recipe's density.
 
     `logit_normal` draws the ratio of noise to signal, `sigma / alpha`, log-normal: the noise levels that flow
     matching with logit-normal times trains (Esser et al., https://arxiv.org/abs/2403.03206, section 3.1), whose
@@ -75,8 +75,8 @@ def draw_timesteps(
     return (angle * (2 / math.pi) * total).floor().clamp(max=total - 1)
 
 
-def draw_flips(seed: int, step: int, batch: int) -> np.ndarray:
-    """Which pictures of a step's global batch are read mirrored, bool [batch]."""
+def sample_flips(seed: int, step: int, batch: int) -> np.ndarray:
+    """Which images of a step's global batch are read mirrored, bool [batch]."""
     return np.random.default_rng([seed, step, 1]).random(batch) < 0.5
 
 

@@ -37,7 +37,7 @@ class StopSignal:
         self._group = torch.distributed.new_group(backend="gloo") if self._ranks > 1 else None
 
     @contextlib.contextmanager
-    def noticed(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Notice signals while the block runs; in the main thread only, others are sent none."""
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -15,7 +15,7 @@ from ..evaluation.report import figure_name
 from ..latents.reader import LatentReader
 from ..latents.vae import decode
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..sampling.generate import draw
+from ..sampling.generate import generate_images
 
 BATCH_SIZE = 32
 
@@ -23,12 +23,12 @@ BATCH_SIZE = 32
 class SampleQuality:
     """A Fréchet distance by the name it has in the log, always of the same noise and the cache's first attributes.
 
-    The reference is what the cache's first pictures decode to. All ranks draw, as often as each other (as sharded
+    The reference is what the cache's first images decode to. All ranks generate, as often as each other (as sharded
     models need), so that none waits for another until it gives up.
 
     Args:
         config: The recipe.
-        reader: Of the training pictures.
+        reader: Of the training images.
         accelerator: Knows the ranks.
 
     Raises:
@@ -53,11 +53,13 @@ class SampleQuality:
                 return decode(vae, torch.from_numpy(latents)).cpu().numpy()
 
             self._reference = Gaussian.of(self._features(decoded, min(self.count, len(stored))))
-        drawn = self._features(lambda numbers: draw(pipeline, numbers, rows, 0, num_inference_steps=steps), self.count)
+        drawn = self._features(
+            lambda numbers: generate_images(pipeline, numbers, rows, 0, num_inference_steps=steps), self.count
+        )
         return {self.name: frechet_distance(drawn, self._reference)}
 
     def _features(self, pictures: Callable[[list[int]], np.ndarray], count: int) -> np.ndarray:
-        """Features of pictures 0 … count - 1, [count, dim], of which each rank does its batches."""
+        """Features of images 0 … count - 1, [count, dim], of which each rank does its batches."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         each = -(-count // (BATCH_SIZE * ranks))
         parts = []

@@ -1,4 +1,4 @@
-"""What one optimizer step does: read, draw, forward, backward, clip, update, average."""
+"""What one optimizer step does: read, sample_step_randomness, forward, backward, clip, update, average."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..runs import Normalization
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .ema import EMA
-from .objective import NOISE_LEVELS, Draws, draw, draw_flips, loss_weights, losses, noise_level, training_target
+from .objective import (
+    NOISE_LEVELS,
+    StepRandomness,
+    loss_weights,
+    losses,
+    noise_level,
+    sample_flips,
+    sample_step_randomness,
+    training_target,
+)
 from .optimizer import build_optimizer, learning_rate
 
 
@@ -25,7 +34,7 @@ class TrainingStep:
 
     Args:
         config: The recipe.
-        reader: Of the training pictures.
+        reader: Of the training images.
         accelerator: Prepares model and optimizer for its devices.
         transformer: The model, on the device; sharded in place under FSDP2.
         normalization: Mean and standard deviation by channel of the latents.
@@ -62,7 +71,7 @@ class TrainingStep:
         self.averages = {name: EMA(self.model, decay) for name, decay in decays.items()}
         self.batches = BatchPrefetcher(self._read, self.device)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in normalization)
-        # Of this rank since the last row of the log: sum of the losses and number of pictures by noise level,
+        # Of this rank since the last row of the log: sum of the losses and number of images by noise level,
         # and the first step whose gradient was not finite, or -1.
         self.window = torch.zeros(2, NOISE_LEVELS, device=self.device)
         self.first_skipped = torch.full((), -1, device=self.device)
@@ -93,16 +102,18 @@ class TrainingStep:
         return grad_norm
 
     def accumulate(self, step: int) -> torch.Tensor:
-        """Forward and backward of a step; sum of the losses and number of pictures of this rank by noise level."""
+        """Forward and backward of a step; sum of the losses and number of images of this rank by noise level."""
         config, parts = self.config, self.config.train.gradient_accumulation_steps
         shape = (config.train.global_batch_size, *self.reader.latent_shape)
-        draws = draw(config.objective, config.train.seed, step, shape, len(self.reader.conditions), self.device)
+        draws = sample_step_randomness(
+            config.objective, config.train.seed, step, shape, len(self.reader.conditions), self.device
+        )
         total = torch.zeros_like(self.window)
         for part in range(parts):
             following = (step, part + 1) if part + 1 < parts else (step + 1, 0)
             batch, own = self.batches.get((step, part), following), draws[self._positions(part)]
             with self.accelerator.no_sync(self.model) if part + 1 < parts else contextlib.nullcontext():
-                values = self.losses(*self._ingredients(batch, own))
+                values = self.losses(*self._loss_inputs(batch, own))
                 self.accelerator.backward(values.mean() / parts)
             levels = noise_level(own.timesteps, config.objective.num_train_timesteps)
             total += torch.stack([values.detach() @ levels, levels.sum(0)])
@@ -111,7 +122,7 @@ class TrainingStep:
     def losses(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, condition_ids: torch.Tensor
     ) -> torch.Tensor:
-        """The weighted loss of each picture, float32 [batch], from the VAE's own latents [batch, c, h, w]."""
+        """The weighted loss of each image, float32 [batch], from the VAE's own latents [batch, c, h, w]."""
         objective, clean = self.config.objective, (latents - self.mean) / self.std
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         # Whole numbers stay what they are where FSDP makes the model's inputs half precision.
@@ -143,10 +154,10 @@ class TrainingStep:
         """The micro-batch `key` (step, part) of this rank."""
         (step, part), seed, batch_size = key, self.config.train.seed, self.config.train.global_batch_size
         rows = self._positions(part)
-        flips = draw_flips(seed, step, batch_size)[rows] if self.config.data.flip else None
+        flips = sample_flips(seed, step, batch_size)[rows] if self.config.data.flip else None
         return self.reader.batch(seed, step * batch_size + rows.start, self.micro_batch_size, flips)
 
-    def _ingredients(self, batch: dict[str, torch.Tensor], draws: Draws) -> tuple[torch.Tensor, ...]:
+    def _loss_inputs(self, batch: dict[str, torch.Tensor], draws: StepRandomness) -> tuple[torch.Tensor, ...]:
         """Latents, noise, timesteps and condition ids of a micro-batch."""
         latents = batch["latent_mean"].float()
         if "latent_std" in batch:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 # Peak of dense fp16 and bf16 products in TFLOP/s by the words in the device's name; the first that fits (NVIDIA's data
-# sheets).
+# image grids).
 PEAK_TFLOPS = {
     "B200": 2250,
     "GB200": 2500,

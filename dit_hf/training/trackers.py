@@ -52,8 +52,8 @@ def init_options(run: Path, tracker: str | None, options: dict[str, Any]) -> dic
     return {"wandb": {"dir": str(run), "name": run.name, **kept, **options}}
 
 
-def log_sheet(trackers: list[GeneralTracker], path: Path, step: int) -> None:
-    """Send a sheet to the trackers that take pictures."""
+def log_sample_grid(trackers: list[GeneralTracker], path: Path, step: int) -> None:
+    """Send an image grid to the trackers that take images."""
     sheet = np.asarray(Image.open(path).convert("RGB"))[None]
     for tracker in trackers:
         if isinstance(tracker, WandBTracker):

@@ -25,7 +25,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import RunFolder, base_model, build_pipeline, migrate_recipe, read_state
 from ..storage import disk_errors, locked, write_text
 from .checkpoint import TrainingTensors, agreed_checkpoint, check_same_recipe, make_room, save_checkpoint, write_best
-from .export import draw_samples, export, share
+from .export import export, save_sample_grid, share
 from .health import check_health
 from .initialize import build_transformer
 from .log import COLUMNS, append_log, start_log
@@ -35,7 +35,7 @@ from .preemption import Preempted, StopSignal
 from .sample_quality import SampleQuality
 from .step import TrainingStep
 from .throughput import Speed, mfu
-from .trackers import choose_tracker, init_options, log_sheet
+from .trackers import choose_tracker, init_options, log_sample_grid
 from .validation import choose_validation
 
 
@@ -59,7 +59,7 @@ def train(config: Config) -> Path:
         raise FileExistsError(f"train.output_dir {run} holds checkpoints of something else; name a new folder")
     try:
         trainer = Trainer(config)
-        with disk_errors(f"train.output_dir {run}"), trainer.alone(run):
+        with disk_errors(f"train.output_dir {run}"), trainer.exclusive(run):
             trainer.fit(run)
     except torch.OutOfMemoryError as error:
         raise OSError(
@@ -98,11 +98,11 @@ class Trainer:
         self.device = self.accelerator.device
         # What a run began with is in its checkpoints: where that came from need not be there any more.
         run, name = Path(config.train.output_dir), config.train.resume_from_checkpoint
-        self.checkpoint = agreed_checkpoint(run, name, _say_once) if name else None
+        self.checkpoint = agreed_checkpoint(run, name, print_once) if name else None
         state = read_state(self.checkpoint) if self.checkpoint is not None else None
         self.base_model = base_model(config)
         if state is None:
-            transformer, self.normalization = build_transformer(config, self.reader, _say_once)
+            transformer, self.normalization = build_transformer(config, self.reader, print_once)
         else:
             transformer, self.normalization = (
                 LatentDiTTransformer2DModel(**state["transformer"]),
@@ -116,7 +116,7 @@ class Trainer:
             transformer.compile_repeated_blocks(fullgraph=True)
         self.step = TrainingStep(config, self.reader, self.accelerator, transformer, self.normalization)
         if config.optim.optimizer == "apex_fused_adam" and "apex" not in self.step.optimizer_name:
-            _say_once(
+            print_once(
                 f"optim.optimizer apex_fused_adam needs fp16 on CUDA and NVIDIA's apex: training with "
                 f"{self.step.optimizer_name}, which takes the same steps"
             )
@@ -132,10 +132,10 @@ class Trainer:
             if train.push_to_hub and train.hub_model_id
             else None
         )
-        self.validation = choose_validation(config, list(self.reader.conditions), self.step, _say_once)
+        self.validation = choose_validation(config, list(self.reader.conditions), self.step, print_once)
         self.quality = SampleQuality(config, self.reader, self.accelerator) if config.train.evaluation_steps else None
 
-    def alone(self, run: Path) -> contextlib.AbstractContextManager[None]:
+    def exclusive(self, run: Path) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from writing the run (see `locked`); to be used by all ranks."""
         main = self.accelerator.is_main_process
         return locked(RunFolder(run).lock, f"train.output_dir {run}") if main else contextlib.nullcontext()
@@ -158,13 +158,13 @@ class Trainer:
         if start < total:
             self._on_main(make_room, run, self.tensors.bytes())
             self._start_trackers(run)
-            _say_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
+            print_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
         stop, speed, began = StopSignal(), Speed(), time.monotonic()
-        with stop.noticed(), tqdm(total=total, initial=start, desc="training", unit="step", disable=not main) as bar:
+        with stop.listening(), tqdm(total=total, initial=start, desc="training", unit="step", disable=not main) as bar:
             for step in range(start, total):
                 grad_norm, done = self.step(step), step + 1
                 if self.compiled and step == start:
-                    _say_once(f"compiled the blocks: the first step took {time.monotonic() - began:.1f} s")
+                    print_once(f"compiled the blocks: the first step took {time.monotonic() - began:.1f} s")
                 speed.steps += 1
                 bar.update()
                 saved = self._report_and_save(run, done, grad_norm, speed, bar)
@@ -172,7 +172,7 @@ class Trainer:
                     if not saved:
                         check_health(self.step, done, run)
                         self._save(run, done, {})
-                    _say_once(
+                    print_once(
                         f"\ntold to stop: checkpoint-{done} is saved; --train.resume_from_checkpoint latest goes on"
                     )
                     self.accelerator.end_training()
@@ -182,13 +182,13 @@ class Trainer:
 
     def pipeline(self) -> LatentDiTPipeline | None:
         """The pipeline of the averaged weights, on the first rank; to be called on all of them."""
-        weights = self.tensors.averaged_weights("ema")
+        weights = self.tensors.ema_weights("ema")
         if not self.accelerator.is_main_process:
             return None
         return build_pipeline(self.config, self.reader, self._transformer_of(weights), self.normalization)
 
     def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed, bar: tqdm) -> bool:
-        """What is due after `done` steps: row of the log, validation, sheet, checkpoint; whether that was saved."""
+        """Do what is due after `done` steps: log, validate, sample, save; returns whether a checkpoint was saved."""
         train = self.config.train
         due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
         quality = self.quality if train.evaluation_steps and done % train.evaluation_steps == 0 else None
@@ -202,7 +202,7 @@ class Trainer:
             return False
         with speed.paused():
             if due:
-                row |= self.validation.of_averages(self.step, self.accelerator) if self.validation else {}
+                row |= self.validation.validate_emas(self.step, self.accelerator) if self.validation else {}
             if quality:
                 row |= self._evaluate(quality)
             if row and self.accelerator.is_main_process:
@@ -227,12 +227,12 @@ class Trainer:
             return False
         problem = compiler_problem(self.device)
         if problem:
-            _say_once(f"training without torch.compile, which would be faster but fails here: {problem}")
+            print_once(f"training without torch.compile, which would be faster but fails here: {problem}")
         return problem is None
 
     def _accelerate(self, cpu: bool) -> Accelerator:
         train = self.config.train
-        self.tracker, self.tracker_options = choose_tracker(train.report_to, _say_once)
+        self.tracker, self.tracker_options = choose_tracker(train.report_to, print_once)
         precision = train.mixed_precision
         if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
             precision = "fp16"
@@ -247,7 +247,7 @@ class Trainer:
         )
         torch._dynamo.config.optimize_ddp = False  # it would cut every compiled block into pieces
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            _say_once("no GPU: training in float32 instead of fp16")
+            print_once("no GPU: training in float32 instead of fp16")
         return accelerator
 
     def _measure(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed) -> dict[str, Any]:
@@ -280,7 +280,7 @@ class Trainer:
 
     def _recipe(self) -> dict[str, Any]:
         """What must be the same for this run to be continued: its recipe, and what was `found` with it."""
-        recipe = self.config.decisive()
+        recipe = self.config.resume_keys()
         recipe["train"] |= {"mixed_precision": self._computed_in(self.accelerator.mixed_precision)}
         cache = self.reader.info["identity"]
         recipe["found"] = {
@@ -361,11 +361,11 @@ class Trainer:
         return transformer.to(self.device).eval()
 
     def _draw_samples(self, run: Path, done: int) -> None:
-        """A sheet of the averaged weights, for the trackers too."""
+        """An image grid of the averaged weights, for the trackers too."""
         pipeline, path = self.pipeline(), RunFolder(run).sample_grid(done)
         if pipeline is not None:
-            draw_samples(pipeline, self.reader, self.config.train.num_inference_steps, path)
-            log_sheet(self.accelerator.trackers, path, done)
+            save_sample_grid(pipeline, self.reader, self.config.train.num_inference_steps, path)
+            log_sample_grid(self.accelerator.trackers, path, done)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, quality: SampleQuality) -> dict[str, float]:
@@ -378,7 +378,7 @@ class Trainer:
         """Write what a finished run leaves."""
         train, pipeline = self.config.train, self.pipeline()
         averages = [name for name in self.step.averages if name != "ema"]
-        extra = {name: self.tensors.averaged_weights(name) for name in averages}
+        extra = {name: self.tensors.ema_weights(name) for name in averages}
         if pipeline is not None:
             write_best(run, train.best_checkpoints_limit)
             transformers = {name: self._transformer_of(weights) for name, weights in extra.items()}
@@ -400,11 +400,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
-def _say_once(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line, on the first rank only and never twice."""
-    if line not in _said and PartialState().is_main_process:
+    if line not in _printed and PartialState().is_main_process:
         print(line, flush=True)
-    _said.add(line)
+    _printed.add(line)

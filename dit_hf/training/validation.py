@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out pictures at fixed noise, by noise level."""
+"""Validation: the loss on held-out images at fixed noise, by noise level."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Validation:
-    """Held-out pictures, each with ten timesteps (one in each tenth of the schedule) and noise that never change.
+    """Held-out images, each with ten timesteps (one in each tenth of the schedule) and noise that never change.
 
     Args:
         reader: Of the validation split.
-        count: How many of its pictures, the first in the order of the cache.
+        count: How many of its images, the first in the order of the cache.
         num_train_timesteps: Levels of the schedule.
         batch_size: Evaluations at once.
         device: Where they are done.
@@ -35,12 +35,12 @@ class Validation:
         self.latents = torch.from_numpy(reader.read("latent_mean", rows)).float()
         self.condition_ids = torch.from_numpy(reader.condition_ids(rows))
         self.num_train_timesteps = num_train_timesteps
-        # Picture i is at the (i + 1/2) / count of each tenth, so that all of the schedule is seen.
+        # Image i is at the (i + 1/2) / count of each tenth, so that all of the schedule is seen.
         inside = (torch.arange(self.count) + 0.5) / self.count
         timesteps = (torch.arange(NOISE_LEVELS)[:, None] + inside) * num_train_timesteps / NOISE_LEVELS
         self.timesteps = timesteps.floor().flatten()
 
-    def of_averages(self, step: TrainingStep, accelerator: Accelerator) -> dict[str, float]:
+    def validate_emas(self, step: TrainingStep, accelerator: Accelerator) -> dict[str, float]:
         """The averages' losses by the name of their column in the log; to be called on all ranks."""
         found = {}
         for name, average in step.averages.items():
@@ -81,7 +81,7 @@ class Validation:
 def choose_validation(
     config: Config, conditions: list[str], step: TrainingStep, say: Callable[[str], None]
 ) -> Validation | None:
-    """The validation that a recipe asks for; None, told through `say`, where the cache has no pictures for it."""
+    """The validation that a recipe asks for; None, told through `say`, where the cache has no images for it."""
     count, timesteps = config.train.validation_images, config.objective.num_train_timesteps
     if not count:
         return None

@@ -39,7 +39,7 @@ from dit_hf.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
-# Whether there are so many pictures, all of them loaded, of the model's size.
+# Whether there are so many images, all of them loaded, of the model's size.
 SHOWN = """([selector, count]) => {
     const images = [...document.querySelectorAll(selector)]
     return images.length === count && images.every(image => image.naturalWidth === 16)
@@ -99,7 +99,7 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
         reason = "there is no chromium on this machine"
         (pytest.fail if os.environ.get("DIT_HF_BROWSER") == "required" else pytest.skip)(reason)
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     Image.radial_gradient("L").resize((60, 40)).save(tmp_path / "good.png")
     log = tmp_path / "log.txt"
     with serving(tmp_path / "model", log) as (server, url):
@@ -115,7 +115,7 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
             def choose(name, word):
                 page.locator("fieldset.choice", has_text=name).get_by_text(word, exact=True).click()
 
-            # 1. Attributes are chosen, pictures drawn by a click; another click draws others.
+            # 1. Attributes are chosen, images drawn by a click; another click draws others.
             expect(page).to_have_title("dit_hf: model")
             expect(page.locator("#draw")).to_be_visible()
             choose("Smiling", "no")
@@ -132,13 +132,13 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
             page.locator("#upload input[type=file]").set_input_files(tmp_path / "good.png")
             page.get_by_text("Change attributes", exact=True).click()
             pictures("#change", "#changed", 2)
-            # 3. What is no picture gets a message.
+            # 3. What is no image gets a message.
             page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")
-            expect(page.get_by_text("bad.png is no picture that can be opened").first).to_be_visible()
+            expect(page.get_by_text("bad.png is no image that can be opened").first).to_be_visible()
             expect(page.locator("#upload img")).to_have_count(0)
             page.screenshot(path=tmp_path / "change.png")
-            # 4. Painting: without a stroke a message, with one new pictures.
-            page.get_by_role("tab", name="New pictures").click()
+            # 4. Painting: without a stroke a message, with one new images.
+            page.get_by_role("tab", name="New images").click()
             page.get_by_text("Paint on the chosen one").click()
             expect(page.locator("#editor canvas").first).to_be_visible()
             page.wait_for_timeout(1500)  # the canvas settles; it says so nowhere

@@ -97,7 +97,7 @@ def test_uploads_are_turned_cropped_and_refused(tmp_path):
     assert read_image(str(tmp_path / "turned.png")).size == (20, 40)
     assert studio.fit(turned).size == (16, 16)
     (tmp_path / "broken.png").write_bytes((tmp_path / "turned.png").read_bytes()[:200])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name in ("broken", "text"):
         with pytest.raises(ValueError, match="this file: "):
             read_image(str(tmp_path / f"{name}.png"))

@@ -1,4 +1,4 @@
-"""A small CelebA in Kaggle's layout, of avatars, with every kind of bad picture and row planted in it."""
+"""A small CelebA in Kaggle's layout, of avatars, with every kind of bad image and row planted in it."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ class CelebA:
 
 
 def draw_picture(index: int) -> Image.Image:
-    """An avatar on 178 x 218 pixels, as CelebA's aligned pictures are."""
+    """An avatar on 178 x 218 pixels, as CelebA's aligned images are."""
     picture = Image.new("RGB", (178, 218), "#cfe3d6")
     picture.paste(render_face(choose_face(7, index), 178), (0, 20))
     return picture
@@ -41,7 +41,7 @@ def bomb() -> bytes:
 
 
 def make_celeba(folder: Path, count: int = 60, faults: bool = True) -> CelebA:
-    """Write `count` good pictures (and the bad ones) with `list_attr_celeba.csv` and `list_eval_partition.csv`."""
+    """Write `count` good images (and the bad ones) with `list_attr_celeba.csv` and `list_eval_partition.csv`."""
     pictures = folder / "img_align_celeba" / "img_align_celeba"
     pictures.mkdir(parents=True)
     attributes, splits = {}, {}
@@ -66,7 +66,7 @@ def _plant(pictures: Path, rows: list, partition: list) -> dict[str, str]:
     broken = {
         "900001.jpg": (whole.getvalue()[:2000], "truncated"),
         "900002.jpg": (b"", "empty file"),
-        "900003.jpg": (b"this is text", "not a picture"),
+        "900003.jpg": (b"this is text", "not an image"),
         "900004.png": (bomb(), "decompression bomb"),
         "900005.jpg": (small.getvalue(), "smaller than the crop"),
     }
@@ -76,7 +76,7 @@ def _plant(pictures: Path, rows: list, partition: list) -> dict[str, str]:
         rows.append([name, *rows[0][1:]])
         partition.append([name, "0"])
         left_out[name] = reason
-    # A link to nothing, a name that is no UTF-8, a picture without a row, rows without a picture, rows twice or bad.
+    # A link to nothing, a name that is no UTF-8, an image without a row, rows without an image, rows twice or bad.
     (pictures / "900006.jpg").symlink_to("nowhere.jpg")
     left_out["img_align_celeba/img_align_celeba/900006.jpg"] = "No such file"
     with open(os.fsencode(pictures) + b"/9\xff0007.jpg", "wb") as file:
@@ -86,7 +86,7 @@ def _plant(pictures: Path, rows: list, partition: list) -> dict[str, str]:
     left_out["900008.jpg"] = "no row in list_attr_celeba.csv and list_eval_partition.csv"
     rows.append(["900009.jpg", *rows[0][1:]])
     partition.append(["900009.jpg", "0"])
-    left_out["900009.jpg"] = "no such picture"
+    left_out["900009.jpg"] = "no such image"
     rows.append(list(rows[1]))
     left_out[rows[1][0]] = "duplicate row"
     for name, row in {"900010.jpg": [1, 1], "900011.jpg": ["yes", *rows[0][2:]]}.items():

@@ -9,7 +9,7 @@ from dit_hf.data.transforms import parse_resolution
 
 @pytest.fixture
 def folder(tmp_path):
-    """A portrait with a red left half, a grey picture, one with a palette, one turned by EXIF, and a text file."""
+    """A portrait with a red left half, a grey image, one with a palette, one turned by EXIF, and a text file."""
     portrait = np.zeros((218, 178, 3), np.uint8)
     portrait[:, :89, 0] = 255
     (tmp_path / "people").mkdir()
@@ -20,7 +20,7 @@ def folder(tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     turned.save(tmp_path / "d.png", exif=exif)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_held_out_share_depends_on_the_id_alone():
     ("options", "error", "message"),
     [
         ({"source": "nowhere"}, FileNotFoundError, "no such folder"),
-        ({"source": "{empty}"}, FileNotFoundError, "no pictures"),
+        ({"source": "{empty}"}, FileNotFoundError, "no images"),
         ({"source": "avatars", "crop": "face"}, ValueError, "known are celeba-178"),
         ({"source": "avatars", "resolution": "big"}, ValueError, "'big' is not a size"),
         ({"source": "avatars", "resolution": 0}, ValueError, "not a size"),

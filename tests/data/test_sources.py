@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from dit_hf import open_images
 from dit_hf.data.avatars import ATTRIBUTES
-from dit_hf.data.conditions import as_condition
+from dit_hf.data.conditions import infer_condition
 from dit_hf.data.sources import open_source
 
 
@@ -137,29 +137,29 @@ def test_metadata(tmp_path, name):
     assert source.rows["id"] == ["images/0.png", "images/1.png", "images/2.png"]
     assert source.rows["smiling"] == [1, 0, 0]
     assert "caption" not in source.rows.column_names
-    assert source.unused == ["age", "caption"]  # two ages of three pictures are too few to be classes
+    assert source.unused == ["age", "caption"]  # two ages of three images are too few to be classes
     left_out = dict(source.left_out)
     assert left_out["images/2.png"].startswith("duplicate row: 4")
     assert left_out["images/3.png"] == f"no row in {name}"
-    assert left_out["images/9.png"].startswith("no such picture")
+    assert left_out["images/9.png"].startswith("no such image")
     assert len(left_out) == (3 if name == "metadata.csv" else 4)
 
 
 def test_what_can_be_a_condition():
-    assert as_condition([True, False, None]) == ([1, 0, -1], Value("int8"))
-    assert as_condition(["-1", "1", ""]) == ([0, 1, -1], Value("int8"))
-    assert as_condition([0, 2, 1] * 2)[1] == ClassLabel(num_classes=3)
-    assert as_condition(["b", "a", "b", "a"]) == ([1, 0, 1, 0], ClassLabel(names=["a", "b"]))
-    assert as_condition(["10", "9", "2"] * 2)[0] == [10, 9, 2] * 2
-    assert as_condition(["001", "010", None] * 2) == ([0, 1, -1] * 2, ClassLabel(names=["001", "010"]))
-    assert as_condition([2019, 2021] * 2) == ([0, 1] * 2, ClassLabel(names=["2019", "2021"]))
-    assert as_condition(["0", "1", "x"] * 2) == ([0, 1, 2] * 2, ClassLabel(names=["0", "1", "x"]))
-    assert as_condition(list(range(20))) is None  # running numbers
-    assert as_condition([-1, 2] * 2) is None
-    assert as_condition(["one", "two", "three"]) is None  # free text
-    assert as_condition([0.5, 1.0]) is None
-    assert as_condition([1, 10177]) is None
-    assert as_condition([None, None]) is None
+    assert infer_condition([True, False, None]) == ([1, 0, -1], Value("int8"))
+    assert infer_condition(["-1", "1", ""]) == ([0, 1, -1], Value("int8"))
+    assert infer_condition([0, 2, 1] * 2)[1] == ClassLabel(num_classes=3)
+    assert infer_condition(["b", "a", "b", "a"]) == ([1, 0, 1, 0], ClassLabel(names=["a", "b"]))
+    assert infer_condition(["10", "9", "2"] * 2)[0] == [10, 9, 2] * 2
+    assert infer_condition(["001", "010", None] * 2) == ([0, 1, -1] * 2, ClassLabel(names=["001", "010"]))
+    assert infer_condition([2019, 2021] * 2) == ([0, 1] * 2, ClassLabel(names=["2019", "2021"]))
+    assert infer_condition(["0", "1", "x"] * 2) == ([0, 1, 2] * 2, ClassLabel(names=["0", "1", "x"]))
+    assert infer_condition(list(range(20))) is None  # running numbers
+    assert infer_condition([-1, 2] * 2) is None
+    assert infer_condition(["one", "two", "three"]) is None  # free text
+    assert infer_condition([0.5, 1.0]) is None
+    assert infer_condition([1, 10177]) is None
+    assert infer_condition([None, None]) is None
 
 
 def test_subfolders_are_classes_whatever_their_names_but_a_thousand_pictures_each(tmp_path):
@@ -304,7 +304,7 @@ def two_configurations(folder):
             lambda folder: (folder / "metadata.csv").write_text(f'file_name,text\na,"{"x" * 200_000}') and str(folder),
             "metadata.csv cannot be read .*is there a quote that is not closed",
         ),
-        (lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"), "pictures, by their folder"),
+        (lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"), "images, by their folder"),
         (two_configurations, "name one by --dataset_config_name: large, small"),
     ],
 )

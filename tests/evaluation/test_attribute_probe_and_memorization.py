@@ -1,10 +1,10 @@
-"""The head that looks for attributes, and the search for memorised pictures, on features whose answers are known."""
+"""The head that looks for attributes, and the search for memorised images, on features whose answers are known."""
 
 import numpy as np
 import pytest
 
 from dit_hf.evaluation.attribute_probe import train_head
-from dit_hf.evaluation.memorization import draw_pairs, facts_of_pairs, find_neighbours
+from dit_hf.evaluation.memorization import describe_pairs, find_neighbours, make_pairs_grid
 
 
 def pictures(count, seed):
@@ -59,12 +59,12 @@ def test_new_pictures_are_as_far_as_real_ones_and_copies_are_found():
     found = find_neighbours(copied, real)
     assert found.figures()["share_within_closest_1_percent"] == pytest.approx(0.3, abs=0.03)
     assert set(found.closest()) <= set(range(300))
-    for pair in facts_of_pairs(found):
+    for pair in describe_pairs(found):
         assert pair["real"] == pair["sample"] + 100
 
 
 def test_the_sheet_has_each_sample_beside_its_neighbour():
     drawn, real = np.zeros((4, 96, 96, 3), np.uint8), np.full((4, 96, 96, 3), 200, np.uint8)
-    sheet = np.asarray(draw_pairs(drawn, real, np.arange(4.0)))
+    sheet = np.asarray(make_pairs_grid(drawn, real, np.arange(4.0)))
     middle = sheet[28 + 48, 48 :: 96 + 6][:8]
     assert [int(pixel[0]) for pixel in middle] == [0, 200] * 4

@@ -25,7 +25,7 @@ from dit_hf.evaluation.reference import load_reference, reference
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.vae import decode, load_vae
 from dit_hf.runs import load_pipeline
-from dit_hf.sampling.generate import draw
+from dit_hf.sampling.generate import generate_images
 from dit_hf.training.trainer import train
 
 OPTIONS = {"num_samples": 40, "batch_size": 8, "num_inference_steps": 2}
@@ -124,7 +124,7 @@ def test_a_broken_picture_is_left_out_and_too_many_are_an_error(net, tmp_path):
     alone = load_reference(reference(str(pictures), str(tmp_path / "alone"), net, resolution="16", batch_size=1))
     assert alone.rows.tolist() == found.rows.tolist()
     (pictures / "008.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"2 of 120 pictures .* cannot be read \(007\.png"):
+    with pytest.raises(ValueError, match=r"2 of 120 images .* cannot be read \(007\.png"):
         reference(str(pictures), str(tmp_path / "two"), net, resolution="16")
 
 
@@ -141,14 +141,14 @@ def test_the_figure_is_the_distance_of_what_the_pipeline_draws(evaluated, run, n
     real, network = load_reference(statistics), load_features(net)
     rows = real.attributes(["Smiling", "class"])
     pipeline = load_pipeline(str(run))
-    drawn = [draw(pipeline, range(i, i + 8), rows, 0, num_inference_steps=2) for i in range(0, 40, 8)]
+    drawn = [generate_images(pipeline, range(i, i + 8), rows, 0, num_inference_steps=2) for i in range(0, 40, 8)]
     report = report_of(evaluated)
     expected = frechet_distance(np.concatenate([network(part) for part in drawn]), real.features)
     assert report["figures"]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     assert report["name"] == "FD-dino-40"
     assert report["protocol"]["attributes"].endswith("in order: Smiling")
     assert report["floor"]["real"]["frechet_distance"] < report["figures"]["frechet_distance"]
-    assert "statistics hold no pictures" in report["floor"]["vae"]["reason"]
+    assert "statistics hold no images" in report["floor"]["vae"]["reason"]
     assert 0 <= report["attributes"]["accuracy"] <= 1
     assert str(run.parent) not in (evaluated / "evaluation.json").read_text()
 
@@ -225,7 +225,7 @@ def test_attributes_of_other_rows_are_other_samples(run, net, latents, tmp_path)
 
 
 def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
-    """Against the avatars it learned from, with the floor of its VAE; sheet, plots, table, and its card."""
+    """Against the avatars it learned from, with the floor of its VAE; image grid, plots, table, and its card."""
     run = train(config)
     evaluate(str(run), features=net, **{**OPTIONS, "guidance_scale": [1.0, 3.0], "save_images": True})
     folder = run / "evaluation"
@@ -254,7 +254,7 @@ def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
         ({"num_samples": 4}, "num_samples=4 must be at least"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
-        ({"reference": "few"}, "the reference has 20 pictures, and at least 32 are needed"),
+        ({"reference": "few"}, "the reference has 20 images, and at least 32 are needed"),
         ({"model": "nowhere"}, "no pipeline could be loaded"),
         ({"reference": None}, "give --reference"),
         ({"reference": "nowhere"}, "no such folder"),
@@ -284,7 +284,7 @@ def test_no_pictures_is_one_line(tmp_path, capsys):
 
 def test_statistics_of_another_size_are_refused(run, net, tmp_path):
     other = reference("avatars", str(tmp_path / "other"), net, resolution="32", num_images=20)
-    with pytest.raises(ValueError, match="pictures of 32x32 px, now 16x16"):
+    with pytest.raises(ValueError, match="images of 32x32 px, now 16x16"):
         evaluate(str(run), str(other), features=net, output_dir=str(tmp_path / "out"), **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""Feature networks: their preprocessing beside independent versions, and that they tell pictures apart."""
+"""Feature networks: their preprocessing beside independent versions, and that they tell images apart."""
 
 import subprocess
 import sys
@@ -112,7 +112,7 @@ def test_inceptions_two_resizes_and_the_wrong_scaling_are_what_they_say(inceptio
         with torch.no_grad():
             expected = network(prepared).numpy()
         np.testing.assert_allclose(load_features(name, str(inception_file))(pixels), expected, rtol=1e-4, atol=1e-5)
-    # Bytes as a cast makes them of 255 times a picture in [-1, 1].
+    # Bytes as a cast makes them of 255 times an image in [-1, 1].
     wrong = ((torch.from_numpy(pixels).float() / 127.5 - 1) * 255).byte().permute(0, 3, 1, 2).float()
     beginning = FIDInception(64).eval()
     beginning.load_state_dict({k: v for k, v in network.state_dict().items() if k in beginning.state_dict()})
@@ -145,7 +145,7 @@ def test_inception_takes_a_torchscript_whose_layers_are_the_network(inception_fi
 
 
 def test_a_vision_model_of_transformers_by_path(tmp_path):
-    """DINOv2's class token, of pictures resized and normalised as the model's own processor says."""
+    """DINOv2's class token, of images resized and normalised as the model's own processor says."""
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     model = Dinov2Model(config).eval()

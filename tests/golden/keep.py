@@ -75,7 +75,7 @@ def stopped_after(steps: int) -> Iterator[None]:
 
 
 def drop_sheet(cache: Path) -> None:
-    """Remove the sheet of reconstructions, two thirds of the cache's bytes, and its entry in the list of files."""
+    """Remove the grid of reconstructions, two thirds of the cache's bytes, and its entry in the list of files."""
     (cache / "reconstructions.png").unlink()
     facts = json.loads((cache / "latents.json").read_text(encoding="utf-8"))
     del facts["files"]["reconstructions.png"]

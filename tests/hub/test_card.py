@@ -123,7 +123,7 @@ def test_terms_and_data_sets(training, options, expected):
     [
         (TRAINING, ["non-commercial research only", "real people", "of 20", "up to 50 held-out"], ["Avataaars"]),
         ({**TRAINING, "source": "avatars", "crop": "none"}, ["Avataaars"], ["non-commercial", "annotators"]),
-        ({}, ["said where they come from", "not measured"], ["## Training", "pictures of `"]),
+        ({}, ["said where they come from", "not measured"], ["## Training", "images of `"]),
     ],
 )
 def test_what_the_card_says_of_the_data(tmp_path, training, says, says_not):
@@ -160,14 +160,14 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp
             main(["train", "--config", str(tmp_path / "again.yaml"), "--print_config"])
         read = yaml.safe_load(capsys.readouterr().out)
         assert read["train"]["max_train_steps"] == 8
-        assert all(read[section].items() >= values.items() for section, values in config.decisive().items())
+        assert all(read[section].items() >= values.items() for section, values in config.resume_keys().items())
 
 
 def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     run = train(config)
     pipeline = load_pipeline(str(run), "cpu")
     write_evaluation(run, pipeline)
-    (run / "evaluation" / "neighbours.png").write_bytes(b"pictures of the data")
+    (run / "evaluation" / "neighbours.png").write_bytes(b"images of the data")
     assert find_run(str(run)) == find_run(str(run / "pipeline")) == run
     assert find_run(str(tmp_path)) is None
     write_repository(tmp_path / "out", pipeline, str(run / "pipeline"), "faces", "you/faces")

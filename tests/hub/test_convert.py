@@ -56,7 +56,7 @@ def positions():
 
 
 def research_forward(w, x, t, y):
-    """facebookresearch/DiT's network, one picture at a time."""
+    """facebookresearch/DiT's network, one image at a time."""
 
     def linear(name, value):
         return value @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -80,14 +80,16 @@ def research_forward(w, x, t, y):
         condition = functional.silu(condition + w["y_embedder.embedding_table.weight"][label])
         for i in range(LAYERS):
             block = f"blocks.{i}"
-            shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{block}.adaLN_modulation.1", condition).chunk(6)
-            q, k, v = linear(f"{block}.attn.qkv", norm(h, shift1, scale1)).chunk(3, dim=-1)
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = linear(
+                f"{block}.adaLN_modulation.1", condition
+            ).chunk(6)
+            q, k, v = linear(f"{block}.attn.qkv", norm(h, shift_msa, scale_msa)).chunk(3, dim=-1)
             heads = []
             for q_, k_, v_ in zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), v.chunk(HEADS, -1), strict=True):
                 heads.append((q_ @ k_.T / math.sqrt(WIDTH / HEADS)).softmax(-1) @ v_)
-            h = h + gate1 * linear(f"{block}.attn.proj", torch.cat(heads, -1))
-            inner = functional.gelu(linear(f"{block}.mlp.fc1", norm(h, shift2, scale2)), approximate="tanh")
-            h = h + gate2 * linear(f"{block}.mlp.fc2", inner)
+            h = h + gate_msa * linear(f"{block}.attn.proj", torch.cat(heads, -1))
+            inner = functional.gelu(linear(f"{block}.mlp.fc1", norm(h, shift_mlp, scale_mlp)), approximate="tanh")
+            h = h + gate_mlp * linear(f"{block}.mlp.fc2", inner)
         shift, scale = linear("final_layer.adaLN_modulation.1", condition).chunk(2)
         h = linear("final_layer.linear", norm(h, shift, scale))
         picture = torch.empty(h.shape[-1] // PATCH**2, SIZE, SIZE)
@@ -181,7 +183,7 @@ def diffusers_forward(transformer, x, t, y):
             weight, bias = (theirs[f"{embedder}.timestep_embedder.linear_{layer}.{k}"] for k in ("weight", "bias"))
             hidden = weight @ (functional.silu(hidden) if layer == 2 else hidden) + bias
         embedded.append(hidden + table[label])
-    # Through the table alone: one label a picture, and a timestep's embedding that is zero.
+    # Through the table alone: one label an image, and a timestep's embedding that is zero.
     w["y_embedder.embedding_table.weight"] = torch.stack(embedded)
     w |= {"t_embedder.mlp.0.weight": torch.zeros(WIDTH, 256), "t_embedder.mlp.0.bias": torch.zeros(WIDTH)}
     w |= {"t_embedder.mlp.2.weight": torch.zeros(WIDTH, WIDTH), "t_embedder.mlp.2.bias": torch.zeros(WIDTH)}

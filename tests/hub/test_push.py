@@ -131,7 +131,7 @@ def test_a_push_that_is_cut_changes_nothing_and_goes_on_where_it_was(hub, folder
     assert said.startswith("dit-hf push: error: you/faces: ")
     assert said.endswith("nothing was changed there, and a second call sends only what is missing")
     assert set(hub.repositories["you/faces"]) == {".gitattributes"}
-    assert len(hub.stored) == 3  # two files of weights and the sheet have arrived
+    assert len(hub.stored) == 3  # two files of weights and the image grid have arrived
     assert sum(request.startswith("PUT") for request in hub.requests) == 3  # and were sent once, in three attempts
     hub.broken, hub.requests = set(), []
     assert push(capsys, folder, "you/faces")[0] == 0

@@ -83,13 +83,13 @@ def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents,
     before = (latents / "latents.json").stat().st_mtime_ns
     prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=60)
     assert "already holds" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=r"60 pictures.*, now avatars, 61 pictures"):
+    with pytest.raises(FileExistsError, match=r"60 images.*, now avatars, 61 images"):
         prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=61)
     assert (latents / "latents.json").stat().st_mtime_ns == before
 
 
 def folder_of_avatars(tmp_path, count):
-    """A folder with `count` pictures: 000.png and so on."""
+    """A folder with `count` images: 000.png and so on."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, row in enumerate(open_images("avatars", resolution=16, num_images=count)):
@@ -109,7 +109,7 @@ def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp
         assert next(csv.DictReader(file))["id"] == "050.png"
     for i in range(5):
         (folder / f"{i:03}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"6 of 150 pictures cannot be used.*000\.png"):
+    with pytest.raises(ValueError, match=r"6 of 150 images cannot be used.*000\.png"):
         prepare_latents(str(tmp_path / "other"), str(folder), str(vae_folder), "16")
     assert not (tmp_path / "other").exists()
 
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_pa
         rows.append(f"{i:03}.png,{split},{'' if i in (0, 1, 210, 211) else i % 2}")
     (folder / "metadata.csv").write_text("\n".join(rows))
     options = (str(vae_folder), "16")
-    with pytest.raises(ValueError, match="4 of 250 pictures cannot be used"):
+    with pytest.raises(ValueError, match="4 of 250 images cannot be used"):
         prepare_latents(str(tmp_path / "all"), str(folder), *options)
     prepare_latents(str(tmp_path / "train"), str(folder), *options, split="train")
     assert open_latents(tmp_path / "train")[1]["counts"]["left_out"] == 2
@@ -132,7 +132,7 @@ def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_pa
 def test_pictures_of_a_kind_that_is_not_read_are_named(tmp_path, vae_folder):
     folder = folder_of_avatars(tmp_path, 20)
     (folder / "IMG_1.HEIC").write_bytes(b"ftypheic")
-    with pytest.raises(ValueError, match=r"1 of 21 pictures .*IMG_1\.HEIC: \.heic is not read: convert it"):
+    with pytest.raises(ValueError, match=r"1 of 21 images .*IMG_1\.HEIC: \.heic is not read: convert it"):
         prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
 
 
@@ -154,7 +154,7 @@ def test_celeba_with_every_kind_of_bad_picture(tmp_path, vae_folder, capsys):
     command = ["prepare-latents", *options, "--output_dir", str(tmp_path / "latents")]
     assert main(command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"8 of 7\d pictures cannot be used, more than max_left_out=0.01", error)
+    assert re.search(r"8 of 7\d images cannot be used, more than max_left_out=0.01", error)
     assert main([*command, "--max_left_out", "0.3"]) == 0
     cache, info = open_latents(tmp_path / "latents")
     assert cache["id"][:] == list(celeba.attributes)
@@ -286,9 +286,7 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
         render_face(choose_face(0, i), 32).save(source / f"{i}.png")
     prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
     render_face(choose_face(1, 0), 32).save(source / "5.png")
-    with pytest.raises(
-        FileExistsError, match=r"source pictures, 6 pictures \(\w+\), now pictures, 6 pictures \(\w+\)"
-    ):
+    with pytest.raises(FileExistsError, match=r"source images, 6 images \(\w+\), now images, 6 images \(\w+\)"):
         prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
     render_face(choose_face(0, 5), 32).save(source / "5.png")
     other_vaes()["tiny"].save_pretrained(tmp_path / "vae")
@@ -296,7 +294,7 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
         prepare_latents(str(tmp_path / "latents"), str(source), str(tmp_path / "vae"), "16")
     with pytest.raises(FileExistsError, match="crop center, now none"):
         prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16", crop="none")
-    source.rename(tmp_path / "pictures2")  # the same pictures elsewhere are the same
+    source.rename(tmp_path / "pictures2")  # the same images elsewhere are the same
     prepare_latents(str(tmp_path / "latents"), str(tmp_path / "pictures2"), str(vae_folder), "16")
 
 
@@ -393,8 +391,8 @@ def test_bad_options_say_what_is_wrong(tmp_path, vae_folder, options, message):
 
 def test_pictures_that_cannot_become_a_cache_are_one_line(tmp_path, vae_folder):
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"no picture of broken can be used: a\.png: not a picture"):
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no image of broken can be used: a\.png: not an image"):
         prepare_latents(str(tmp_path / "out"), str(tmp_path / "broken"), str(vae_folder), "16", max_left_out=1.0)
     Image.new("RGB", (16, 16)).save(tmp_path / "broken" / "a.png")
     (tmp_path / "broken" / "metadata.csv").write_text("file_name,latent_mean\na.png,1\n")

@@ -69,7 +69,7 @@ def test_two_ranks_build_the_same_cache_and_read_its_batches_in_slices(tmp_path,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*torchrun, *command(tmp_path / "latents")[1:]], check=True)
     one, two = hashes(unbroken), hashes(tmp_path / "latents")
-    # A rank has fewer threads, with which the pictures of the sheet can be decoded to another last bit.
+    # A rank has fewer threads, with which the images of the image grid can be decoded to another last bit.
     one_info, two_info = (
         json.loads((folder / "latents.json").read_text()) for folder in (unbroken, tmp_path / "latents")
     )

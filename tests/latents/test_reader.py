@@ -68,7 +68,7 @@ def test_travels_to_another_process(latents):
 
 
 def test_a_split_that_is_empty_is_named(latents):
-    with pytest.raises(ValueError, match="no test pictures"):
+    with pytest.raises(ValueError, match="no test images"):
         LatentReader(latents, "test")
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_transformer
-from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.embeddings import apply_rotary_emb as diffusers_rotary_emb
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.config import PRESETS
-from dit_hf.models.transformer_latent_dit import LatentDiTLayerNorm, LatentDiTRMSNorm, rotate
+from dit_hf.models.transformer_latent_dit import LatentDiTLayerNorm, LatentDiTRMSNorm, apply_rotary_emb
 
 CONDITIONS = {"Smiling": 2, "Eyeglasses": 2, "class": 5}
 
@@ -146,8 +146,8 @@ def test_rotary_positions_tell_how_far_apart_two_tokens_are():
     cos, sin = model._rotations(4, 4, torch.zeros(1))
     query, key = torch.randn(2, model.config.attention_head_dim)
     vectors = torch.stack([query, key]).expand(16, 2, -1)[None]  # the same two at every token
-    turned = rotate(vectors, cos, sin)
-    torch.testing.assert_close(turned, apply_rotary_emb(vectors, (cos, sin), sequence_dim=1))
+    turned = apply_rotary_emb(vectors, cos, sin)
+    torch.testing.assert_close(turned, diffusers_rotary_emb(vectors, (cos, sin), sequence_dim=1))
     query, key = turned[0].unbind(1)
     products = (query @ key.T).reshape(4, 4, 4, 4)  # row and column of the query, row and column of the key
     torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], atol=1e-4, rtol=1e-4)

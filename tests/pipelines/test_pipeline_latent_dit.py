@@ -300,7 +300,7 @@ def test_half_precision_draws_the_same_pictures(scheduler):
 def test_many_latents_are_decoded_a_few_at_a_time():
     pipeline, sizes = tiny_pipeline(), []
     pipeline.vae.decoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
-    latents = torch.randn(6, 4, 256, 256)  # as many pixels at once as 16 pictures of 256 px have
+    latents = torch.randn(6, 4, 256, 256)  # as many pixels at once as 16 images of 256 px have
     decoded = pipeline.decode_latents(latents, "pt")
     assert decoded.shape == (6, 3, 512, 512)
     assert sizes == [4, 2]

@@ -171,7 +171,7 @@ def test_half_precision(pipeline):
         ({"image": None}, "an image is needed"),
         ({"image": []}, "an image is needed"),
         ({"strength": 1.2}, "strength=1.2 must be between 0 and 1"),
-        ({"image": [face(), face()], "attributes": [{}, {}, {}]}, "3 rows of attributes for 2 pictures"),
+        ({"image": [face(), face()], "attributes": [{}, {}, {}]}, "3 rows of attributes for 2 images"),
         ({"attributes": {"Tall": True}}, "'Tall' is unknown"),
         ({"image": [face()] * 3, "generator": [torch.Generator()] * 2}, "2 generators for 3 images"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),

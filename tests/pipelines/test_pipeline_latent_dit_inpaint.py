@@ -152,7 +152,7 @@ def test_several_pictures_masks_and_images_of_each(pipeline):
     [
         ({"mask_image": None}, "a mask is needed"),
         ({"image": None}, "an image is needed"),
-        ({"mask_image": [half(), half()]}, "2 masks for 1 pictures"),
+        ({"mask_image": [half(), half()]}, "2 masks for 1 images"),
         ({"jump_length": 0}, "jump_length=0"),
     ],
 )

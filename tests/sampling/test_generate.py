@@ -8,7 +8,7 @@ from PIL import Image
 
 from dit_hf.latents.vae import weights_sha256
 from dit_hf.runs import load_pipeline
-from dit_hf.sampling.generate import batches, draw, to_uint8
+from dit_hf.sampling.generate import batches, generate_images, to_uint8
 from dit_hf.training.trainer import train
 
 
@@ -23,15 +23,15 @@ def test_every_image_is_in_one_batch_whoever_draws_it(num_ranks):
 def test_an_image_is_a_function_of_seed_and_number():
     pipeline, rows = tiny_pipeline(), [{"Smiling": True}, {"class": "owl"}, {}]
     options = {"num_inference_steps": 2, "eta": 1.0}
-    together = draw(pipeline, range(2, 6), rows, 7, **options)
+    together = generate_images(pipeline, range(2, 6), rows, 7, **options)
     assert together.shape == (4, 16, 16, 3)
     assert together.dtype == np.uint8
     for place, image in enumerate(range(2, 6)):
-        alone = draw(pipeline, [image], rows, 7, **options).astype(int)
+        alone = generate_images(pipeline, [image], rows, 7, **options).astype(int)
         assert np.abs(alone[0] - together[place]).max() <= 1
-    asked_anew = draw(pipeline, [4], [rows[1]], 7, **options).astype(int)
+    asked_anew = generate_images(pipeline, [4], [rows[1]], 7, **options).astype(int)
     assert np.abs(asked_anew[0] - together[2]).max() <= 1
-    assert np.abs(draw(pipeline, [4], rows, 8, **options).astype(int)[0] - together[2]).max() > 10
+    assert np.abs(generate_images(pipeline, [4], rows, 8, **options).astype(int)[0] - together[2]).max() > 10
 
 
 def test_pictures_are_rounded_as_pil_is_given_them():
@@ -68,7 +68,9 @@ def test_a_checkpoint_is_a_model_too(config):
     run = train(config)
     last, earlier = load_pipeline(f"{run}/checkpoint-8", "cpu"), load_pipeline(f"{run}/checkpoint-4", "cpu")
     exported = load_pipeline(str(run), "cpu")
-    drawn = [draw(pipeline, [0], [{"Smiling": 1}], 0, num_inference_steps=2) for pipeline in (last, exported)]
+    drawn = [
+        generate_images(pipeline, [0], [{"Smiling": 1}], 0, num_inference_steps=2) for pipeline in (last, exported)
+    ]
     assert np.array_equal(*drawn)
     for name in ("guidance_scale", "condition_labels", "latents_mean", "latents_std"):
         assert last.config[name] == exported.config[name]

@@ -13,7 +13,7 @@ from dit_hf import CosineLatentScheduler, LatentDiTImg2ImgPipeline, LatentDiTPip
 from dit_hf.data.avatars import choose_face, render_face
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.reader import LatentReader
-from dit_hf.sampling.generate import draw
+from dit_hf.sampling.generate import generate_images
 from dit_hf.sampling.sample import sample
 
 
@@ -43,7 +43,7 @@ def test_pictures_with_their_settings(model, tmp_path):
     rows = [{"Smiling": True}, {"class": "owl"}]
     options = {"num_images": 5, "attributes": rows, "num_inference_steps": 2, "seed": 3, "batch_size": 2}
     folder = sample(model, str(tmp_path / "out"), **options, options={"guidance_rescale": 0.5})
-    expected = draw(tiny_pipeline(), range(4, 5), rows, 3, num_inference_steps=2, guidance_rescale=0.5)
+    expected = generate_images(tiny_pipeline(), range(4, 5), rows, 3, num_inference_steps=2, guidance_rescale=0.5)
     assert np.abs(pixels(folder)[4] - expected[0]).max() <= 1
     text = Image.open(folder / "00003.png").text["dit_hf"]
     facts = json.loads(text)
@@ -108,7 +108,7 @@ def test_a_series_goes_on_with_the_batches_that_are_missing(model, tmp_path, mon
         drawn.append(images.start)
         if images.start == 4 and len(drawn) == 3:
             raise OSError("the disk is gone")
-        return draw(pipeline, images, *args, **kwargs)
+        return generate_images(pipeline, images, *args, **kwargs)
 
     monkeypatch.setattr("dit_hf.sampling.sample.draw", fails_later)
     with pytest.raises(OSError, match="the disk is gone"):
@@ -143,7 +143,7 @@ def test_from_given_pictures(model, faces, tmp_path):
     kept = pixels(sample(model, str(tmp_path / "kept"), mode="img2img", strength=0.0, **options))
     assert len(near) == 2
     assert np.abs(near - kept).mean() < np.abs(far - kept).mean()
-    # Of what was sampled the pictures are taken, and not the sheet beside them.
+    # Of what was sampled the images are taken, and not the image grid beside them.
     again = sample(model, str(tmp_path / "again"), mode="img2img", image=str(painted), num_inference_steps=2)
     assert len(pixels(again)) == 4
     options = {"image": str(faces), "mode": "edit", "attributes": {"Smiling": False}, "edit": {"Smiling": True}}
@@ -158,7 +158,7 @@ def test_films_between_noises_and_between_pictures(model, faces, tmp_path):
     assert len(pixels(folder)) == 7
     film = Image.open(folder / "film.gif")
     assert film.n_frames == 12  # there and back
-    ends = draw(tiny_pipeline(), [0, 1, 2], [{"class": "cat"}], 0, num_inference_steps=2)
+    ends = generate_images(tiny_pipeline(), [0, 1, 2], [{"class": "cat"}], 0, num_inference_steps=2)
     assert np.abs(pixels(folder)[[0, 3, 6]] - ends).max() <= 1
     options["num_inference_steps"] = 50
     between = pixels(sample(model, str(tmp_path / "pictures"), image=str(faces), **options))
@@ -207,7 +207,7 @@ def test_a_mask_for_each_picture_and_several_edits_of_one(model, faces, tmp_path
         layer.save(masks / f"{name}.png")
     layered = pixels(sample(model, str(tmp_path / "layered"), image=str(faces), **options))
     assert np.array_equal(layered, painted)
-    with pytest.raises(ValueError, match="2 masks for 1 pictures"):
+    with pytest.raises(ValueError, match="2 masks for 1 images"):
         sample(model, str(tmp_path / "one"), image=str(faces / "face-0.png"), **options)
     edits = [{"class": name} for name in ("cat", "dog", "owl")]
     options = {"mode": "edit", "image": str(faces / "face-0.png"), "edit": edits, "num_inference_steps": 2}
@@ -220,7 +220,7 @@ def test_autoguidance_by_a_weaker_model(model, tmp_path):
     weak.save_pretrained(tmp_path / "weak")
     options = {"num_images": 2, "num_inference_steps": 2, "guidance_scale": 1.5}
     out = sample(model, str(tmp_path / "out"), guidance_model=str(tmp_path / "weak"), **options)
-    expected = draw(
+    expected = generate_images(
         tiny_pipeline(),
         range(2),
         None,
@@ -275,7 +275,7 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
     [
         ({"image": "x.png"}, "--image is for --mode img2img or inpaint or interpolate or edit, not generate"),
         ({"mode": "edit"}, "--mode edit needs --image and --edit"),
-        ({"mode": "img2img", "image": "nowhere.png"}, "nowhere.png: no picture there"),
+        ({"mode": "img2img", "image": "nowhere.png"}, "nowhere.png: no image there"),
         ({"attributes": {"Tall": True}}, "known are Smiling, class"),
         ({"attributes": "nowhere.json"}, "nowhere.json: neither JSON"),
         ({"attributes": []}, "expected a dict"),
@@ -285,7 +285,7 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
         ({"num_images": 0}, "at least 1"),
         ({"seed": -1}, "--seed -1 must be at least 0"),
         ({"mode": "interpolate", "attributes": [{}, {}]}, "one row of attributes"),
-        ({"mode": "interpolate", "num_images": 1}, "two noises or pictures"),
+        ({"mode": "interpolate", "num_images": 1}, "two noises or images"),
         ({"mode": "interpolate", "eta": 0.5}, "--eta is for --mode"),
         ({"mode": "img2img", "image": "x.png", "strength": 1.5}, "--strength 1.5 must be between 0 and 1"),
     ],

@@ -36,7 +36,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     other = parts(2)
     other.load(folder)
     assert torch.equal(other.model.weight, tensors.model.weight)
-    assert torch.equal(other.averaged_weights("ema")["weight"], tensors.averaged_weights("ema")["weight"])
+    assert torch.equal(other.ema_weights("ema")["weight"], tensors.ema_weights("ema")["weight"])
     for saved, loaded in zip(tensors.optimizer.state.values(), other.optimizer.state.values(), strict=True):
         assert {*saved} == {*loaded} == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -105,7 +105,7 @@ def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
 
 
 def test_an_option_that_is_newer_than_the_checkpoint_was_at_its_default(tmp_path):
-    now, before = Config().decisive(), Config().decisive()
+    now, before = Config().resume_keys(), Config().resume_keys()
     del before["objective"]["timestep_sampling"]
     check_same_recipe(before, now, tmp_path)
     now["objective"]["timestep_sampling"] = "logit_normal"
@@ -116,7 +116,7 @@ def test_an_option_that_is_newer_than_the_checkpoint_was_at_its_default(tmp_path
 @pytest.mark.parametrize(("kept", "asked"), [("apex FusedAdam", "adamw"), ("Muon and torch AdamW (fused)", "muon")])
 def test_a_recipe_that_was_kept_with_what_the_run_found_is_read(tmp_path, kept, asked):
     found = {"pictures": 8, "vae_sha256": "ab", "latent_shape": [4, 2, 2], "condition_values": {"Male": 2}}
-    now, before = Config().decisive(), Config().decisive()
+    now, before = Config().resume_keys(), Config().resume_keys()
     now["optim"]["optimizer"], before["optim"]["optimizer"] = asked, kept
     before["data"] |= found
     before = migrate_recipe(before)

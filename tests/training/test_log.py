@@ -12,7 +12,7 @@ from training_runs import changed
 from dit_hf.config import PRESETS
 from dit_hf.models.transformer_latent_dit import LatentDiTTransformer2DModel
 from dit_hf.runs import read_log
-from dit_hf.training.log import COLUMNS, append_log, draw_loss_curve, start_log
+from dit_hf.training.log import COLUMNS, append_log, plot_loss_curve, start_log
 from dit_hf.training.throughput import flops_per_image, peak_flops
 from dit_hf.training.trackers import choose_tracker
 from dit_hf.training.trainer import train
@@ -32,7 +32,7 @@ def test_log_is_cut_back_to_where_the_run_goes_on(tmp_path):
     start_log(tmp_path, 20)
     append_log(tmp_path, row(21))
     assert [r["step"] for r in read_log(tmp_path)] == ["10", "20", "21"]
-    draw_loss_curve(tmp_path)
+    plot_loss_curve(tmp_path)
     Image.open(tmp_path / "loss_curve.png").verify()
 
 
@@ -94,7 +94,7 @@ def test_tensorboard_gets_the_log_and_the_sheets(config):
 
 @pytest.mark.parametrize(("preset", "size"), [("tiny", 16), ("reference", 32), ("B/2", (32, 16))])
 def test_flops_are_those_that_torch_counts(preset, size):
-    """But for the modulation, which is computed once a picture and not once a token, and what makes it."""
+    """But for the modulation, which is computed once an image and not once a token, and what makes it."""
     with torch.device("meta"):
         model = LatentDiTTransformer2DModel(sample_size=size, **PRESETS[preset])
     height, width = (size, size) if isinstance(size, int) else size

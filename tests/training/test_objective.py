@@ -5,13 +5,20 @@ from scipy.stats import kstest, norm, randint
 
 from dit_hf import CosineLatentScheduler
 from dit_hf.config import ObjectiveConfig
-from dit_hf.training.objective import draw, draw_flips, loss_weights, losses, step_seed, training_target
+from dit_hf.training.objective import (
+    loss_weights,
+    losses,
+    sample_flips,
+    sample_step_randomness,
+    step_seed,
+    training_target,
+)
 
 SHAPE = (64, 4, 8, 8)
 
 
 def drawn(step=0, seed=0, config=None, conditions=6):
-    return draw(config or ObjectiveConfig(), seed, step, SHAPE, conditions, torch.device("cpu"))
+    return sample_step_randomness(config or ObjectiveConfig(), seed, step, SHAPE, conditions, torch.device("cpu"))
 
 
 def test_draws_are_a_function_of_seed_and_step():
@@ -19,8 +26,8 @@ def test_draws_are_a_function_of_seed_and_step():
         assert torch.equal(getattr(drawn(), name), getattr(drawn(), name))
         assert not torch.equal(getattr(drawn(), name), getattr(drawn(step=1), name))
         assert not torch.equal(getattr(drawn(), name), getattr(drawn(seed=1), name))
-    assert np.array_equal(draw_flips(0, 5, 64), draw_flips(0, 5, 64))
-    assert 0 < draw_flips(0, 5, 64).sum() < 64
+    assert np.array_equal(sample_flips(0, 5, 64), sample_flips(0, 5, 64))
+    assert 0 < sample_flips(0, 5, 64).sum() < 64
     assert len({step_seed(seed, step) for seed in range(20) for step in range(20)}) == 400
 
 
@@ -57,7 +64,7 @@ def test_logit_normal_timesteps_draw_the_ratio_of_noise_to_signal_log_normal():
 def test_conditions_are_dropped_as_often_as_asked():
     keep = torch.cat([drawn(step, config=ObjectiveConfig(condition_dropout=0.2)).keep for step in range(200)])
     none, full = (~keep.any(1)).float().mean().item(), keep.all(1).float().mean().item()
-    # A picture in the partial fifth keeps nothing (or everything) with probability 1/7 of that fifth.
+    # An image in the partial fifth keeps nothing (or everything) with probability 1/7 of that fifth.
     assert none == pytest.approx(0.2 + 0.2 / 7, abs=0.02)
     assert full == pytest.approx(0.6 + 0.2 / 7, abs=0.02)
     assert drawn(config=ObjectiveConfig(condition_dropout=0.0)).keep.all()

@@ -10,7 +10,7 @@ from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.latents.reader import LatentReader
 from dit_hf.latents.vae import decode
 from dit_hf.runs import load_pipeline
-from dit_hf.sampling.generate import draw
+from dit_hf.sampling.generate import generate_images
 from dit_hf.training.trainer import train
 
 NAME = "FD-efficientnet-lite0-40"
@@ -30,7 +30,9 @@ def test_a_run_logs_the_distance_of_its_averaged_weights_samples(config, tmp_pat
     stored = torch.from_numpy(reader.read("latent_mean", reader.indices[:40]))
     real = net(decode(pipeline.vae, stored).cpu().numpy())
     options = {"num_inference_steps": 2}
-    drawn = [draw(pipeline, range(start, start + 20), reader.attributes(40), 0, **options) for start in (0, 20)]
+    drawn = [
+        generate_images(pipeline, range(start, start + 20), reader.attributes(40), 0, **options) for start in (0, 20)
+    ]
     expected = frechet_distance(np.concatenate([net(part) for part in drawn]), real)
     assert logged[8] == pytest.approx(expected, rel=1e-3)
 

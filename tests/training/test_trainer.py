@@ -201,7 +201,7 @@ def test_validation_is_the_loss_of_the_average_at_each_level_and_the_best_is_kep
     best = json.loads((run / "best.json").read_text())["checkpoints"]
     assert {best[0]["checkpoint"], "checkpoint-12"} == {path.name for path in run.glob("checkpoint-*")}
     assert best[0]["validation_loss"] == min(validated.values())
-    # By hand: the last average on the held-out picture, in the middle of each tenth of the schedule.
+    # By hand: the last average on the held-out image, in the middle of each tenth of the schedule.
     trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
     reader = LatentReader(config.data.latents, "validation")
     count = len(reader)
@@ -265,7 +265,7 @@ def test_a_gradient_that_is_no_number_changes_nothing_and_stops_the_run(config):
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.transformer.state_dict().items())
     assert all(
         torch.equal(value, load_file(run / "checkpoint-4" / "ema.safetensors")[name])
-        for name, value in trainer.tensors.averaged_weights("ema").items()
+        for name, value in trainer.tensors.ema_weights("ema").items()
     )
     with pytest.raises(ValueError, match=r"gradient is not finite at step 5; first not finite: gradient of proj_in"):
         trainer.fit(run)
@@ -297,10 +297,10 @@ def test_fp16_skips_what_overflows_finds_its_scale_and_learns(config, in_half_pr
     config = changed(config, train={"max_train_steps": 30, "logging_steps": 1, "checkpointing_steps": 30})
     trainer = Trainer(config)
     scaler = in_half_precision(trainer, 2.0**40)
-    before = trainer.tensors.averaged_weights("ema")
+    before = trainer.tensors.ema_weights("ema")
     trainer.step(0)
     assert scaler.get_scale() == 2.0**39
-    after = trainer.tensors.averaged_weights("ema")
+    after = trainer.tensors.ema_weights("ema")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert trainer.step.first_skipped == 0
     assert all(weight.dtype == torch.float32 for weight in trainer.transformer.parameters())
@@ -383,10 +383,10 @@ def test_loss_is_what_the_formulas_say(config):
     before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
     trainer.step(5)
     loss = trainer.step.window[0].sum() / 8
-    from dit_hf.training.objective import draw, draw_flips
+    from dit_hf.training.objective import sample_flips, sample_step_randomness
 
-    draws = draw(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
-    batch = trainer.reader.batch(0, 40, 8, draw_flips(0, 5, 8))
+    draws = sample_step_randomness(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
+    batch = trainer.reader.batch(0, 40, 8, sample_flips(0, 5, 8))
     mean, std = (torch.from_numpy(batch[name]).float() for name in ("latent_mean", "latent_std"))
     statistics = trainer.reader.info["statistics"]
     clean = mean + std * draws.posterior_noise

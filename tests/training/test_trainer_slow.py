@@ -71,7 +71,7 @@ def kill(process):
 
 
 def assert_same_pictures(first, second):
-    """Losses say which pictures, noise and timesteps were seen; ranks add them up in another order."""
+    """Losses say which images, noise and timesteps were seen; ranks add them up in another order."""
     for one, other in zip(rows(first), rows(second), strict=True):
         assert float(one["loss"]) == pytest.approx(float(other["loss"]), abs=1e-5)
         assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
