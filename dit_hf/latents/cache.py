@@ -55,7 +55,7 @@ def cache_identity(
     height, width = geometry.resolution or (0, 0)
     return {
         "format": FORMAT_VERSION,
-        "source": f"{source.name}, {len(source.rows)} images ({source.sha256[:12]})",
+        "source": f"{source.name}, {len(source.rows)} pictures ({source.sha256[:12]})",
         "vae": f"{settings['vae']} ({weights_sha256(vae)[:12]})",
         "crop": geometry.crop,
         "resolution": f"{height}x{width}",

@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
-    """Begin `training_log.csv`, or cut it back to whole rows up to `step`, where the run resumes; sample grids likewise.
+    """Begin `training_log.csv`, or cut it and the sample grids back to `step`, where the run resumes.
 
     Its columns are those asked for, and those that it had and that are not measured any more.
     """

@@ -83,7 +83,7 @@ def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents,
     before = (latents / "latents.json").stat().st_mtime_ns
     prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=60)
     assert "already holds" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=r"60 images.*, now avatars, 61 images"):
+    with pytest.raises(FileExistsError, match=r"60 pictures.*, now avatars, 61 pictures"):
         prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=61)
     assert (latents / "latents.json").stat().st_mtime_ns == before
 
@@ -286,7 +286,9 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
         render_face(choose_face(0, i), 32).save(source / f"{i}.png")
     prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
     render_face(choose_face(1, 0), 32).save(source / "5.png")
-    with pytest.raises(FileExistsError, match=r"source images, 6 images \(\w+\), now images, 6 images \(\w+\)"):
+    with pytest.raises(
+        FileExistsError, match=r"source pictures, 6 pictures \(\w+\), now pictures, 6 pictures \(\w+\)"
+    ):
         prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
     render_face(choose_face(0, 5), 32).save(source / "5.png")
     other_vaes()["tiny"].save_pretrained(tmp_path / "vae")

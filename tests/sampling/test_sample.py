@@ -110,7 +110,7 @@ def test_a_series_goes_on_with_the_batches_that_are_missing(model, tmp_path, mon
             raise OSError("the disk is gone")
         return generate_images(pipeline, images, *args, **kwargs)
 
-    monkeypatch.setattr("dit_hf.sampling.sample.draw", fails_later)
+    monkeypatch.setattr("dit_hf.sampling.sample.generate_images", fails_later)
     with pytest.raises(OSError, match="the disk is gone"):
         sample(model, str(tmp_path / "cut"), **options)
     again = np.load(sample(model, str(tmp_path / "cut"), **options) / "samples.npz")["arr_0"]

@@ -10,7 +10,7 @@ STUCK = """
 import signal, time
 from dit_hf.training.preemption import StopSignal
 stop = StopSignal()
-with stop.noticed():
+with stop.listening():
     print("listening", flush=True)
     while True:
         time.sleep(0.05)
