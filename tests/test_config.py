@@ -1,0 +1,43 @@
+"""The recipe: help, bounds and files."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from dit_hf.config import Config, read_config, recipe_path
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def test_every_option_has_a_help_text():
+    parser = ArgumentParser()
+    parser.add_class_arguments(Config)
+    helps = {action.dest: action.help for action in parser._actions}
+    for section, options in vars(Config()).items():
+        for option in dataclasses.fields(options):
+            assert len(helps[f"{section}.{option.name}"] or "") > 15, option.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_read_and_written_and_are_within_their_bounds(recipe, tmp_path):
+    config = read_config(recipe)
+    config.check()
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert read_config(tmp_path / "again.yaml") == config
+    assert recipe_path(recipe.stem) == recipe
+
+
+def test_entries_of_a_list_are_within_bounds_and_none_always_is():
+    config = Config()
+    config.model.num_layers = None
+    config.check()
+    config.optim.extra_ema_decays = [0.9, 1.5]
+    with pytest.raises(ValueError, match=r"optim\.extra_ema_decays=1\.5 must be between 0 and 1"):
+        config.check()
+
+
+def test_two_configs_share_no_list():
+    Config().optim.extra_ema_decays.append(0.5)
+    assert Config().optim.extra_ema_decays == []
