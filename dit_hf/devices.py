@@ -1,4 +1,4 @@
-"""What the machine at hand can do."""
+"""Capabilities of the machine: compiler and CPU cores."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import os
 import torch
 
 
+def default_device() -> torch.device:
+    """Return the accelerator of this machine (CUDA, MPS, XPU, ...), or the CPU where there is none."""
+    # check_available, because a torch built for CUDA names CUDA on a machine without a GPU too.
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def compiler_problem(device: torch.device) -> str | None:
-    """Say in a line why torch.compile does not work on `device`; None where it does. It is tried with one kernel."""
-    # Which parts are missing (Triton, a C compiler, headers of Python) shows nowhere but in an attempt.
+    """Return in one line why torch.compile does not work on `device`, or None if it does, by compiling one kernel."""
+    # Only an attempt shows whether a part is missing (Triton, a C compiler, the headers of Python).
     try:
         torch.compile(_one_kernel, fullgraph=True)(torch.ones(8, device=device))
-    except RuntimeError as error:  # of Inductor and of Dynamo alike
+    except RuntimeError as error:  # the base class of the errors of Inductor and Dynamo
         return str(error).strip().splitlines()[0]
     return None
 
@@ -22,5 +28,5 @@ def _one_kernel(x: torch.Tensor) -> torch.Tensor:
 
 
 def available_cpus() -> int:
-    """Cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

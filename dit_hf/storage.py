@@ -1,4 +1,4 @@
-"""How files are written so that nothing half-written is ever read, and what is said where that fails."""
+"""Atomic writes, manifests and locks, so that nothing half-written is ever read, and one-line errors for failures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MANIFEST = "manifest.json"
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a folder beside `final` to fill; when the block ends well it is synced and takes `final`'s place.
+    """Yield a folder beside `final` to fill; when the block succeeds, sync it and move it to `final`.
 
-    A folder that already stands at `final` stays until then; what an interrupted call left beside it is removed.
+    A folder that already exists at `final` stays until then. What an interrupted call left beside it is removed first.
     """
     partial = partial_folder(final)
     shutil.rmtree(partial, ignore_errors=True)
@@ -33,10 +33,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def partial_folder(final: Path) -> Path:
-    """The folder beside `final`, or beside what it is a link to, in which it is written.
+    """Return the folder beside `final` (beside its target, if `final` is a link) in which it is written.
 
     Raises:
-        OSError: if `final` is a mount point, whose place no folder can take.
+        OSError: if `final` is a mount point, which cannot be replaced by renaming.
     """
     final = Path(final).resolve()
     if os.path.ismount(final):
@@ -45,10 +45,13 @@ def partial_folder(final: Path) -> Path:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Sync everything in `partial` and rename it to `final`, whose old content goes after the new one stands."""
+    """Sync everything in `partial` and rename it to `final`; the old content is deleted once the new one is there."""
     final = Path(final).resolve()
+    # Before the rename: a crash of the machine must not leave a folder in place whose files are still empty.
     for path in [*partial.rglob("*"), partial]:
         sync(path)
+
+    # A folder that is not empty cannot be renamed over, so the old one moves aside first.
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -58,14 +61,25 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def is_empty(folder: Path) -> bool:
-    """Whether nothing is there yet, or an empty folder: what `new_folder` may take without a loss."""
+def is_missing_or_empty(folder: Path) -> bool:
+    """Check whether `folder` is missing or empty, so that `new_folder` replaces nothing."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def folder_taken(place: str, problem: str = "holds something else", missing: str | None = None) -> str:
+    """Return the sentence that refuses to write to `place`, such as "output_dir runs/a".
+
+    Args:
+        place: The option and the folder that it names.
+        problem: The reason, as a predicate.
+        missing: The file by which the folder would have been recognized.
+    """
+    return f"{place} {problem}{f' (no {missing})' if missing else ''}; name a new folder"
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; when the block ends well the file is synced and takes `path`'s place."""
+    """Yield a path beside `path` to write to; when the block succeeds, sync the file and move it to `path`."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
     sync(partial)
@@ -73,53 +87,65 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text` in one step."""
+    """Write `text` to `path` atomically, replacing the file that is there."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, **facts: Any) -> None:
-    """Write `facts`, and size and SHA-256 of every file of `folder` but those in its subfolder `skip`, as `name`."""
+def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, **metadata: Any) -> None:
+    """Write a JSON file with `metadata` and the size and SHA-256 of every file of `folder`.
+
+    Args:
+        folder: The folder that the manifest describes.
+        name: File name of the manifest inside `folder`.
+        skip: A subfolder whose files are not listed.
+        metadata: Further keys of the manifest.
+    """
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).parts[0] not in (name, skip)
     }
-    write_text(folder / name, json.dumps({**facts, "files": files}, indent=2) + "\n")
+    write_text(folder / name, json.dumps({**metadata, "files": files}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path, name: str = MANIFEST, hashes: bool = False) -> dict[str, Any]:
-    """Read what `write_manifest` wrote and compare sizes (and `hashes`, which reads every byte).
+    """Read what `write_manifest` wrote and compare the files with it.
+
+    Args:
+        folder: The folder that the manifest describes.
+        name: File name of the manifest inside `folder`.
+        hashes: Compare the SHA-256 too, which reads every byte, and not the sizes alone.
 
     Raises:
-        ValueError: if the manifest or a file is missing or differs, naming it.
+        ValueError: naming the file, if the manifest or a file is missing or differs.
     """
     try:
         manifest = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not whole: no readable {name}") from error
+        raise ValueError(f"{folder} is incomplete: no readable {name}") from error
     for file, expected in manifest["files"].items():
         path = folder / file
         if not path.is_file() or path.stat().st_size != expected["size"]:
-            raise ValueError(f"{folder} is damaged: {file} is missing or has another size than when it was written")
+            raise ValueError(f"{folder} is damaged: {file} is missing or has changed in size since it was written")
         if hashes and sha256(path) != expected["sha256"]:
-            raise ValueError(f"{folder} is damaged: {file} has other content than when it was written")
+            raise ValueError(f"{folder} is damaged: {file} has changed in content since it was written")
     return manifest
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_json(facts: dict[str, Any]) -> str:
-    """SHA-256 of what can be JSON, in whatever order it is written."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def hash_json(value: dict[str, Any]) -> str:
+    """Return the SHA-256 of a dict that can be written as JSON; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
+    """Wait until a file's content or a folder's entries have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,10 +155,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(lock: Path, place: str) -> Iterator[None]:
-    """Keep other processes out of `place`; the system lets go of the lock when this process dies.
+    """Lock other processes out of `place`; the system releases the lock when this process dies.
 
     Raises:
-        FileExistsError: if another process holds it.
+        FileExistsError: if another process holds the lock.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
@@ -143,42 +169,44 @@ def locked(lock: Path, place: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Unlink while the lock is still held, so that it cannot be another process' file that is removed.
         lock.unlink(missing_ok=True)
         held.release()
 
 
 @contextlib.contextmanager
 def disk_errors(place: str) -> Iterator[None]:
-    """Errors of the disk while `place` is written, in words that say what to do.
+    """Turn disk errors raised while `place` is written into one line that says what to do.
 
     Raises:
-        OSError: for a full disk, or a place that cannot be written.
+        OSError: for a full disk or a place that cannot be written.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        known = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors tells
-        number = error.errno if isinstance(error, OSError) else int(known[1]) if known else None
+        # A SafetensorError has the number only in its message (read in safetensors 0.8).
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what = "make room and call again: what is finished is kept"
+            advice = "make room and call again: what is finished is kept"
         elif number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            what = "name a folder that can be written"
+            advice = "name a folder that can be written"
         else:
             raise
-        raise OSError(f"{place}: {os.strerror(number)}; {what}") from error
+        raise OSError(f"{place}: {os.strerror(number)}; {advice}") from error
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line without a full stop, for errors of others that say more than that."""
+    """Return the first line of another library's error message, without its full stop."""
     lines = (line.strip().removesuffix(".") for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
 
 def shipped_file(name: str) -> Path:
-    """A file that comes with dit_hf: inside the package in a wheel, beside it in a clone.
+    """Return the path of a file that comes with dit_hf: inside the package in a wheel, beside it in a clone.
 
     Raises:
-        FileNotFoundError: if there is none of that name.
+        FileNotFoundError: if there is no such file.
     """
     package = Path(__file__).parent
     for root in (package, package.parent):

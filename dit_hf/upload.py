@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from .storage import first_line
 
-# Waits before an upload is tried again; what the Hub has got by then is not sent again.
+# Waits before an upload is retried; files that the Hub already has are not sent again.
 RETRY_SECONDS = (2.0, 10.0, 30.0)
 
 
@@ -26,24 +26,24 @@ def upload_folder(
     delete_patterns: Sequence[str] = (),
     check: Callable[[HfApi], None] = lambda api: None,
 ) -> str:
-    """Upload `folder` to a repository, which is created if it is not there; returns its address.
+    """Upload `folder` to a repository, which is created if it does not exist, and return its URL.
 
-    All of it is one commit: an upload that is cut changes nothing, and one that is called again sends only those large
-    files that the Hub has not got yet.
+    The upload is one commit: an interrupted one changes nothing, and calling again sends only the large files that the
+    Hub does not have yet.
 
     Args:
-        folder: What is uploaded.
+        folder: The folder to upload.
         repo_id: The repository, `OWNER/NAME`.
         repo_type: `model` or `dataset`.
-        commit_message: Of the commit.
-        private: Whether a new repository is private.
-        revision: The branch, which is created if it is not there; None is main.
-        delete_patterns: Files of the repository to delete where `folder` has them no more.
-        check: Called with the repository in place, before anything is sent; it raises to refuse.
+        commit_message: Message of the commit.
+        private: Make a new repository private.
+        revision: The branch, which is created if it does not exist; None is main.
+        delete_patterns: Patterns of files to delete from the repository if `folder` no longer has them.
+        check: Called once the repository exists and before anything is sent; it refuses the upload by raising.
 
     Raises:
-        ValueError: if the Hub refuses.
-        OSError: if it cannot be reached, or the connection breaks again and again.
+        ValueError: if the Hub refuses the upload.
+        OSError: if the Hub cannot be reached, or the connection fails after several retries.
     """
     api = HfApi()
 
@@ -51,6 +51,7 @@ def upload_folder(
         url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        # Inside the retried part, so that every attempt compares with the newest commit.
         check(api)
         api.upload_folder(
             repo_id=repo_id,
@@ -67,19 +68,20 @@ def upload_folder(
 
 
 def _with_retries(attempt: Callable[[], str]) -> str:
-    """What `attempt` returns, tried again where the connection was at fault."""
+    """Return the result of `attempt`, which is retried after temporary errors."""
     for wait in RETRY_SECONDS:
         try:
             return attempt()
         except Exception as error:
-            if not _is_passing(error):
+            if not _is_temporary(error):
                 raise
             time.sleep(wait)
     return attempt()
 
 
-def _is_passing(error: Exception) -> bool:
-    """Whether it may go away by itself: the network's errors and the Hub's own, not what it refuses."""
+def _is_temporary(error: Exception) -> bool:
+    """Check whether a retry may succeed: after errors of the network or the Hub's servers, not after a refusal."""
+    # Every error of huggingface_hub that carries a response has `response.status_code`, whatever its class.
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status >= 500 or status in (408, 429)
@@ -88,18 +90,18 @@ def _is_passing(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """What goes wrong with the Hub, in one line that says what to do."""
+    """Turn errors of the Hub into one line that says what to do."""
     try:
         yield
-    except FileExistsError:
+    except FileExistsError:  # raised by `check`, with a message of its own
         raise
     except Exception as error:
         reason = first_line(error)
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-            raise ValueError(f"{repo_id}: the Hub does not know you; log in with `hf auth login`") from error
+            raise ValueError(f"{repo_id}: no valid token; log in with `hf auth login`") from error
         if status == 403:
-            raise ValueError(f"{repo_id}: your token may not write there ({reason})") from error
+            raise ValueError(f"{repo_id}: your token has no write access ({reason})") from error
         if isinstance(error, ValueError):
             raise ValueError(f"{repo_id}: {reason}") from error
         raise OSError(

@@ -51,11 +51,11 @@ def test_manifest_tells_what_is_damaged(tmp_path):
     assert read_manifest(tmp_path, hashes=True)["color"] == "red"
     (tmp_path / "b.txt").write_text("abd")
     read_manifest(tmp_path)
-    with pytest.raises(ValueError, match=r"b\.txt has other content"):
+    with pytest.raises(ValueError, match=r"b\.txt has changed in content"):
         read_manifest(tmp_path, hashes=True)
     (tmp_path / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"a\.txt is missing"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({})[:-1])
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(ValueError, match="incomplete"):
         read_manifest(tmp_path)

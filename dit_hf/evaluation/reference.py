@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..data.conditions import remap_class_ids
 from ..pipelines.guidance import Attributes
-from ..storage import disk_errors, is_empty, new_folder, partial_folder, read_manifest, write_manifest
+from ..storage import disk_errors, is_missing_or_empty, new_folder, partial_folder, read_manifest, write_manifest
 from .extract import Collected, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
@@ -135,7 +135,7 @@ def make_reference(folder: Path, pictures: ReferenceImages, net: FeatureNet, bat
     state, asked = ranks(), statistics_identity(pictures, net)
     parts = partial_folder(folder).with_name(f".{folder.name}.features")
     finished = (folder / INFO).is_file()
-    if not (finished or is_empty(folder)):
+    if not (finished or is_missing_or_empty(folder)):
         raise FileExistsError(f"output_dir {folder} holds something else (no {INFO}); name a new folder")
     state.wait_for_everyone()  # all ranks have seen the same
     if not finished:

@@ -19,7 +19,7 @@ from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from ..storage import disk_errors, first_line, is_empty, new_folder
+from ..storage import disk_errors, first_line, is_missing_or_empty, new_folder
 
 GUIDANCE_SCALE = 4.0  # what both sample with unless told
 
@@ -76,7 +76,7 @@ def convert(
         OSError: if the folder cannot be written or the disk is full.
     """
     folder = Path(output_dir)
-    if not is_empty(folder):
+    if not is_missing_or_empty(folder):
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
     if Path(source).is_file():
         pipeline = from_checkpoint(Path(source), vae, num_attention_heads)

@@ -10,7 +10,7 @@ from datasets import Dataset, load_from_disk
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import Source
 from ..data.transforms import Geometry
-from ..storage import is_empty, read_manifest
+from ..storage import is_missing_or_empty, read_manifest
 from ..upload import upload_folder
 from .vae import VAE, weights_sha256
 
@@ -69,7 +69,7 @@ def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     Raises:
         FileExistsError: if it holds another one, or something else.
     """
-    if is_empty(folder):
+    if is_missing_or_empty(folder):
         return False
     if not (folder / CACHE_INFO).is_file():
         raise FileExistsError(

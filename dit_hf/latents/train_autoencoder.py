@@ -19,8 +19,8 @@ from tqdm import tqdm
 from ..data.images import open_images
 from ..data.sources import MAX_LEFT_OUT
 from ..data.splits import is_held_out
-from ..devices import available_cpus
-from ..storage import is_empty, new_folder
+from ..devices import available_cpus, default_device
+from ..storage import is_missing_or_empty, new_folder
 from .vae import encode
 
 KL_WEIGHT = 1e-4
@@ -64,7 +64,7 @@ def train_autoencoder(
     """
     settings = {name: value for name, value in locals().items() if name != "output_dir"}
     folder = Path(output_dir)
-    if not is_empty(folder):
+    if not is_missing_or_empty(folder):
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
     if max_train_steps < 1 or train_batch_size < 1:
         raise ValueError("max_train_steps and train_batch_size must be at least 1")
@@ -73,7 +73,7 @@ def train_autoencoder(
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r} is unknown; known are no, bf16")
     torch.manual_seed(seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     images = _readable(open_images(source, resolution, crop, num_images, seed=seed))
     held_out = [is_held_out(image_id) for image_id in images["id"]]
     train, held = (images.select([i for i, h in enumerate(held_out) if h is wanted]) for wanted in (False, True))

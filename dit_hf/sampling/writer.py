@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..image_grid import make_grid, save_grid
-from ..storage import is_empty, new_file, write_text
+from ..storage import is_missing_or_empty, new_file, write_text
 from .generate import batches
 
 SETTINGS = "settings.json"
@@ -92,7 +92,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
         if different:
             raise FileExistsError(f"output_dir {folder} holds images of other settings ({different})")
-    elif not (path.is_file() or is_empty(folder)):
+    elif not (path.is_file() or is_missing_or_empty(folder)):
         raise FileExistsError(f"output_dir {folder} holds something else (no {SETTINGS}); name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)

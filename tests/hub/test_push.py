@@ -142,7 +142,7 @@ def test_a_push_that_is_cut_changes_nothing_and_goes_on_where_it_was(hub, folder
 def test_what_the_hub_refuses_is_one_line(hub, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     code, said = push(capsys, folder, "you/faces")
-    assert (code, said) == (1, "dit-hf push: error: you/faces: the Hub does not know you; log in with `hf auth login`")
+    assert (code, said) == (1, "dit-hf push: error: you/faces: no valid token; log in with `hf auth login`")
     monkeypatch.delenv("HF_TOKEN")
     assert push(capsys, folder, "you/faces") == (code, said)
     assert hub.repositories == {}
