@@ -1,4 +1,4 @@
-"""`python -m dit_hf` is `dit-hf`."""
+"""Run `dit-hf` as `python -m dit_hf`."""
 
 import sys
 

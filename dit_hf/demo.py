@@ -1,4 +1,4 @@
-"""The demo: from nothing to faces on an image grid, offline, in about ten minutes on two CPU cores."""
+"""`dit-hf demo`: from no data to an image grid of generated faces, offline, in about ten minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .training.trainer import Trainer
 NUM_IMAGES = 8000
 GRID_SIZE = 64
 TIMED_STEPS = 20
-# The line of the caption, the attribute, its word.
+# The easily visible attributes: line of the caption, name, word in the caption.
 CAPTIONS = (
     (0, "Smiling", "smiling"),
     (1, "Eyeglasses", "glasses"),
@@ -57,8 +57,12 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
 
     Args:
         output_dir: The run's folder. An unfinished demo there is resumed; a finished one is left as it is.
-        minutes: How long to train; turned into a number of steps once, by the speed of the first 20.
-        seed: Of avatars, weights and training.
+        minutes: How long to train. The speed of the first 20 steps turns this into a number of steps, once.
+        seed: Seed of the avatars, the initial weights and the training.
+
+    Raises:
+        ValueError: if `minutes` is not positive.
+        CalledProcessError: if training or generation fails or is interrupted.
     """
     if minutes <= 0:
         raise ValueError(f"minutes={minutes} must be above 0")
@@ -66,98 +70,119 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
     if (run / "sheet.png").is_file():
         print(f"the demo is finished: {run / 'sheet.png'} ({run / 'pipeline'} is the trained pipeline)")
         return
+
+    # Images to latents; a finished cache is reused.
     latents = prepare_latents(
-        str(run / "latents"), AVATARS, vae="avatar", resolution="64", num_images=NUM_IMAGES, seed=seed
+        source=AVATARS,
+        vae="avatar",
+        resolution="64",
+        num_images=NUM_IMAGES,
+        seed=seed,
+        output_dir=str(run / "latents"),
     )
+
+    # The recipe is written once: a resumed demo must not measure the speed again and change its number of steps.
     if not RunFolder(run).config.is_file():
-        config = _recipe(run, latents, seed)
-        _set_speed(config, minutes * 60)
+        config = _build_recipe(run, latents, seed)
+        _fit_to_time(config, minutes * 60)
         write_text(RunFolder(run).config, config.to_yaml())
-    # From here on it is an ordinary run, and the image grids are drawn by a process that loads what it exported.
-    _run("dit_hf", "train", "--config", str(RunFolder(run).config), "--train.resume_from_checkpoint", "latest")
-    _run("dit_hf.demo", str(run), HF_HUB_OFFLINE="1")
+
+    # From here on it is an ordinary run. The grids are made in a process of their own, offline, which proves that the
+    # exported pipeline loads.
+    _run_module("dit_hf", "train", "--config", str(RunFolder(run).config), "--train.resume_from_checkpoint", "latest")
+    _run_module("dit_hf.demo", str(run), HF_HUB_OFFLINE="1")
+
     print(f"\n{run} holds:")
     for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
         print(f"  {run / name}")
     print(f"\n{NEXT.format(run=run)}")
 
 
-def _run(module: str, *args: str, **environment: str) -> None:
-    """`python -m MODULE ARGS`, which is let finish what it does on Ctrl-C, and told of a SIGTERM.
+def _run_module(module: str, *args: str, **environment: str) -> None:
+    """Run `python -m MODULE ARGS`, pass a SIGTERM on to it, and let it shut down gracefully on Ctrl-C.
 
     Raises:
-        CalledProcessError: if it fails, or was told to stop.
+        CalledProcessError: if the process fails or is interrupted.
     """
     process = subprocess.Popen([sys.executable, "-m", module, *args], env={**os.environ, **environment})
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while process.returncode is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the terminal has told it too
+        # The terminal sends Ctrl-C to the child as well: keep waiting while it saves a checkpoint.
+        with contextlib.suppress(KeyboardInterrupt):
             process.wait()
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, previous_handler)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, module)
 
 
 def make_grids(run: Path) -> None:
-    """Load the exported pipeline of `run` and draw `sheet.png` and `denoising.png`."""
+    """Load the exported pipeline of `run` and write `sheet.png` and `denoising.png`."""
     pipeline = DiffusionPipeline.from_pretrained(RunFolder(run).pipeline)
     pipeline.set_progress_bar_config(disable=True)
+    # Request the attributes of avatars of another seed, which the model has not been trained on.
     _, info = open_latents(run / "latents")
-    # What is asked for are the attributes of avatars that were never trained on.
     unseen = open_source(AVATARS, num_images=GRID_SIZE, seed=info["settings"]["seed"] + 1).rows
-    asked: list[Attributes] = [
+    requested: list[Attributes] = [
         {name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")
     ]
+    # One generator for both calls, so that the unconditional faces continue its sequence of random numbers.
     generator = torch.Generator().manual_seed(0)
-    faces = pipeline(asked, generator=generator).images
-    free = pipeline(batch_size=16, generator=generator).images
-    captions = ["\n".join(_words(row)) for row in asked]
-    left = make_grid(faces, 8, captions, "asked for these attributes, among others", min_side=96)
-    right = make_grid(free, 2, ["\n\n"] * len(free), "asked for nothing", min_side=96)
-    save_grid(_denoising(pipeline, asked[:8]), run / "denoising.png")
-    save_grid(side_by_side(left, right), run / "sheet.png")  # last: where it is, the demo is finished
+    conditional = pipeline(requested, generator=generator).images
+    unconditional = pipeline(batch_size=16, generator=generator).images
+    captions = ["\n".join(_caption_lines(row)) for row in requested]
+    left = make_grid(conditional, 8, captions, "requested attributes (the visible ones)", min_side=96)
+    right = make_grid(unconditional, 2, ["\n\n"] * len(unconditional), "unconditional", min_side=96)
+    # `sheet.png` marks the demo as finished, so it is written last.
+    save_grid(_make_denoising_grid(pipeline, requested[:8]), run / "denoising.png")
+    save_grid(side_by_side(left, right), run / "sheet.png")
 
 
-def _recipe(run: Path, latents: Path, seed: int) -> Config:
+def _build_recipe(run: Path, latents: Path, seed: int) -> Config:
     config = read_config(recipe_path("avatars.yaml"))
-    config.data.latents, config.train.output_dir, config.train.seed = str(latents), str(run), seed
+    config.data.latents = str(latents)
+    config.train.output_dir = str(run)
+    config.train.seed = seed
     config.train.report_to = "none"
     return config
 
 
-def _set_speed(config: Config, seconds: float) -> None:
-    """Choose the precision and how many steps fit, by the time of 20 steps of a run that is thrown away."""
+def _fit_to_time(config: Config, seconds: float) -> None:
+    """Set the precision and the number of steps that fit into `seconds`, by timing 20 steps of a discarded run."""
     trainer = Trainer(config)
     if trainer.device.type == "cuda":
         config.train.mixed_precision = "fp16"
         step_seconds = _time_step(trainer, torch.float16)
     else:
-        # Where the CPU computes in bfloat16 that is faster by a third or more, elsewhere it is slower.
-        step_seconds, bf16_seconds = _time_step(trainer, None), _time_step(trainer, torch.bfloat16)
+        # bfloat16 is faster by a third or more on CPUs that compute in it, and slower on all others.
+        step_seconds = _time_step(trainer, None)
+        bf16_seconds = _time_step(trainer, torch.bfloat16)
         if bf16_seconds < step_seconds:
-            config.train.mixed_precision, step_seconds = "bf16", bf16_seconds
+            config.train.mixed_precision = "bf16"
+            step_seconds = bf16_seconds
     config.train.max_train_steps = max(TIMED_STEPS, round(seconds / step_seconds))
     print(f"{step_seconds * 1000:.0f} ms a step, {config.train.mixed_precision or 'float32'}: training for ", end="")
     print(f"{config.train.max_train_steps} steps", flush=True)
 
 
 def _time_step(trainer: Trainer, dtype: torch.dtype | None) -> float:
-    """Seconds a step takes: the median of 20, or of fewer once they have taken ten seconds."""
+    """Return the median seconds of 20 steps, or of fewer once ten seconds have passed."""
     optimizer = trainer.step.optimizer
+    # Muon chooses its precision when it is built; set the one that a run with this autocast would have.
     if isinstance(optimizer, MuonAdamW) and trainer.device.type == "cpu":
-        optimizer.dtype = dtype or torch.float32  # as it will be in a run of that precision
+        optimizer.dtype = dtype or torch.float32
     with torch.autocast(trainer.device.type, dtype, enabled=dtype is not None):
-        trainer.step(0).item()  # the first step also sets things up
-        taken: list[float] = []
-        while len(taken) < TIMED_STEPS and sum(taken) < 10:
+        # `.item()` waits for the device. The first step is slower: it allocates the optimizer's state.
+        trainer.step(0).item()
+        durations: list[float] = []
+        while len(durations) < TIMED_STEPS and sum(durations) < 10:
             started = time.monotonic()
-            trainer.step(len(taken) + 1).item()
-            taken.append(time.monotonic() - started)
-    return statistics.median(taken)
+            trainer.step(len(durations) + 1).item()
+            durations.append(time.monotonic() - started)
+    return statistics.median(durations)
 
 
-def _words(row: Attributes) -> list[str]:
-    """A caption of three short lines that says what is easy to see."""
+def _caption_lines(row: Attributes) -> list[str]:
+    """Return three short lines that name the easily visible attributes of a row."""
     lines = [["man" if row["Male"] else "woman"], [], []]
     for line, name, word in CAPTIONS:
         if row[name]:
@@ -165,19 +190,20 @@ def _words(row: Attributes) -> list[str]:
     return [", ".join(line) for line in lines]
 
 
-def _denoising(pipeline: LatentDiTPipeline, asked: list[Attributes]) -> Image.Image:
-    """One row a face: the latents as decoded on the way from noise to the face."""
-    stages: list[torch.Tensor] = []
+def _make_denoising_grid(pipeline: LatentDiTPipeline, requested: list[Attributes]) -> Image.Image:
+    """Make a grid with one row a face: its latents, decoded, on their way from noise to the image."""
+    stages: list[torch.Tensor] = []  # [faces, channels, height, width] after each step
 
-    def keep(_pipe: LatentDiTPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
+    def record(_pipe: LatentDiTPipeline, _step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
         stages.append(tensors["latents"])
         return tensors
 
-    pipeline(asked, generator=torch.Generator().manual_seed(1), callback_on_step_end=keep, output_type="latent")
+    pipeline(requested, generator=torch.Generator().manual_seed(1), callback_on_step_end=record, output_type="latent")
+    # Every third step, and the last one.
     steps = [*range(0, len(stages) - 1, 3), len(stages) - 1]
-    shown = [pipeline.decode_latents(stages[step]) for step in steps]
-    images = [column[row] for row in range(len(asked)) for column in shown]
-    return make_grid(images, len(steps), title="out of the noise, step by step", min_side=96)
+    columns = [pipeline.decode_latents(stages[step]) for step in steps]
+    images = [column[row] for row in range(len(requested)) for column in columns]
+    return make_grid(images, len(steps), title="from noise to image, step by step", min_side=96)
 
 
 if __name__ == "__main__":

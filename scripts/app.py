@@ -1,4 +1,4 @@
-"""`python scripts/app.py ...` is `dit-hf app`."""
+"""Run `dit-hf app`: `python scripts/app.py ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python scripts/convert.py ...` is `dit-hf convert ...`."""
+"""Run `dit-hf convert ...`: `python scripts/convert.py ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python scripts/demo.py ...` is `dit-hf demo`."""
+"""Run `dit-hf demo`: `python scripts/demo.py ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/evaluate.py MODEL ...` is `dit-hf evaluate` on every rank."""
+"""Run `dit-hf evaluate` on every rank: `accelerate launch scripts/evaluate.py MODEL ...`."""
 
 import sys
 

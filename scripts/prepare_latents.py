@@ -1,4 +1,4 @@
-"""`python scripts/prepare_latents.py ...` is `dit-hf prepare-latents`."""
+"""Run `dit-hf prepare-latents`: `python scripts/prepare_latents.py ...`."""
 
 import sys
 

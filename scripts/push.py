@@ -1,4 +1,4 @@
-"""`python scripts/push.py ...` is `dit-hf push ...`."""
+"""Run `dit-hf push ...`: `python scripts/push.py ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/reference.py SOURCE ...` is `dit-hf reference` on every rank."""
+"""Run `dit-hf reference` on every rank: `accelerate launch scripts/reference.py SOURCE ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/sample.py MODEL --output_dir DIR ...` is `dit-hf sample` on every rank."""
+"""Run `dit-hf sample` on every rank: `accelerate launch scripts/sample.py MODEL --output_dir DIR ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/train.py --config recipes/avatars.yaml ...` is `dit-hf train` on every rank."""
+"""Run `dit-hf train` on every rank: `accelerate launch scripts/train.py --config recipes/avatars.yaml ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python scripts/train_autoencoder.py ...` is `dit-hf train-autoencoder`."""
+"""Run `dit-hf train-autoencoder`: `python scripts/train_autoencoder.py ...`."""
 
 import sys
 
