@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from .config import Config, ObjectiveConfig, read_config
+from .devices import default_device
 from .latents.reader import LatentReader
 from .latents.vae import load_vae
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
@@ -203,7 +204,7 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: expected a LatentDiTPipeline, got {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    pipeline.to(device or default_device())
     return pipeline
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..devices import default_device
 from ..latents.vae import weights_sha256
 from ..storage import first_line
 from .efficientnet import EfficientNetLite0
@@ -90,7 +91,7 @@ def load_features(name: str, weights: str | None = None, device: str | torch.dev
     Raises:
         ValueError: for an unknown name, or weights that cannot be had or do not fit.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or default_device())
     if weights is not None and name not in ("inception", "inception-clean", "legacy64"):
         raise ValueError(f"feature_weights={weights}: {name} brings its own; only Inception takes a file")
     if name in ("efficientnet-lite0", "efficientnet-lite0-1280"):

@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
+from ..devices import default_device
 from ..image_grid import make_grid, save_grid
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -220,7 +220,7 @@ def without_paths(value: Any) -> Any:
 
 def _save_example_grid(pipeline: LatentDiTPipeline, path: Path) -> None:
     """An image grid of what the pipeline draws when asked for something, and when asked for nothing."""
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(default_device())
     example = example_attributes(pipeline)
     rows: list[Attributes] = [example, {}] if example else [{}]
     images = [Image.fromarray(image) for image in generate_images(pipeline, range(GRID_SIZE), rows, seed=0)]

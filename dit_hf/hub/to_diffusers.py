@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from torch import nn
 
-from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
+from ..devices import default_device
+from ..models.transformer_latent_dit import LatentDiTTransformer2DModel, height_and_width
 from ..pipelines.guidance import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .convert import DIFFUSERS, DIFFUSERS_EMBEDDER, theirs
@@ -50,7 +51,7 @@ class BuiltinExport:
     def draw(self, count: int) -> list[Any]:
         """Images of the first labels, in turn."""
         labels = [i % max(1, self.num_labels) for i in range(count)]
-        self.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipeline.to(default_device())
         generator = torch.Generator().manual_seed(0)
         return self.pipeline(labels, self.guidance_scale, generator, num_inference_steps=25).images
 
@@ -103,14 +104,15 @@ def to_builtin(pipeline: LatentDiTPipeline, attributes: Attributes | None = None
 
 def _check_fits(pipeline: LatentDiTPipeline, attributes: Attributes | None) -> None:
     config = pipeline.transformer.config
-    size = config.sample_size if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    base = config.position_base_size or size
+    height, width = pipeline.transformer.latent_size
+    base_height, base_width = height_and_width(config.position_base_size or config.sample_size)
     defaults = inspect.signature(LatentDiTTransformer2DModel.__init__).parameters
     conditions, reason = config.conditions or {}, None
-    if not isinstance(size, int) and size[0] != size[1]:
-        reason = f"it draws latents of {size[0]}x{size[1]}, the built-in transformer only squares"
-    elif base not in (size, (size, size), [size, size]):
-        reason = f"its positions are stretched over {base} latents, the built-in transformer's over {size}"
+    if height != width:
+        reason = f"it draws latents of {height}x{width}, the built-in transformer only squares"
+    elif (base_height, base_width) != (height, width):
+        base = f"{base_height}x{base_width}"
+        reason = f"its positions are stretched over {base} latents, the built-in transformer's over {height}x{width}"
     elif not isinstance(pipeline.vae, AutoencoderKL):
         reason = f"its VAE is {type(pipeline.vae).__name__}, DiTPipeline takes AutoencoderKL"
     elif len(conditions) > 1 and attributes is None:
@@ -130,14 +132,13 @@ def _transformer(pipeline: LatentDiTPipeline, attributes: Attributes | None) -> 
     """The same network under diffusers' names."""
     ours = pipeline.transformer
     config = ours.config
-    size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
     transformer = DiTTransformer2DModel(
         num_attention_heads=config.num_attention_heads,
         attention_head_dim=config.attention_head_dim,
         in_channels=config.in_channels,
         out_channels=ours.out_channels,
         num_layers=config.num_layers,
-        sample_size=size,
+        sample_size=ours.latent_size[0],
         patch_size=config.patch_size,
         num_embeds_ada_norm=NUM_CLASSES,
         norm_eps=1e-6,

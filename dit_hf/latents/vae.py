@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 
+from ..devices import default_device
 from ..storage import first_line
 
 BUNDLED = "avatar"
@@ -40,7 +41,7 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
         raise ValueError(f"vae {name}: {type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny, AutoencoderDC")
     # The config is saved with every cache and pipeline, where it must not tell how this machine names its folders.
     vae.register_to_config(_name_or_path=Path(name).name if Path(name).exists() else name)
-    return vae.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return vae.eval().requires_grad_(False).to(device or default_device())
 
 
 def has_posterior(vae: VAE) -> bool:

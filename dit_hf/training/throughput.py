@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..models.transformer_latent_dit import height_and_width
+
 # Peak of dense fp16 and bf16 products in TFLOP/s by the words in the device's name; the first that fits (NVIDIA's data
 # image grids).
 PEAK_TFLOPS = {
@@ -63,7 +65,7 @@ def flops_per_image(config: Any) -> float:
 
     A token takes (8 + 4 mlp_ratio) d^2 + 4 N d a layer, d the width and N the number of tokens.
     """
-    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    height, width = height_and_width(config.sample_size)
     tokens = (height // config.patch_size) * (width // config.patch_size)
     dim = config.num_attention_heads * config.attention_head_dim
     token = (8 + 4 * config.mlp_ratio) * dim**2 + 4 * tokens * dim

@@ -107,7 +107,7 @@ def test_other_frequencies_of_the_timesteps_are_fitted():
     ("options", "attributes", "message"),
     [
         ({"sample_size": (8, 4)}, None, "latents of 8x4"),
-        ({"position_base_size": 4}, None, "stretched over 4 latents"),
+        ({"position_base_size": 4}, None, "stretched over 4x4 latents"),
         ({"qk_norm": "rms_norm"}, None, "no qk_norm='rms_norm'"),
         ({"mlp_ratio": 2.0}, None, "no mlp_ratio=2.0"),
         ({"conditions": {"Smiling": 2, "Male": 2}}, None, "several conditions; name what it is to draw"),
