@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter, ImageOps
 from dit_hf import open_images
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import Gaussian, measure
-from dit_hf.evaluation.reference_images import open_reference_images, reconstructed
+from dit_hf.evaluation.reference_images import open_reference_images, reconstruction_reader
 from dit_hf.latents.vae import load_vae
 
 RESOLUTION = 64
@@ -58,7 +58,7 @@ def main() -> None:
     others = [images[i] for i in range(count, 2 * count)]
     rows = {"other avatars (the floor)": figures(features(net, others), reference)}
     pictures = open_reference_images("avatars", str(RESOLUTION), num_images=2 * count)
-    rebuild = reconstructed(pictures, load_vae("avatar"))
+    rebuild = reconstruction_reader(pictures, load_vae("avatar"))
     rebuilt = [net(rebuild(range(start, min(start + 50, 2 * count)))) for start in range(count, 2 * count, 50)]
     rows["the bundled VAE's reconstructions"] = figures(np.concatenate(rebuilt), reference)
     for fault in FAULTS:

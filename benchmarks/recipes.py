@@ -31,7 +31,7 @@ from PIL import Image
 from dit_hf import open_images
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import INFO, load_reference
-from dit_hf.hub.card import figure_name
+from dit_hf.evaluation.report import figure_name
 from dit_hf.image_grid import make_grid, save_grid
 from dit_hf.runs import load_pipeline, read_log
 from dit_hf.sampling.generate import generate_images

@@ -1,4 +1,4 @@
-"""`dit-hf evaluate`: a model's samples beside real images, with the floor, the errors and the whole protocol."""
+"""`dit-hf evaluate`: compare a model's samples with real images, and report floors, errors and the whole protocol."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .features import FeatureNet, load_features
 from .memorization import Neighbours, describe_pairs, find_neighbours, make_pairs_grid
 from .metrics import NEIGHBOURS, Gaussian, measure
 from .reference import INFO, Reference, load_reference, make_reference, statistics_identity, versions
-from .reference_images import ReferenceImages, open_reference_images, reconstructed
+from .reference_images import ReferenceImages, open_reference_images, reconstruction_reader
 from .report import figure_name, markdown, write_report
 
 MIN_SAMPLES = 16
@@ -59,40 +59,42 @@ def evaluate(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     save_images: bool = False,
 ) -> Path:
-    """Measure how far a model's samples are from real images; a call that was killed goes on where it was.
+    """Measure how far a model's samples are from real images; a call that was killed is resumed by calling it again.
 
-    Under `accelerate launch` or `torchrun` every rank draws its part. Conditional models are asked for the attribute
-    rows of the reference in order. Lists of guidance scales or steps are measured in every combination and plotted;
-    the first is the one that is reported. In a run's folder the figures go into the model card too. A call with other
-    options replaces the report, and features are kept for each, so that an earlier call is soon repeated.
+    Under `accelerate launch` or `torchrun` every rank generates its part of the samples. The attributes requested from
+    a conditional model are those of the reference's rows, in order. Lists of guidance scales or steps are measured in
+    every combination and plotted; the first combination is the reported one. In a run's folder the figures go into the
+    model card too. A call with other options replaces the report; features are kept for each set of options, so
+    repeating an earlier call is quick.
 
     Args:
         model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
-        reference: a folder of `dit-hf reference`, or any source of images (see prepare-latents), a latent cache
-            too, which is decoded; without it the images that the run learned from.
-        num_samples: how many images are drawn.
+        reference: a folder of `dit-hf reference`, or any source of images (see prepare-latents), including a latent
+            cache, which is decoded; by default the images that the run was trained on.
+        num_samples: how many images are generated.
         features: `inception`, `inception-clean`, `legacy64`, `dinov2`, `efficientnet-lite0`,
             `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
         feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
-        output_dir: where the report goes; without it `evaluation` in the run's folder.
-        guidance_scale: of the samples; without it the pipeline's own.
+        output_dir: the report's folder; by default `evaluation` in the run's folder.
+        guidance_scale: of the samples; by default the pipeline's own.
         num_inference_steps: of the samples.
         crop: of the reference's images: `celeba-178`, `celeba-140`, `center` or `none`.
-        split: only this part of a reference that comes divided.
-        num_images: only so many images of the reference.
+        split: only this split of the reference, if it has several.
+        num_images: only the first so many images of the reference.
         batch_size: images at once.
         seed: of the samples; image i of a seed is always the same.
         dtype: of the pipeline's weights.
-        save_images: keep the samples as PNG, in `images/`, by what they were drawn with.
+        save_images: keep the samples as PNG in `images/`, one folder for each set of options.
 
     Returns:
         The folder, with `evaluation.json`, `evaluation.md`, `evaluation.png`, `neighbours.png`, and `settings.png`
-        where there are several.
+        if there are several settings.
 
     Raises:
         FileExistsError: if `output_dir` holds the evaluation of another model.
-        ValueError: for options that do not fit, a reference that does not match, or weights that cannot be had.
+        ValueError: for invalid options, a reference that does not match, or weights that cannot be obtained.
     """
+    # Refuse invalid options before anything is loaded.
     for name, value, least in (
         ("num_samples", num_samples, MIN_SAMPLES),
         ("batch_size", batch_size, 1),
@@ -102,34 +104,32 @@ def evaluate(
             raise ValueError(f"{name}={value} must be at least {least}")
     if importlib.util.find_spec("torchmetrics") is None:
         raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
+
+    # Load the two sides of the comparison.
     device = ranks().device
     net = load_features(features, feature_weights, device)
     pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))
-    folder = _folder(model, output_dir)
-    resolution = _resolution(pipeline)
-    pictures = _pictures(model, reference, resolution, crop, split, num_images)
-    if pictures is None:
-        real = load_reference(Path(str(reference)))
-    elif pictures.facts["resolution"] != resolution:  # only a cache has its own
-        raise ValueError(f"{reference}: images of {pictures.facts['resolution']} px, the model's are {resolution}")
-    else:
-        name = f"reference-{hash_json(statistics_identity(pictures, net))[:12]}"
-        real = make_reference(folder / name, pictures, net, batch_size)
-    real.check(net, resolution)
-    if len(real.features) < 2 * MIN_SAMPLES:
-        raise ValueError(f"the reference has {len(real.features)} images, and at least {2 * MIN_SAMPLES} are needed")
-    evaluation = Evaluation(pipeline, net, real, pictures, folder, num_samples, batch_size, seed, dtype, save_images)
-    scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
-    steps = num_inference_steps if isinstance(num_inference_steps, list) else [num_inference_steps]
-    settings = [
-        {"guidance_scale": pipeline.config.guidance_scale if scale is None else scale, "num_inference_steps": count}
-        for scale in scales
-        for count in steps
-    ]
-    if not settings:
-        raise ValueError("guidance_scale and num_inference_steps must have a value")
+    folder = _report_folder(model, output_dir)
+    resolution = _output_resolution(pipeline)
+    images = _open_images(model, reference, resolution, crop, split, num_images)
+    statistics = _load_statistics(reference, images, folder, net, resolution, batch_size)
+
+    # Measure every combination of guidance scale and steps.
+    settings = _combine_settings(guidance_scale, num_inference_steps, pipeline.config.guidance_scale)
+    evaluation = Evaluation(
+        pipeline=pipeline,
+        net=net,
+        reference=statistics,
+        reference_images=images,
+        folder=folder,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        save_images=save_images,
+    )
     with disk_errors(f"output_dir {folder}"):
-        evaluation.run(_name(model), settings, own_folder=output_dir is None)
+        evaluation.run(_model_name(model), settings, own_folder=output_dir is None)
         if output_dir is None and ranks().is_main_process:
             write_run_card(Path(model), pipeline, exported_summary(Path(model)))
     return folder
@@ -137,12 +137,25 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, what it is compared with, and how; see `evaluate`."""
+    """A model, the reference that it is compared with, and the protocol.
+
+    Attributes:
+        pipeline: The model.
+        net: The feature network.
+        reference: Features of the real images.
+        reference_images: The real images themselves; None if only their statistics are at hand.
+        folder: Folder of the report and of the features.
+        num_samples: Number of images to generate.
+        batch_size: Images at once.
+        seed: Seed of the samples and of every random choice.
+        dtype: Precision of the pipeline's weights, as torch spells it.
+        save_images: Whether the samples are kept as PNG.
+    """
 
     pipeline: LatentDiTPipeline
     net: FeatureNet
-    real: Reference
-    pictures: ReferenceImages | None
+    reference: Reference
+    reference_images: ReferenceImages | None
     folder: Path
     num_samples: int
     batch_size: int
@@ -151,136 +164,168 @@ class Evaluation:
     save_images: bool
 
     def run(self, name: str, settings: list[dict[str, Any]], own_folder: bool) -> None:
-        """Draw, measure and report; to be called on all ranks. `own_folder` is the model's, which may have changed."""
-        known = list(self.pipeline.transformer.config.conditions or {})
-        asked = self.real.attributes(known, self.pipeline.config.condition_labels)
+        """Generate, measure and report; must be called on all ranks.
+
+        Args:
+            name: The model's name in the report.
+            settings: Combinations of `guidance_scale` and `num_inference_steps`; the first one is reported.
+            own_folder: Whether the folder belongs to the model, which may have been trained further since.
+        """
+        conditions = list(self.pipeline.transformer.config.conditions or {})
+        requested = self.reference.attributes(conditions, self.pipeline.config.condition_labels)
         identity = describe_model(self.pipeline)
         if not own_folder:
-            self._check_model(name, identity)
+            self._check_same_model(name, identity)
         elif ranks().is_main_process:
-            self._forget_other_models(identity)
-        samples = [self._draw(asked, identity, setting) for setting in settings]
+            self._remove_stale_features(identity)
+
+        # Features of samples and of reconstructions; all ranks share this work.
+        samples = [self._generate(requested, identity, setting) for setting in settings]
         held_out, rest = self._split()
         rebuilt = self._reconstruct(held_out)
         if not ranks().is_main_process:
             return
-        there = self.real.attributes(known)  # what the reference itself calls it, by which the head learns
-        head = self._head(there)
-        rows = [self._measure(values, setting, there, head) for values, setting in zip(samples, settings, strict=True)]
-        neighbours = find_neighbours(samples[0], self.real.features, self.seed)
+
+        # The attribute head learns the reference's own class ids, which may differ from the model's.
+        rows_of_reference = self.reference.attributes(conditions)
+        head = self._train_head(rows_of_reference)
+        measured = [
+            self._measure(features, setting, rows_of_reference, head)
+            for features, setting in zip(samples, settings, strict=True)
+        ]
+        neighbours = find_neighbours(samples[0], self.reference.features, self.seed)
+
+        # The report is of the first setting, beside a row for each of the others.
+        first = measured[0]
+        real = self.reference.features[held_out]
         report = {
             "name": figure_name(self.net.label, self.num_samples),
             "model": {"name": name, **identity},
-            "protocol": self._protocol(asked, settings[0]),
-            "figures": {k: v for k, v in rows[0].items() if k not in (*settings[0], "accuracy", "attributes")},
-            "floor": {"vae": self._floor(rebuilt, rest), "real": self._floor(self.real.features[held_out], rest)},
-            "bias": _bias(self.num_samples, self.net.dim),
+            "protocol": self._protocol(requested, settings[0]),
+            "figures": {k: v for k, v in first.items() if k not in (*settings[0], "accuracy", "attributes")},
+            "floor": {"vae": self._floor(rebuilt, rest), "real": self._floor(real, rest)},
+            "bias": _bias_note(self.num_samples, self.net.dim),
             "memorisation": neighbours.figures() | {"closest": describe_pairs(neighbours)},
-            "attributes": rows[0]["attributes"],
-            "settings": [{k: v for k, v in row.items() if k != "attributes"} for row in rows],
+            "attributes": first["attributes"],
+            "settings": [{k: v for k, v in row.items() if k != "attributes"} for row in measured],
         }
-        self._draw_neighbours(neighbours, asked, settings[0])
+        self._save_neighbours_grid(neighbours, requested, settings[0])
         write_report(self.folder, report, neighbours)
-        print(f"\n{markdown(report)}\n{self.folder / EVALUATION_REPORT} has it all", flush=True)
+        print(f"\n{markdown(report)}\nthe whole report is in {self.folder / EVALUATION_REPORT}", flush=True)
 
-    def _check_model(self, name: str, identity: dict[str, Any]) -> None:
-        """Refuse to write over another model's report; weights in another precision can only be told by their name."""
-        report = self.folder / EVALUATION_REPORT
-        if not report.is_file():
+    def _check_same_model(self, name: str, identity: dict[str, Any]) -> None:
+        """Refuse to replace another model's report.
+
+        Models in another precision than the report's can only be compared by name, because their hashes differ.
+        """
+        path = self.folder / EVALUATION_REPORT
+        if not path.is_file():
             return
-        before = json.loads(report.read_text(encoding="utf-8"))
-        there = before["model"].pop("name")
-        same = before["model"] == identity if before["protocol"]["dtype"] == self.dtype else there == name
-        if not same:
+        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous_name = previous["model"].pop("name")
+        same_precision = previous["protocol"]["dtype"] == self.dtype
+        same_model = previous["model"] == identity if same_precision else previous_name == name
+        if not same_model:
             raise FileExistsError(
-                f"output_dir {self.folder} holds the evaluation of another model, {there}; name a new folder"
+                f"output_dir {self.folder} holds the evaluation of another model, {previous_name}; name a new folder"
             )
 
-    def _forget_other_models(self, identity: dict[str, Any]) -> None:
-        """Remove features of samples that another model than `identity` drew in this precision."""
+    def _remove_stale_features(self, identity: dict[str, Any]) -> None:
+        """Remove the features of samples that other weights than `identity` generated in this precision."""
         for path in (self.folder / "features").glob(f"*/*/{IDENTITY}"):
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            if facts.get("dtype") == self.dtype and facts["model"] != identity:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            # Reconstructions have no `dtype`: the VAE alone decides them.
+            if metadata.get("dtype") == self.dtype and metadata["model"] != identity:
                 shutil.rmtree(path.parent)
 
-    def _draw(self, asked: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]) -> np.ndarray:
-        """Features of the samples, [num_samples, dim]."""
+    def _generate(
+        self, requested: list[Attributes] | None, identity: dict[str, Any], setting: dict[str, Any]
+    ) -> np.ndarray:
+        """Generate the samples of one setting and return their features, float32 [num_samples, dim]."""
+        # These keys are hashed into the folder's name: other keys would orphan the features of earlier calls.
+        metadata = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
+        metadata |= {"asked": _hash_rows(requested) if requested else None}
         name = f"guidance-{setting['guidance_scale']:g}-steps-{setting['num_inference_steps']}"
-        facts = {"model": identity, "setting": setting, "seed": self.seed, "dtype": self.dtype}
-        facts |= {"asked": _rows_sha256(asked) if asked else None}
-        images = self.folder / "images" / name / hash_json(facts)[:12]
+        image_folder = self.folder / "images" / name / hash_json(metadata)[:12]
         if self.save_images:
-            facts |= {"images": True}  # others may have features without any
+            metadata |= {"images": True}  # features of a call without --save_images have no PNGs beside them
 
         def read(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            drawn = generate_images(self.pipeline, numbers, asked, self.seed, **setting)
+            images = generate_images(self.pipeline, numbers, requested, self.seed, **setting)
             if self.save_images:
-                images.mkdir(parents=True, exist_ok=True)
-                for picture, number in zip(drawn, numbers, strict=True):
-                    Image.fromarray(picture).save(images / f"{number:06d}.png")
-            return drawn, np.array(numbers)
+                image_folder.mkdir(parents=True, exist_ok=True)
+                for image, number in zip(images, numbers, strict=True):
+                    Image.fromarray(image).save(image_folder / f"{number:06d}.png")
+            return images, np.array(numbers)
 
         folder = self.folder / "features" / name
-        return collect(folder, self.net, read, range(self.num_samples), self.batch_size, facts, name).features
+        return collect(folder, self.net, read, range(self.num_samples), self.batch_size, metadata, name).features
 
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places of as many real images as there are samples (or half of them), by chance, and those of the rest."""
-        order = np.random.default_rng(self.seed).permutation(len(self.real.features))
+        """Split the reference at random: indices of `num_samples` images (at most half), and of the rest."""
+        order = np.random.default_rng(self.seed).permutation(len(self.reference.features))
         count = min(self.num_samples, len(order) // 2)
         return np.sort(order[:count]), np.sort(order[count:])
 
     def _reconstruct(self, held_out: np.ndarray) -> np.ndarray | str:
-        """Features of what the VAE makes of those real images, or why there are none."""
-        if self.pictures is None:
+        """Return the features of the VAE's reconstructions of those real images, or the reason why there are none."""
+        if self.reference_images is None:
             return "statistics hold no images; give --reference their source"
-        if "vae_sha256" in self.pictures.facts:
+        if "vae_sha256" in self.reference_images.summary:
             return "the reference's images are themselves decoded latents"
-        vae, rows = copy.deepcopy(self.pipeline.vae).float(), self.real.rows[held_out]
-        read = _with_rows(reconstructed(self.pictures, vae))
-        facts = {"vae_sha256": weights_sha256(vae), "pictures": self.real.info["pictures"]}
-        what = "reconstructions"
-        return collect(self.folder / "features" / what, self.net, read, rows, self.batch_size, facts, what).features
+        # In float32 whatever the pipeline's precision, so that the floor does not depend on it.
+        vae = copy.deepcopy(self.pipeline.vae).float()
+        rows = self.reference.rows[held_out]
+        read = _with_rows(reconstruction_reader(self.reference_images, vae))
+        metadata = {"vae_sha256": weights_sha256(vae), "pictures": self.reference.info["pictures"]}
+        name = "reconstructions"
+        folder = self.folder / "features" / name
+        return collect(folder, self.net, read, rows, self.batch_size, metadata, name).features
 
-    def _head(self, asked: list[Attributes] | None) -> AttributeHead | None:
-        if not asked:
+    def _train_head(self, rows: list[Attributes] | None) -> AttributeHead | None:
+        if not rows:
             return None
-        return train_head(self.real.features, {name: self.real.conditions[name] for name in asked[0]}, self.seed)
+        conditions = {name: self.reference.conditions[name] for name in rows[0]}
+        return train_head(self.reference.features, conditions, self.seed)
 
     def _measure(
         self,
-        values: np.ndarray,
+        features: np.ndarray,
         setting: dict[str, Any],
-        asked: list[Attributes] | None,
+        requested: list[Attributes] | None,
         head: AttributeHead | None,
     ) -> dict[str, Any]:
-        """One row: the setting, its figures, and whether the attributes are found."""
-        figures = measure(values, self.real.features, self.real.gaussian, self.seed)
-        found = None
-        if head is not None and asked is not None:
-            found = head.accuracy(values, [asked[i % len(asked)] for i in range(len(values))])
-        return {**setting, **figures, "accuracy": found["accuracy"] if found else None, "attributes": found}
+        """Return one row of results: the setting, its figures, and how often the requested attributes are shown."""
+        figures = measure(features, self.reference.features, self.reference.gaussian, self.seed)
+        accuracy = None
+        if head is not None and requested is not None:
+            accuracy = head.accuracy(features, [requested[i % len(requested)] for i in range(len(features))])
+        return {**setting, **figures, "accuracy": accuracy["accuracy"] if accuracy else None, "attributes": accuracy}
 
-    def _floor(self, values: np.ndarray | str, rest: np.ndarray) -> dict[str, Any]:
-        """Figures of real images, or their reconstructions, beside the real images that are none of them."""
-        if isinstance(values, str):
-            return {"reason": values}
-        others = self.real.features[rest]
-        return measure(values, others, Gaussian.of(others), self.seed)
+    def _floor(self, features: np.ndarray | str, rest: np.ndarray) -> dict[str, Any]:
+        """Measure real images, or their reconstructions, against the disjoint rest of the reference."""
+        if isinstance(features, str):
+            return {"reason": features}
+        others = self.reference.features[rest]
+        return measure(features, others, Gaussian.of(others), self.seed)
 
-    def _draw_neighbours(
-        self, neighbours: Neighbours, asked: list[Attributes] | None, setting: dict[str, Any]
+    def _save_neighbours_grid(
+        self, neighbours: Neighbours, requested: list[Attributes] | None, setting: dict[str, Any]
     ) -> None:
-        """An image grid of the closest pairs; statistics alone have no images to show."""
+        """Write `neighbours.png`, an image grid of the closest pairs; statistics alone have no images to show."""
         (self.folder / "neighbours.png").unlink(missing_ok=True)
-        if self.pictures is None:
+        if self.reference_images is None:
             return
         closest = neighbours.closest()
-        drawn = generate_images(self.pipeline, closest, asked, self.seed, **setting)
-        real = self.pictures.read(self.real.rows[neighbours.rows[closest]].tolist())
-        save_grid(make_pairs_grid(drawn, real, neighbours.distances[closest]), self.folder / "neighbours.png")
+        samples = generate_images(self.pipeline, closest, requested, self.seed, **setting)
+        real = self.reference_images.read(self.reference.rows[neighbours.rows[closest]].tolist())
+        grid = make_pairs_grid(samples, real, neighbours.distances[closest])
+        save_grid(grid, self.folder / "neighbours.png")
 
-    def _protocol(self, asked: list[Attributes] | None, setting: dict[str, Any]) -> dict[str, Any]:
+    def _protocol(self, requested: list[Attributes] | None, setting: dict[str, Any]) -> dict[str, Any]:
+        """Return everything that another evaluation must share for its figures to be comparable."""
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        attributes = f"of the reference's rows, in order: {', '.join(requested[0])}" if requested else "unconditional"
         return {
             "num_samples": self.num_samples,
             **setting,
@@ -288,9 +333,9 @@ class Evaluation:
             "dtype": self.dtype,
             "batch_size": self.batch_size,
             "ranks": ranks().num_processes,
-            "attributes": f"of the reference's rows, in order: {', '.join(asked[0])}" if asked else "none asked for",
+            "attributes": attributes,
             "features": self.net.identity(),
-            "reference": self.real.info["pictures"],
+            "reference": self.reference.info["pictures"],
             "kid": "mean of 100 random subsets of up to 1,000 images a side, kernel (x y / dim + 1)^3",
             "precision_and_recall": f"{NEIGHBOURS} nearest neighbours",
             "standard_error": "jackknife with 20 groups of samples left out in turn, the reference fixed",
@@ -300,8 +345,24 @@ class Evaluation:
         }
 
 
-def _rows_sha256(rows: list[Attributes]) -> str:
-    """Of the ids that are asked for."""
+def _combine_settings(
+    guidance_scale: float | list[float] | None, num_inference_steps: int | list[int], default_scale: float
+) -> list[dict[str, Any]]:
+    """Return every combination of guidance scale (None is `default_scale`) and steps, scale by scale."""
+    scales = guidance_scale if isinstance(guidance_scale, list) else [guidance_scale]
+    steps = num_inference_steps if isinstance(num_inference_steps, list) else [num_inference_steps]
+    settings = [
+        {"guidance_scale": default_scale if scale is None else scale, "num_inference_steps": count}
+        for scale in scales
+        for count in steps
+    ]
+    if not settings:
+        raise ValueError("guidance_scale and num_inference_steps must have a value")
+    return settings
+
+
+def _hash_rows(rows: list[Attributes]) -> str:
+    """Return the SHA-256 of the requested ids, column by column."""
     digest = hashlib.sha256(json.dumps(list(rows[0])).encode())
     for name in rows[0]:
         digest.update(np.array([row[name] for row in rows], np.int64).tobytes())
@@ -309,10 +370,11 @@ def _rows_sha256(rows: list[Attributes]) -> str:
 
 
 def _with_rows(read: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int]], Any]:
+    """Return a reader that gives the rows beside the images, as `collect` expects."""
     return lambda rows: (read(rows), np.array(rows))
 
 
-def _bias(num_samples: int, dim: int) -> str:
+def _bias_note(num_samples: int, dim: int) -> str:
     text = (
         f"A Fréchet distance of N = {num_samples:,} images is too high by an amount that falls as 1 / N: compare it "
         "with others of the same N only, and with the floor"
@@ -322,45 +384,68 @@ def _bias(num_samples: int, dim: int) -> str:
     return f"{text}."
 
 
-def _name(model: str) -> str:
-    """What to call a model: a Hub id, or the name of the run's folder; never a path of this machine."""
+def _model_name(model: str) -> str:
+    """Return a Hub id as it is, or the name of the run's folder; never a path of this machine."""
     path = Path(model).resolve()
     if not path.exists():
         return model
     return path.parent.name if path.name == "pipeline" else path.name
 
 
-def _folder(model: str, output_dir: str | None) -> Path:
+def _report_folder(model: str, output_dir: str | None) -> Path:
     if output_dir is not None:
         return Path(output_dir)
     if not RunFolder(Path(model)).pipeline.is_dir():
-        raise ValueError(f"{model} is no run's folder; say by --output_dir where the report goes")
+        raise ValueError(f"{model} is not a run's folder; give --output_dir, the report's folder")
     return RunFolder(Path(model)).evaluation
 
 
-def _resolution(pipeline: LatentDiTPipeline) -> str:
-    """`HxW` of what a pipeline draws, in pixels."""
+def _output_resolution(pipeline: LatentDiTPipeline) -> str:
+    """Return the size of a pipeline's images, `HxW` in pixels."""
     size = pipeline.transformer.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     factor = pipeline.image_processor.config.vae_scale_factor
     return f"{height * factor}x{width * factor}"
 
 
-def _pictures(
+def _open_images(
     model: str, reference: str | None, resolution: str, crop: str, split: str | None, num_images: int | None
 ) -> ReferenceImages | None:
-    """The reference's images; None where it is statistics, which hold none."""
+    """Open the reference's images, by default those that the run was trained on; None for statistics."""
     if reference is not None and (Path(reference) / INFO).is_file():
         return None
     if reference is not None:
         return open_reference_images(reference, resolution, crop, split, num_images)
+    # The run's recipe names the latent cache that it was trained on.
     config = RunFolder(find_run(model) or Path(model)).config
     cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
     if cache is None or not (cache / CACHE_INFO).is_file():
-        raise ValueError(f"{model}: what it learned from is not here; give --reference a source or statistics")
+        raise ValueError(f"{model}: its training images are not here; give --reference a source or statistics")
     settings = open_latents(cache)[1]["settings"]
-    if settings["source"] == AVATARS:  # which are drawn again; of other images the cache is what is left
+    # Avatars can be rendered again; of any other source only the decoded latents are certain to be at hand.
+    if settings["source"] == AVATARS:
         return open_reference_images(
             AVATARS, resolution, num_images=num_images or settings["num_images"], seed=settings["seed"]
         )
     return open_reference_images(str(cache), resolution, split=split or "train", num_images=num_images)
+
+
+def _load_statistics(
+    source: str | None, images: ReferenceImages | None, folder: Path, net: FeatureNet, resolution: str, batch_size: int
+) -> Reference:
+    """Load the reference's statistics, or compute those of `images` in `folder`, and check that they fit the model."""
+    if images is None:
+        statistics = load_reference(Path(str(source)))
+    elif images.summary["resolution"] != resolution:  # only a latent cache has a size of its own
+        raise ValueError(
+            f"{source}: expected images of {resolution} px, the model's size, got {images.summary['resolution']}"
+        )
+    else:
+        # Named by its content, so that one evaluation folder can hold several references.
+        name = f"reference-{hash_json(statistics_identity(images, net))[:12]}"
+        statistics = make_reference(folder / name, images, net, batch_size)
+    statistics.check(net, resolution)
+    count, least = len(statistics.features), 2 * MIN_SAMPLES
+    if count < least:
+        raise ValueError(f"expected at least {least} reference images, got {count}")
+    return statistics

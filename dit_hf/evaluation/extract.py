@@ -1,4 +1,4 @@
-"""Features of many images, batch by batch, on many ranks; what a killed call has finished is not done again."""
+"""Feature extraction batch by batch, on any number of ranks; a call resumes from the batches of a killed one."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Collected:
 
     Attributes:
         features: float32 [count, dim].
-        rows: int64 [count], which images these are.
-        pixels_sha256: Of the images themselves, batch by batch.
+        rows: Rows that the features belong to, int64 [count].
+        pixels_sha256: Hash over the batches' hashes of the pixels.
     """
 
     features: np.ndarray
@@ -40,7 +40,10 @@ class Collected:
 
 
 def ranks() -> PartialState:
-    """This process among the others; they may wait long for each other, as a rank may have much more to do."""
+    """Return this process's place among the ranks, on the accelerator if there is one.
+
+    The timeout is a week, because one rank may have much more work left than the others.
+    """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
@@ -51,51 +54,59 @@ def collect(
     rows: Sequence[int],
     batch_size: int,
     identity: dict[str, Any],
-    what: str,
+    title: str,
 ) -> Collected:
-    """Features of the images of `rows`; to be called on all ranks, each of which does some of the batches.
+    """Extract the features of the images of `rows`; must be called on all ranks, which share the batches.
 
     Args:
-        folder: Where each batch is kept as one file until all are there, in a folder of what decides the features.
+        folder: Keeps one file for each finished batch, in a subfolder named by the hash of the identity.
         net: The feature network.
-        read: Rows to images, uint8 [n, height, width, 3], and the rows they are of (some may be broken).
+        read: Reads rows as images, uint8 [n, height, width, 3], and returns the rows read beside them, as some images
+            may be broken.
         rows: All rows.
-        batch_size: Images at once; batch k is the same whoever does it.
-        identity: What decides the features, beside network, batches and number of images.
-        what: The pictures' name, for the progress bar.
+        batch_size: Images at once. Batch k has the same images on any number of ranks.
+        identity: Everything that decides the features, apart from network, batch size and number of images.
+        title: Title of the progress bar.
     """
+    # The identity names the folder, so that other options never reuse these batches.
     state = ranks()
     identity = {**identity, "features": net.identity(), "batch_size": batch_size, "count": len(rows)}
     folder = folder / hash_json(identity)[:12]
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
+    # The folder must exist before another rank writes to it.
     state.wait_for_everyone()
-    mine = batches(len(rows), batch_size, state.process_index, state.num_processes)
-    total, missing = sum(map(len, mine)), [part for part in mine if not _file(folder, part).is_file()]
+
+    # Extract this rank's unfinished batches.
+    own_batches = batches(len(rows), batch_size, state.process_index, state.num_processes)
+    missing = [batch for batch in own_batches if not _batch_file(folder, batch).is_file()]
+    total = sum(map(len, own_batches))
     done = total - sum(map(len, missing))
-    with tqdm(
-        total=total, initial=done, desc=what, unit="pictures", disable=not state.is_main_process or not missing
-    ) as bar:
-        for part in missing:
-            pictures, kept = read([int(rows[place]) for place in part])
-            features = net(pictures) if len(kept) else np.empty((0, net.dim), np.float32)
-            _save(_file(folder, part), features, np.asarray(kept), hashlib.sha256(pictures.tobytes()).hexdigest())
-            bar.update(len(part))
+    hide_bar = not state.is_main_process or not missing
+    with tqdm(total=total, initial=done, desc=title, unit="images", disable=hide_bar) as bar:
+        for batch in missing:
+            images, rows_read = read([int(rows[index]) for index in batch])
+            features = net(images) if len(rows_read) else np.empty((0, net.dim), np.float32)
+            pixels_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+            _save_batch(_batch_file(folder, batch), features, np.asarray(rows_read), pixels_sha256)
+            bar.update(len(batch))
+
+    # Every rank reads all batches, so each must wait for the others' files.
     state.wait_for_everyone()
-    return _join([_file(folder, part) for part in batches(len(rows), batch_size)])
+    return _join_batches([_batch_file(folder, batch) for batch in batches(len(rows), batch_size)])
 
 
-def _file(folder: Path, part: range) -> Path:
-    return folder / f"from-{part.start:08d}.safetensors"
+def _batch_file(folder: Path, batch: range) -> Path:
+    return folder / f"from-{batch.start:08d}.safetensors"
 
 
-def _save(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> None:
+def _save_batch(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> None:
     with new_file(path) as partial:
         save_file({"features": features, "rows": rows.astype(np.int64)}, partial, {"pixels_sha256": pixels_sha256})
 
 
-def _join(files: list[Path]) -> Collected:
+def _join_batches(files: list[Path]) -> Collected:
     features, rows, pixels = [], [], hashlib.sha256()
     for file in files:
         with safe_open(file, "numpy") as opened:

@@ -1,4 +1,4 @@
-"""Reference statistics: features of real images with all that says what they are, kept to be compared with."""
+"""`dit-hf reference`: statistics of real images, stored with everything that identifies them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as a feature network sees them.
+    """Real images as a feature network represents them.
 
     Attributes:
-        info: What `reference.json` says: images, feature network, versions.
+        info: Content of `reference.json`: the images' summary, the feature network, versions.
         features: float32 [count, dim].
-        rows: Rows of the source they are of, int64 [count].
+        rows: Rows of the source that the features belong to, int64 [count].
         conditions: Ids of each condition by name, [count].
-        labels: Names of the values of those conditions that are classes.
-        gaussian: Their mean and covariance.
+        labels: Value names of those conditions that are classes.
+        gaussian: Mean and covariance of the features.
     """
 
     info: dict[str, Any]
@@ -47,15 +47,22 @@ class Reference:
     labels: dict[str, list[str]]
     gaussian: Gaussian
 
-    def attributes(self, known: list[str], labels: Mapping[str, list[str]] | None = None) -> list[Attributes] | None:
-        """The rows' conditions that are among `known`, in order, as ids; None without any.
+    def attributes(
+        self, valid_names: list[str], labels: Mapping[str, list[str]] | None = None
+    ) -> list[Attributes] | None:
+        """Return the conditions of each row, as ids, in order.
 
-        With `labels`, names of a pipeline's values, the ids are the pipeline's.
+        Args:
+            valid_names: The model's conditions; others of the reference are left out.
+            labels: Value names of the model's conditions; if given, ids are the model's instead of the reference's.
+
+        Returns:
+            A dict for each row, or None if the model and the reference share no condition.
 
         Raises:
-            ValueError: for a class that has no such name.
+            ValueError: for a class whose name the model does not have.
         """
-        names = [name for name in self.conditions if name in known]
+        names = [name for name in self.conditions if name in valid_names]
         if not names:
             return None
         ids = {name: self.conditions[name] for name in names}
@@ -64,17 +71,19 @@ class Reference:
         return [dict(zip(names, row, strict=True)) for row in zip(*(ids[n].tolist() for n in names), strict=True)]
 
     def check(self, net: FeatureNet, resolution: str) -> None:
-        """Refuse to be compared with what is not comparable.
+        """Check that features of `net` at `resolution` are comparable with these.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: if not, naming every difference.
         """
         before, now = self.info["features"], net.identity()
-        different = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before[name] != value]
+        differences = [
+            f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before[name] != value
+        ]
         if self.info["pictures"]["resolution"] != resolution:
-            different.append(f"images of {self.info['pictures']['resolution']} px, now {resolution}")
-        if different:
-            raise ValueError(f"the reference does not match what is evaluated: {'; '.join(different)}")
+            differences.append(f"images of {self.info['pictures']['resolution']} px, now {resolution}")
+        if differences:
+            raise ValueError(f"the reference does not match what is evaluated: {'; '.join(differences)}")
 
 
 def reference(
@@ -90,7 +99,7 @@ def reference(
     dataset_config_name: str | None = None,
     batch_size: int = 64,
 ) -> Path:
-    """Compute reference statistics of the images of any source; a call that was killed goes on where it was.
+    """Compute reference statistics of the images of any source; a killed call is resumed by calling it again.
 
     Under `accelerate launch` or `torchrun` every rank does its part.
 
@@ -103,10 +112,10 @@ def reference(
         feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
         resolution: `N` or `HxW` pixels, those of the model that will be evaluated (a cache has its own).
         crop: `celeba-178`, `celeba-140`, `center` or `none`.
-        split: only this part of a source that comes divided.
-        num_images: only so many images.
-        seed: which avatars.
-        dataset_config_name: which configuration of a data set on the Hub.
+        split: only this split of a source that has several.
+        num_images: only the first so many images.
+        seed: of the avatars.
+        dataset_config_name: configuration of a data set on the Hub.
         batch_size: images at once.
 
     Returns:
@@ -118,101 +127,106 @@ def reference(
         ValueError: for options that do not fit, or if too many of the images cannot be read.
     """
     net = load_features(features, feature_weights, ranks().device)
-    pictures = open_reference_images(source, resolution, crop, split, num_images, seed, dataset_config_name)
-    made = make_reference(Path(output_dir), pictures, net, batch_size)
+    images = open_reference_images(source, resolution, crop, split, num_images, seed, dataset_config_name)
+    statistics = make_reference(Path(output_dir), images, net, batch_size)
     if ranks().is_main_process:
-        print(f"{output_dir}: {describe(made)}", flush=True)
+        print(f"{output_dir}: {describe(statistics)}", flush=True)
     return Path(output_dir)
 
 
-def make_reference(folder: Path, pictures: ReferenceImages, net: FeatureNet, batch_size: int) -> Reference:
-    """The statistics of `pictures`, of `folder` where they are there already; to be called on all ranks.
+def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch_size: int) -> Reference:
+    """Compute the statistics of `images`, or read them from `folder`; must be called on all ranks.
 
     Raises:
-        FileExistsError: if the folder holds others, or something else.
+        FileExistsError: if the folder holds other statistics, or something else.
         ValueError: if too many of the images cannot be read.
     """
-    state, asked = ranks(), statistics_identity(pictures, net)
-    parts = partial_folder(folder).with_name(f".{folder.name}.features")
+    state, identity = ranks(), statistics_identity(images, net)
     finished = (folder / INFO).is_file()
     if not (finished or is_missing_or_empty(folder)):
         raise FileExistsError(f"output_dir {folder} holds something else (no {INFO}); name a new folder")
-    state.wait_for_everyone()  # all ranks have seen the same
+    # All ranks must have looked at the folder before the main process writes to it.
+    state.wait_for_everyone()
     if not finished:
+        # Features are collected beside the folder, so that it appears complete or not at all.
+        parts = partial_folder(folder).with_name(f".{folder.name}.features")
         with disk_errors(f"output_dir {folder}"):
-            found = collect(
+            collected = collect(
                 parts,
                 net,
-                pictures.read_whole,
-                range(pictures.count),
+                images.read_intact,
+                range(images.count),
                 batch_size,
-                {"pictures": asked["pictures"]},
+                {"pictures": identity["pictures"]},
                 "real images",
             )
-            check_left_out(pictures, found.rows)
+            check_left_out(images, collected.rows)
             if state.is_main_process:
-                _write(folder, pictures, asked, found)
+                _write(folder, images, identity, collected)
                 shutil.rmtree(parts)
+        # The other ranks read the folder next.
         state.wait_for_everyone()
-    made = load_reference(folder)
-    if made.info["asked"] != asked:
-        raise FileExistsError(f"{folder} holds other statistics ({describe(made)}); name a new folder")
-    return made
+    statistics = load_reference(folder)
+    if statistics.info["asked"] != identity:
+        raise FileExistsError(f"{folder} holds other statistics ({describe(statistics)}); name a new folder")
+    return statistics
 
 
-def statistics_identity(pictures: ReferenceImages, net: FeatureNet) -> dict[str, Any]:
-    """What decides the statistics, as JSON has it."""
-    return {"pictures": json.loads(json.dumps(pictures.facts)), "features": net.identity()}
+def statistics_identity(images: ReferenceImages, net: FeatureNet) -> dict[str, Any]:
+    """Return everything that decides the statistics, in the types that JSON reads back."""
+    return {"pictures": json.loads(json.dumps(images.summary)), "features": net.identity()}
 
 
 def load_reference(folder: Path) -> Reference:
-    """Read what `dit-hf reference` wrote.
+    """Read a folder of `dit-hf reference`.
 
     Raises:
-        ValueError: if it is damaged or of another version.
+        ValueError: if it is damaged or of another format version.
     """
     info = read_manifest(folder, INFO)
     if info["format"] != FORMAT_VERSION:
-        raise ValueError(f"{folder} holds statistics of format {info['format']}, not {FORMAT_VERSION}")
+        raise ValueError(f"{folder}: expected statistics of format {FORMAT_VERSION}, got format {info['format']}")
     tensors = load_file(folder / STATISTICS)
     mean, covariance = (torch.from_numpy(tensors[name]) for name in ("mean", "covariance"))
     features = tensors["features"]
-    few = len(features) <= features.shape[1]
+    # With few images the features themselves are the smaller factor of the covariance.
+    few_images = len(features) <= features.shape[1]
     return Reference(
         info=info,
         features=features,
         rows=tensors["rows"],
         conditions={name: tensors[f"condition.{name}"] for name in info["conditions"]},
         labels=info.get("condition_labels", {}),
-        gaussian=Gaussian.of(features) if few else Gaussian.of_statistics(mean, covariance, len(features)),
+        gaussian=Gaussian.of(features) if few_images else Gaussian.of_statistics(mean, covariance, len(features)),
     )
 
 
-def describe(made: Reference) -> str:
-    """A line that says what statistics these are."""
-    pictures, features = made.info["pictures"], made.info["features"]
+def describe(statistics: Reference) -> str:
+    """Return one line that identifies statistics: number, source and hash of the images, size, feature network."""
+    images, features = statistics.info["pictures"], statistics.info["features"]
     return (
-        f"{len(made.features):,} images of {pictures['source']} ({pictures['pixels_sha256'][:12]}), "
-        f"{pictures['resolution']} px, {features['name']} ({features['weights_sha256'][:12]})"
+        f"{len(statistics.features):,} images of {images['source']} ({images['pixels_sha256'][:12]}), "
+        f"{images['resolution']} px, {features['name']} ({features['weights_sha256'][:12]})"
     )
 
 
 def versions() -> dict[str, str]:
-    """Of what can change a figure."""
+    """Return the versions of the packages that can change a figure."""
     names = ("torch", "diffusers", "transformers", "numpy", "pillow")
     from .. import __version__
 
     return {"dit_hf": __version__} | {name: version(name) for name in names}
 
 
-def _write(folder: Path, pictures: ReferenceImages, asked: dict[str, Any], found: Collected) -> None:
-    values, rows = found.features.astype(np.float64), found.rows
+def _write(folder: Path, images: ReferenceImages, identity: dict[str, Any], collected: Collected) -> None:
+    """Write statistics and manifest; features and conditions are those of the readable rows."""
+    values, rows = collected.features.astype(np.float64), collected.rows
     tensors = {
-        "mean": values.mean(0),
-        "covariance": np.atleast_2d(np.cov(values, rowvar=False)),
-        "features": found.features,
-        "rows": rows,
-        **{f"condition.{name}": np.array(ids, np.int16)[rows] for name, ids in pictures.conditions.items()},
+        "mean": values.mean(0),  # [dim]
+        "covariance": np.atleast_2d(np.cov(values, rowvar=False)),  # [dim, dim]
+        "features": collected.features,  # [count, dim]
+        "rows": rows,  # [count]
+        **{f"condition.{name}": np.array(ids, np.int16)[rows] for name, ids in images.conditions.items()},
     }
     with new_folder(folder) as partial:
         save_file(tensors, partial / STATISTICS)
@@ -220,10 +234,10 @@ def _write(folder: Path, pictures: ReferenceImages, asked: dict[str, Any], found
             partial,
             INFO,
             format=FORMAT_VERSION,
-            pictures={**asked["pictures"], "pictures": len(rows), "pixels_sha256": found.pixels_sha256},
-            features=asked["features"],
-            conditions=list(pictures.conditions),
-            condition_labels=pictures.labels,
-            asked=asked,
+            pictures={**identity["pictures"], "pictures": len(rows), "pixels_sha256": collected.pixels_sha256},
+            features=identity["features"],
+            conditions=list(images.conditions),
+            condition_labels=images.labels,
+            asked=identity,
             versions=versions(),
         )

@@ -185,7 +185,7 @@ def test_another_protocol_replaces_the_report_and_the_earlier_one_is_soon_repeat
     capsys.readouterr()
     evaluate(str(run), str(statistics), **options)
     assert report_of(folder) == report_of(evaluated)
-    assert "pictures/s" not in capsys.readouterr().err  # nothing was drawn again
+    assert "images/s" not in capsys.readouterr().err  # nothing was drawn again
 
 
 def test_a_run_is_compared_with_other_pictures_and_by_other_features_in_its_own_folder(config, net):
@@ -254,7 +254,7 @@ def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
         ({"num_samples": 4}, "num_samples=4 must be at least"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
-        ({"reference": "few"}, "the reference has 20 images, and at least 32 are needed"),
+        ({"reference": "few"}, "expected at least 32 reference images, got 20"),
         ({"model": "nowhere"}, "no pipeline could be loaded"),
         ({"reference": None}, "give --reference"),
         ({"reference": "nowhere"}, "no such folder"),
