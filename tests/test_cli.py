@@ -26,7 +26,7 @@ def run(capsys, *args):
         (["train", "--config", "recipes/avatars.yaml", "--train.max_train_step", "3"], 2, "max_train_steps"),
         (["train", "--config", "recipes/avatars.yaml", "--optim.learning_rate", "fast"], 2, "optim.learning_rate"),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["train", "--data.latents", "nowhere"], 1, "no latent cache"),
+        (["train", "--data.latents", "nowhere"], 1, "not a latent cache"),
         (["prepare-latents", "--source", "nowhere", "--vae", "avatar", "--output_dir", "x"], 1, "no such folder"),
         (["demo", "--minutes", "-1"], 1, "minutes=-1"),
     ],

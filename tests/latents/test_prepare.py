@@ -83,14 +83,14 @@ def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents,
     before = (latents / "latents.json").stat().st_mtime_ns
     prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=60)
     assert "already holds" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=r"60 pictures.*, now avatars, 61 pictures"):
+    with pytest.raises(FileExistsError, match=r"source avatars, 60 images.*, now avatars, 61 images"):
         prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=61)
     assert (latents / "latents.json").stat().st_mtime_ns == before
 
 
 def folder_of_avatars(tmp_path, count):
     """A folder with `count` images: 000.png and so on."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "faces"
     folder.mkdir()
     for i, row in enumerate(open_images("avatars", resolution=16, num_images=count)):
         row["image"].save(folder / f"{i:03}.png")
@@ -143,7 +143,7 @@ def test_an_unfinished_or_damaged_cache_is_not_read(latents, tmp_path):
     data.write_bytes(data.read_bytes()[:-8])
     with pytest.raises(ValueError, match="damaged"):
         open_latents(copy)
-    with pytest.raises(ValueError, match="no latent cache"):
+    with pytest.raises(ValueError, match="not a latent cache"):
         open_latents(tmp_path)
 
 
@@ -280,15 +280,13 @@ def test_two_builds_of_one_cache_do_not_meet(tmp_path, vae_folder):
 
 
 def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_folder):
-    source = tmp_path / "pictures"
+    source = tmp_path / "faces"
     source.mkdir()
     for i in range(6):
         render_face(choose_face(0, i), 32).save(source / f"{i}.png")
     prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
     render_face(choose_face(1, 0), 32).save(source / "5.png")
-    with pytest.raises(
-        FileExistsError, match=r"source pictures, 6 pictures \(\w+\), now pictures, 6 pictures \(\w+\)"
-    ):
+    with pytest.raises(FileExistsError, match=r"source faces, 6 images \(\w+\), now faces, 6 images \(\w+\)"):
         prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
     render_face(choose_face(0, 5), 32).save(source / "5.png")
     other_vaes()["tiny"].save_pretrained(tmp_path / "vae")
@@ -296,8 +294,8 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
         prepare_latents(str(tmp_path / "latents"), str(source), str(tmp_path / "vae"), "16")
     with pytest.raises(FileExistsError, match="crop center, now none"):
         prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16", crop="none")
-    source.rename(tmp_path / "pictures2")  # the same images elsewhere are the same
-    prepare_latents(str(tmp_path / "latents"), str(tmp_path / "pictures2"), str(vae_folder), "16")
+    source.rename(tmp_path / "faces2")  # the same images elsewhere are the same
+    prepare_latents(str(tmp_path / "latents"), str(tmp_path / "faces2"), str(vae_folder), "16")
 
 
 def run_limited(limit: str, *options: str) -> subprocess.CompletedProcess:
@@ -327,7 +325,7 @@ def test_a_half_copied_cache_is_named(tmp_path, latents, vae_folder):
     with pytest.raises(ValueError, match="damaged: data-"):
         prepare_latents(str(tmp_path / "half"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
     (tmp_path / "half" / "latents.json").unlink()
-    with pytest.raises(FileExistsError, match="holds something else than a whole cache"):
+    with pytest.raises(FileExistsError, match=r"holds something else \(no latents\.json\); name a new folder"):
         prepare_latents(str(tmp_path / "half"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
 
 
@@ -398,7 +396,7 @@ def test_pictures_that_cannot_become_a_cache_are_one_line(tmp_path, vae_folder):
         prepare_latents(str(tmp_path / "out"), str(tmp_path / "broken"), str(vae_folder), "16", max_left_out=1.0)
     Image.new("RGB", (16, 16)).save(tmp_path / "broken" / "a.png")
     (tmp_path / "broken" / "metadata.csv").write_text("file_name,latent_mean\na.png,1\n")
-    with pytest.raises(ValueError, match="the source has a column latent_mean, as the cache has"):
+    with pytest.raises(ValueError, match="the source has a column latent_mean, which is a column of the cache too"):
         prepare_latents(str(tmp_path / "other"), str(tmp_path / "broken"), str(vae_folder), "16")
 
 
