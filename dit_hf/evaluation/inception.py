@@ -1,9 +1,8 @@
 """The Inception-v3 of the Fréchet Inception distance: TensorFlow's network of 2015-12-05, for features.
 
-It differs from the Inception-v3 of torchvision: average pooling leaves the padding out of the mean, the last block
-pools by the maximum, and there are 1,008 classes. Layers are named as in the weights that pytorch-fid and
-torch-fidelity publish. Architecture: Szegedy et al., "Rethinking the Inception Architecture"
-(https://arxiv.org/abs/1512.00567).
+It differs from torchvision's Inception-v3: average pooling excludes the padding from the mean, the last block pools by
+the maximum, and there are 1,008 classes. Layers are named as in the weights that pytorch-fid and torch-fidelity
+publish. Architecture: Szegedy et al., "Rethinking the Inception Architecture" (https://arxiv.org/abs/1512.00567).
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ _max_pool = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class FIDInception(nn.Module):
-    """Images (x - 128) / 128 of 299 px, [batch, 3, 299, 299], to features pooled over space.
+    """Network from images (x - 128) / 128 of 299 px, [batch, 3, 299, 299], to spatially pooled features, [batch, dim].
 
     Args:
-        features: 2048 (`pool3`, what the FID is defined on), or 64 (after the first max pooling).
+        features: 2048 (`pool3`, on which the FID is defined), or 64 (after the first max pooling).
     """
 
     def __init__(self, features: int = 2048):
@@ -48,16 +47,16 @@ class FIDInception(nn.Module):
         self.Mixed_7c = _BlockE(2048, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
-        hidden = _max_pool(hidden)
+        hidden = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))  # [batch, 64, 147, 147]
+        hidden = _max_pool(hidden)  # [batch, 64, 73, 73]
         if self.features == 64:
-            return hidden.mean((2, 3))
-        hidden = _max_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden)))
-        hidden = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden)))
-        hidden = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(hidden)))
-        hidden = self.Mixed_6e(self.Mixed_6d(hidden))
-        hidden = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(hidden)))
-        return hidden.mean((2, 3))
+            return hidden.mean((2, 3))  # [batch, 64]
+        hidden = _max_pool(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden)))  # [batch, 192, 35, 35]
+        hidden = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(hidden)))  # [batch, 288, 35, 35]
+        hidden = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(hidden)))  # [batch, 768, 17, 17]
+        hidden = self.Mixed_6e(self.Mixed_6d(hidden))  # [batch, 768, 17, 17]
+        hidden = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(hidden)))  # [batch, 2048, 8, 8]
+        return hidden.mean((2, 3))  # [batch, 2048]
 
 
 class _Convolution(nn.Module):
@@ -66,8 +65,9 @@ class _Convolution(nn.Module):
     def __init__(self, channels: int, width: int, kernel: int | tuple[int, int], stride: int = 1, padding: int = 0):
         super().__init__()
         sizes = (kernel, kernel) if isinstance(kernel, int) else kernel
-        around = (padding, padding) if sizes[0] == sizes[1] else (sizes[0] // 2, sizes[1] // 2)
-        self.conv = nn.Conv2d(channels, width, sizes, stride, around, bias=False)
+        # 1x7 and 7x1 kernels keep the size.
+        paddings = (padding, padding) if sizes[0] == sizes[1] else (sizes[0] // 2, sizes[1] // 2)
+        self.conv = nn.Conv2d(channels, width, sizes, stride, paddings, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class _Convolution(nn.Module):
 
 
 class _BlockA(nn.Module):
-    """35 x 35: 1x1, 5x5, two 3x3, and pooling."""
+    """Block on 35 x 35, branches: 1x1, 5x5, two 3x3, pooling."""
 
     def __init__(self, channels: int, pool: int):
         super().__init__()
@@ -90,11 +90,12 @@ class _BlockA(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(hidden)))
         five = self.branch5x5_2(self.branch5x5_1(hidden))
-        return torch.cat([self.branch1x1(hidden), five, double, self.branch_pool(_average_pool(hidden))], 1)
+        pooled = self.branch_pool(_average_pool(hidden))
+        return torch.cat([self.branch1x1(hidden), five, double, pooled], 1)  # [batch, 224 + pool, 35, 35]
 
 
 class _BlockB(nn.Module):
-    """35 x 35 to 17 x 17."""
+    """Reduction from 35 x 35 to 17 x 17, branches: 3x3, two 3x3, pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,11 +106,11 @@ class _BlockB(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(hidden)))
-        return torch.cat([self.branch3x3(hidden), double, _max_pool(hidden)], 1)
+        return torch.cat([self.branch3x3(hidden), double, _max_pool(hidden)], 1)  # [batch, 768, 17, 17]
 
 
 class _BlockC(nn.Module):
-    """17 x 17: 1x1, 7x7 in two steps, twice that, and pooling."""
+    """Block on 17 x 17, branches: 1x1, factorized 7x7, two factorized 7x7, pooling."""
 
     def __init__(self, inner: int):
         super().__init__()
@@ -128,11 +129,12 @@ class _BlockC(nn.Module):
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(hidden)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(hidden)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(hidden), seven, double, self.branch_pool(_average_pool(hidden))], 1)
+        pooled = self.branch_pool(_average_pool(hidden))
+        return torch.cat([self.branch1x1(hidden), seven, double, pooled], 1)  # [batch, 768, 17, 17]
 
 
 class _BlockD(nn.Module):
-    """17 x 17 to 8 x 8."""
+    """Reduction from 17 x 17 to 8 x 8, branches: 3x3, factorized 7x7 and 3x3, pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,11 +148,12 @@ class _BlockD(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         seven = self.branch7x7x3_2(self.branch7x7x3_1(hidden))
         seven = self.branch7x7x3_4(self.branch7x7x3_3(seven))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(hidden)), seven, _max_pool(hidden)], 1)
+        three = self.branch3x3_2(self.branch3x3_1(hidden))
+        return torch.cat([three, seven, _max_pool(hidden)], 1)  # [batch, 1280, 8, 8]
 
 
 class _BlockE(nn.Module):
-    """8 x 8: 1x1, 3x3 as a row and a column, twice that, and what `pool` leaves."""
+    """Block on 8 x 8, branches: 1x1, 3x3 split into a row and a column, the same after a 3x3, and `pool`."""
 
     def __init__(self, channels: int, pool: functools.partial):
         super().__init__()
@@ -176,4 +179,4 @@ class _BlockE(nn.Module):
             self.branch3x3dbl_3b(double),
             self.branch_pool(self.pool(hidden)),
         ]
-        return torch.cat(branches, 1)
+        return torch.cat(branches, 1)  # [batch, 2048, 8, 8]

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ..data.conditions import remap_class_ids
-from ..pipelines.guidance import Attributes
+from ..pipelines.attributes import Attributes
 from ..storage import disk_errors, is_missing_or_empty, new_folder, partial_folder, read_manifest, write_manifest
 from .extract import Collected, collect, ranks
 from .features import FeatureNet, load_features
