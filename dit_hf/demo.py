@@ -20,7 +20,7 @@ from .data.sources import AVATARS, open_source
 from .image_grid import make_grid, save_grid, side_by_side
 from .latents.cache import open_latents
 from .latents.prepare import prepare_latents
-from .pipelines.guidance import Attributes
+from .pipelines.attributes import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .runs import RunFolder
 from .storage import write_text

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..pipelines.guidance import AttributeValue
+from ..pipelines.attributes import AttributeValue
 from ..storage import first_line
 from .studio import Control, Settings, Studio, read_image, union
 

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageOps
 
 from ..data.transforms import Geometry, decode_image
-from ..pipelines.guidance import Attributes, AttributeValue
+from ..pipelines.attributes import Attributes, AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline

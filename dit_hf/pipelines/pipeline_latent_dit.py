@@ -1,11 +1,11 @@
-"""Images from a latent Diffusion Transformer, with or without attributes."""
+"""The pipeline that generates images with a latent Diffusion Transformer, with or without attributes."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,11 +18,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .guidance import Attributes, AttributeValue, Guidance, GuidanceOptions
+from .attributes import Attributes, attribute_rows, check_attributes, condition_ids
+from .guidance import Guidance, GuidanceOptions, build_guidance
 from .interpolation import interpolate_noises
 from .standalone import standalone_source
 
-# The pixels that go through the VAE at a time, which needs far more memory for an image than the transformer.
+# Pixels that go through the VAE at a time. It needs far more memory for an image than the transformer does.
 VAE_PIXELS = 16 * 256 * 256
 
 
@@ -33,16 +34,17 @@ class LatentDiTPipeline(DiffusionPipeline):
     Args:
         transformer: The denoiser.
         scheduler: A [`CosineLatentScheduler`], or one of diffusers' made with `from_config` of its config (see there).
-        vae: An `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, which decodes the latents; None leaves
-            `output_type="latent"`.
+        vae: An `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, which decodes the latents; with None only
+            `output_type="latent"` is possible.
         latents_mean: Mean of the VAE's latents by channel: the model works on `(latents - mean) / std`. None is the
             VAE's `shift_factor`, or 0.
         latents_std: Their standard deviation by channel; None is `1 / scaling_factor` of the VAE.
-        guidance_scale: What a call without `guidance_scale` uses.
+        guidance_scale: The default of a call.
         condition_labels: Names of the values of a condition, e.g. `{"class": ["cat", "dog"]}`; conditions without an
             entry take booleans and numbers.
     """
 
+    # DiffusionPipeline of diffusers 0.42.1 reads the first three names; callbacks set `_interrupt`.
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
@@ -61,6 +63,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         condition_labels: dict[str, list[str]] | None = None,
     ):
         super().__init__()
+        # 1. The components, and the statistics by which latents are normalised.
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         channels = transformer.config.in_channels
         if latents_mean is None:
@@ -69,12 +72,16 @@ class LatentDiTPipeline(DiffusionPipeline):
             latents_std = [1 / getattr(getattr(vae, "config", None), "scaling_factor", 1.0)] * channels
         if not len(latents_mean) == len(latents_std) == channels:
             raise ValueError(f"latents_mean and latents_std must have {channels} numbers, one a channel")
+
+        # 2. The config, which is saved in model_index.json.
         self.register_to_config(
             latents_mean=list(latents_mean),
             latents_std=list(latents_std),
             guidance_scale=guidance_scale,
             condition_labels=condition_labels or {},
         )
+
+        # 3. The image processor: every block of the VAE but the last halves the side.
         config = getattr(vae, "config", {})
         blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels") or [0]
         self.image_processor = VaeImageProcessor(
@@ -102,21 +109,21 @@ class LatentDiTPipeline(DiffusionPipeline):
         Generate images.
 
         Args:
-            attributes: What to ask for, a dict (`{"Smiling": True, "Eyeglasses": False}`, `{"class": "cat"}`) or a
-                list of dicts, one an image. Names left out are not asked for; None asks for nothing.
-            batch_size: Number of images when `attributes` is None or one dict.
+            attributes: The requested attributes, a dict (`{"Smiling": True, "Eyeglasses": False}`, `{"class": "cat"}`)
+                or a list of dicts, one an image. Names left out are the null condition; None is unconditional.
+            batch_size: Number of images if `attributes` is None or one dict.
             num_images_per_prompt: Images for each row of attributes.
             num_inference_steps: Denoising steps.
-            guidance_scale: Classifier-free guidance (https://arxiv.org/abs/2207.12598), 1 is none; None is the value
-                in the pipeline's config. It has no effect where nothing is asked for.
-            eta: 0 is deterministic, 1 as noisy as DDPM; only schedulers that know it use it.
-            generator: For the first noise and that of `eta`; a list has one for each image.
-            latents: The first noise itself, [images, channels, height, width], unit variance; sets the size too.
+            guidance_scale: Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598), 1 is none; None is
+                the value in the pipeline's config. It has no effect on unconditional images.
+            eta: 0 is deterministic, 1 as noisy as DDPM; schedulers without it ignore it.
+            generator: Samples the initial noise and that of `eta`; a list has one for each image.
+            latents: The initial noise itself, [images, channels, height, width], unit variance; sets the size too.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"` (the model's normalised latents).
-            return_dict: False for the tuple `(images,)`.
+            return_dict: False returns the tuple `(images,)`.
             callback_on_step_end: Called as `f(pipeline, step, timestep, tensors)` after each step; may return changed
                 tensors.
-            callback_on_step_end_tensor_inputs: Which tensors it gets.
+            callback_on_step_end_tensor_inputs: Names of the tensors that it gets.
             guidance_options: See `GuidanceOptions`.
 
         Returns:
@@ -127,76 +134,80 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         # 1. Check inputs.
         self._check_inputs(attributes, batch_size, output_type, callback_on_step_end_tensor_inputs)
-        rows = self._rows(attributes, batch_size, num_images_per_prompt)
-        options = (attributes is not None, guidance_scale, num_images_per_prompt)
-        guidance = self._prepare_guidance(rows, *options, **guidance_options)
+        rows = attribute_rows(attributes, batch_size, num_images_per_prompt)
+        guidance = self._prepare_guidance(
+            rows,
+            conditional=attributes is not None,
+            guidance_scale=guidance_scale,
+            num_images_per_row=num_images_per_prompt,
+            **guidance_options,
+        )
 
-        # 2. Noise, and the timesteps.
+        # 2. Prepare noise and timesteps. Euler's `init_noise_sigma` is known only after `set_timesteps`.
         device = self._execution_device
         latents = self._prepare_latents(len(rows), generator, latents, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
 
         # 3. Denoise.
-        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(latents, self.scheduler.timesteps, guidance, eta, generator, *on_step_end)
+        latents = self._denoise(
+            latents,
+            self.scheduler.timesteps,
+            guidance,
+            eta=eta,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
         # 4. Decode.
         return self._output(latents, output_type, return_dict)
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the last call."""
+        """Number of steps of the last call."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """The timestep of the step under way, which some of diffusers' caches ask for."""
+        """The timestep of the current step, which some of diffusers' caches read; None outside a call."""
         return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
-        """Whether the rest of the steps is left out: a callback sets `pipeline._interrupt`, as diffusers documents."""
+        """True skips the remaining steps: a callback sets `pipeline._interrupt`, as diffusers documents."""
         return self._interrupt
 
     def encode_attributes(
         self, attributes: Attributes | Sequence[Attributes] | None, batch_size: int = 1
     ) -> torch.Tensor:
-        """Condition ids, int64 [rows, conditions] in the order of the transformer's config; see `__call__`.
+        """Return condition ids, int64 [rows, conditions] in the order of the transformer's config; see `__call__`.
 
         Raises:
-            ValueError: for a name or value that the model does not know, listing those it knows.
+            ValueError: for a name or value that the model does not have; the message lists the valid ones.
         """
-        rows = self._rows(attributes, batch_size)
-        conditions = self.transformer.config.conditions or {}
-        ids = torch.tensor([list(conditions.values())] * len(rows), dtype=torch.int64)  # all null
-        names = list(conditions)
-        for row, wanted in enumerate(rows):
-            for name, value in (wanted or {}).items():
-                if name not in conditions:
-                    known = ", ".join(names) or "none, this model is unconditional"
-                    raise ValueError(f"attribute {name!r} is unknown; known are {known}")
-                ids[row, names.index(name)] = self._value_id(name, value, conditions[name])
-        return ids
+        rows = attribute_rows(attributes, batch_size)
+        return condition_ids(rows, self.transformer.config.conditions or {}, self.config.condition_labels)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Images of the model's normalised latents [batch, channels, height, width], as `output_type` says.
+        """Decode the model's normalised latents, [batch, channels, height, width], to images of an `output_type`.
 
         Raises:
-            ValueError: if they are beyond what the VAE's precision holds.
+            ValueError: if an image is not finite, which means an overflow in the VAE's precision.
         """
         mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
-        parts = self._vae_parts(latents, self.image_processor.config.vae_scale_factor)
+        parts = self._split_for_vae(latents, self.image_processor.config.vae_scale_factor)
         pixels = torch.cat([self.vae.decode(part).sample for part in parts])
+        # Half precision overflows in some VAEs, and PIL would turn NaN into a black image.
         if not torch.isfinite(pixels).all():
             dtype = str(self.vae.dtype).removeprefix("torch.")
             raise ValueError(f"decoded images are not finite: does the VAE need more than {dtype}? pipe.vae.float()")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
-    def _vae_parts(self, images: torch.Tensor, factor: int = 1) -> tuple[torch.Tensor, ...]:
-        """Images [batch, channels, height, width], or latents of a side `factor` times smaller, a few at a time."""
+    def _split_for_vae(self, images: torch.Tensor, factor: int = 1) -> tuple[torch.Tensor, ...]:
+        """Split images, or latents whose side is `factor` times smaller, into batches of about `VAE_PIXELS`."""
         return images.split(max(1, VAE_PIXELS // (images[0, 0].numel() * factor**2)))
 
     @torch.no_grad()
@@ -209,14 +220,14 @@ class LatentDiTPipeline(DiffusionPipeline):
         **options: Any,
     ) -> list[Any]:
         r"""
-        Frames between noises: each the image of a point on the arc from one noise to the next.
+        Generate the frames of a film between noises: each is the image of a point on the arc from one to the next.
 
         Args:
             num_frames: Frames from one noise to the next, both ends included.
-            latents: The noises, [two or more, channels, height, width]; None draws two.
-            generator: For those.
-            attributes: What to ask for in every frame.
-            options: Of a call.
+            latents: The noises, [two or more, channels, height, width]; None samples two.
+            generator: Samples those.
+            attributes: The requested attributes, the same for every frame.
+            options: Further arguments of `__call__`.
 
         Returns:
             The images, `num_frames` of them and `num_frames - 1` more for each noise beyond the second.
@@ -225,36 +236,44 @@ class LatentDiTPipeline(DiffusionPipeline):
             ValueError: for less than two frames or noises.
         """
         if latents is None:
-            latents = self.draw_noise(2, generator)
+            latents = self.sample_noise(2, generator)
         frames = interpolate_noises(latents, num_frames)
         options |= {"latents": frames, "return_dict": False}
+        # By the class, because the calls of the subclasses take an image.
         return LatentDiTPipeline.__call__(self, attributes, len(frames), **options)[0]
 
-    def draw_noise(
+    def sample_noise(
         self, batch_size: int = 1, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """Noise of the size that the model was trained on, [batch_size, channels, height, width]; see `latents`."""
-        size, channels = self.transformer.config.sample_size, self.transformer.config.in_channels
-        return self._noise((batch_size, channels, *((size, size) if isinstance(size, int) else size)), generator)
+        """Sample noise, [batch_size, channels, height, width] of the trained size, to pass as `latents`."""
+        return self._noise((batch_size, self.transformer.config.in_channels, *self.transformer.latent_size), generator)
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the images that the model was trained on."""
+        height, width = self.transformer.latent_size
+        factor = self.image_processor.config.vae_scale_factor
+        return height * factor, width * factor
 
     @property
     def components(self) -> dict[str, Any]:
-        """All that `__init__` takes: another of the pipelines made with it works on the same latents."""
+        """All arguments of `__init__`, so that another pipeline made with them works on the same latents."""
         return {**super().components, **super().parameters}
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Nothing: what diffusers keeps here is among the `components`."""
+        """An empty dict: the arguments that diffusers lists here are among the `components`."""
         return {}
 
     def to_json_string(self) -> str:
-        """The index as JSON, so that `DiffusionPipeline.from_pretrained` finds every class after `import dit_hf`.
+        """Return the index as JSON, with which `DiffusionPipeline.from_pretrained` works after `import dit_hf`.
 
-        It is that of a [`LatentDiTPipeline`] for those that are made of its parts too, so that it loads everywhere.
+        Subclasses write the index of a [`LatentDiTPipeline`] too, which loads without dit_hf as well.
         """
         index = json.loads(super().to_json_string())
         index["_class_name"] = LatentDiTPipeline.__name__
-        index.pop("_name_or_path", None)
+        index.pop("_name_or_path", None)  # a path of this machine
+        # diffusers looks for our classes in its own module, where importing dit_hf puts them.
         for name, value in index.items():
             if (
                 isinstance(value, list)
@@ -265,22 +284,34 @@ class LatentDiTPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the index, and beside it `pipeline.py`, with which it loads where dit_hf is not installed.
+        """Save the index, and beside it `pipeline.py`, with which the pipeline loads without dit_hf.
 
-        The components, saved before it, are not to tell either where they were loaded from.
+        Also remove from the configs of the components, which diffusers saves first, where they were loaded from.
         """
+        # 1. Paths of this machine do not belong into a folder that is published.
         for path in Path(save_directory).glob("*/*config.json"):
             config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+        # 2. The code, as the files of all that this one imports from the package, in the order of their imports.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        parts = (LatentDiTTransformer2DModel, CosineLatentScheduler, Guidance, interpolate_noises, standalone_source)
-        code = standalone_source(*parts, LatentDiTPipeline)
+        code = standalone_source(
+            LatentDiTTransformer2DModel,
+            CosineLatentScheduler,
+            condition_ids,
+            Guidance,
+            interpolate_noises,
+            standalone_source,
+            LatentDiTPipeline,
+        )
         (Path(save_directory) / "pipeline.py").write_text(code, encoding="utf-8")
+
+        # 3. The index last, because its presence makes the folder a pipeline; it may also push the folder.
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's latents by channel, [1, channels, 1, 1]."""
+        """Return mean and standard deviation of the VAE's latents by channel, each [1, channels, 1, 1]."""
         mean, std = (
             torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1)
             for values in (self.config.latents_mean, self.config.latents_std)
@@ -294,39 +325,21 @@ class LatentDiTPipeline(DiffusionPipeline):
         output_type: str,
         tensor_inputs: list[str],
     ) -> None:
-        rows = [attributes] if attributes is None or isinstance(attributes, Mapping) else attributes
-        if not isinstance(rows, list | tuple) or not all(row is None or isinstance(row, Mapping) for row in rows):
-            raise ValueError(f"attributes={attributes!r} must be a dict like {{'Smiling': True}}, or a list of dicts")
-        if isinstance(attributes, Sequence) and batch_size not in (1, len(attributes)):
-            raise ValueError(f"batch_size={batch_size}, but attributes has {len(attributes)} rows; leave one out")
-        if batch_size < 1 or (attributes is not None and len(rows) == 0):
-            raise ValueError("at least one image must be asked for")
+        """Check the arguments of a call that need no model.
+
+        Raises:
+            ValueError: naming the argument and what is expected.
+        """
+        check_attributes(attributes, batch_size)
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} is unknown; known are pil, np, pt, latent")
+            raise ValueError(f"expected output_type pil, np, pt or latent, got {output_type!r}")
         if output_type != "latent" and self.vae is None:
-            raise ValueError("this pipeline has no vae; ask for output_type='latent'")
+            raise ValueError("this pipeline has no vae; only output_type='latent' is possible")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs {sorted(unknown)} not in {self._callback_tensor_inputs}"
             )
-
-    def _value_id(self, name: str, value: AttributeValue, count: int) -> int:
-        if value is None:
-            return count  # the null value
-        labels = self.config.condition_labels.get(name)
-        if isinstance(value, str):
-            if labels is None or value not in labels:
-                known = ", ".join(labels) if labels else f"0 to {count - 1}"
-                raise ValueError(f"{name}={value!r} is unknown; known are {known}")
-            return labels.index(value)
-        try:
-            number = int(value)
-        except (TypeError, ValueError):  # of lists and the like
-            number = -1
-        if number != value or not 0 <= number < count:
-            raise ValueError(f"{name}={value} is none of the numbers between 0 and {count - 1}")
-        return number
 
     def _prepare_latents(
         self,
@@ -335,8 +348,9 @@ class LatentDiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
+        """Return the initial noise, float32 [batch, channels, height, width]: that of the caller, or a sample."""
         if latents is None:
-            return self.draw_noise(batch, generator)
+            return self.sample_noise(batch, generator)
         channels = self.transformer.config.in_channels
         if latents.ndim != 4 or latents.shape[:2] != (batch, channels):
             expected = f"[{batch}, {channels}, height, width]"
@@ -344,70 +358,26 @@ class LatentDiTPipeline(DiffusionPipeline):
         return latents.to(device=device, dtype=torch.float32)
 
     def _noise(self, shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-        """float32, on the device; a list of generators has one for each image."""
+        """Sample noise, float32 on the device; a list of generators has one for each image."""
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} images")
         return randn_tensor(tuple(shape), generator, device=self._execution_device, dtype=torch.float32)
-
-    @staticmethod
-    def _rows(
-        attributes: Attributes | Sequence[Attributes] | None, batch_size: int, each: int = 1
-    ) -> list[Attributes]:
-        """One row of attributes an image, `each` of them in succession for one of `attributes`."""
-        if each < 1:
-            raise ValueError(f"num_images_per_prompt={each} must be at least 1")
-        rows = [attributes] * batch_size if attributes is None or isinstance(attributes, Mapping) else attributes
-        return [row or {} for row in rows for _ in range(each)]
 
     def _prepare_guidance(
         self,
         rows: Sequence[Attributes],
         conditional: bool,
         guidance_scale: float | None = None,
-        each: int = 1,
-        negative_attributes: Attributes | Sequence[Attributes] | None = None,
-        attribute_weights: Mapping[str, float] | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_start: float = 0.0,
-        guidance_end: float = 1.0,
-        guidance_transformer: LatentDiTTransformer2DModel | None = None,
+        num_images_per_row: int = 1,
+        **options: Unpack[GuidanceOptions],
     ) -> Guidance:
-        """What is predicted at every step, and with which shares.
-
-        Args:
-            rows: One an image, `each` of them in succession for one of the call's.
-            conditional: Whether anything is asked for.
-            guidance_scale: None is the config's.
-            each: Images for each row of the call.
-            negative_attributes: This and the following are `GuidanceOptions`.
-
-        Raises:
-            ValueError: for unknown attributes, or options out of their range.
-        """
-        for name, value in (("rescale", guidance_rescale), ("start", guidance_start), ("end", guidance_end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"guidance_{name}={value} must be between 0 and 1")
+        """Return the predictions of every step; see [`build_guidance`]. A `guidance_scale` of None is the config's."""
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        asked, device = self.encode_attributes(rows), self._execution_device
-        guidance = Guidance(asked.to(device), rescale=guidance_rescale, start=guidance_start, end=guidance_end)
-        negative, weak = negative_attributes, guidance_transformer
-        # 1. Away from the negative, or from what another model predicts.
-        if scale != 1 and (weak is not None or (asked.shape[1] > 0 and (conditional or negative is not None))):
-            repeated = self._rows(negative, len(rows) // each, each)
-            negative_rows = rows if negative is None and weak is not None else repeated
-            if len(negative_rows) != len(rows):
-                raise ValueError(f"{len(negative_rows)} rows of negative_attributes for {len(rows)} images")
-            guidance.share, guidance.transformer = scale, weak
-            guidance.others.append((self.encode_attributes(negative_rows).to(device), 1 - scale))
-        # 2. Further towards what some of the attributes make of it.
-        for name, weight in (attribute_weights or {}).items():
-            without = [{key: value for key, value in row.items() if key != name} for row in rows]
-            if without == list(rows):
-                raise ValueError(f"attribute_weights has {name!r}, which no image is asked for")
-            extra = scale * (weight - 1)
-            guidance.share += extra
-            guidance.others.append((self.encode_attributes(without).to(device), -extra))
-        return guidance
+
+        def encode(rows: Sequence[Attributes]) -> torch.Tensor:
+            return self.encode_attributes(rows).to(self._execution_device)
+
+        return build_guidance(encode, rows, conditional, scale, num_images_per_row, **options)
 
     def _denoise(
         self,
@@ -420,19 +390,34 @@ class LatentDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """From noisy latents at the first of `timesteps` to those after the last; `after_step` may change them."""
+        """Denoise latents from the noise level of the first of `timesteps` to the end of the step at the last.
+
+        Args:
+            latents: Noisy latents, float32 [batch, channels, height, width].
+            timesteps: The timesteps at which the steps begin.
+            guidance: The predictions of a step.
+            eta: See `__call__`, as for the arguments that are not listed here.
+            after_step: Replaces the latents after step i: `latents = after_step(i, latents)`.
+        """
+        # 1. Reset what the previous call left behind, which may have ended by an error.
         step_options = self._step_options(eta, generator)
-        self._num_timesteps, self._interrupt = len(timesteps), False
+        self._num_timesteps = len(timesteps)
+        self._interrupt = False
         self._reset_caches(guidance)
+
+        # 2. Where each step is between noise (0) and image (1). One copy from the device here, none in the loop.
         progress = (1 - (timesteps.float() + 1) / self.scheduler.config.num_train_timesteps).tolist()
+
+        # 3. The loop.
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     break
                 self._current_timestep = t
                 model_input = self.scheduler.scale_model_input(latents, t)
-                model_output = self._predict(model_input, t, guidance, progress[i])
+                model_output = guidance.predict(self.transformer, model_input, t, progress[i])
                 latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
+                # Before the callback, which is documented to see the latents that the next step starts from.
                 if after_step is not None:
                     latents = after_step(i, latents)
                 if callback_on_step_end is not None:
@@ -442,47 +427,19 @@ class LatentDiTPipeline(DiffusionPipeline):
         self._current_timestep = None
         return latents
 
-    def _predict(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, guidance: Guidance, progress: float
-    ) -> torch.Tensor:
-        """The model's output after guidance, all of a model's predictions in one batch; a learned sigma is dropped."""
-        asked_ids, others = guidance.at(progress)
-        own = others if guidance.transformer is None else others[1:]
-        outputs = self._run(self.transformer, model_input, timestep, [*(ids for ids, _ in own), asked_ids])
-        if not others:
-            return outputs[0]
-        asked = outputs.pop()
-        if len(own) < len(others):
-            outputs = self._run(guidance.transformer, model_input, timestep, [others[0][0]]) + outputs
-        return guidance.combine(outputs, asked)
-
-    def _run(
-        self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, condition_ids: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """A prediction for each entry of `condition_ids`.
-
-        The model may be half precision; latents, guidance and steps stay in float32, which costs nothing beside it.
-        """
-        count, device = len(condition_ids), model_input.device
-        inputs = torch.cat([model_input] * count)
-        ids, timesteps = torch.cat(condition_ids), timestep.to(device).expand(len(inputs))
-        # Caches keep what they know by the number of predictions, which differs outside of guidance's interval.
-        with transformer.cache_context(f"{count} predictions"):
-            output = transformer(inputs.to(transformer.dtype), timesteps, ids, return_dict=False)[0]
-        return list(output[:, : transformer.config.in_channels].to(model_input.dtype).chunk(count))
-
     def _reset_caches(self, guidance: Guidance) -> None:
-        """diffusers' caches forget the last series of steps."""
+        """Clear diffusers' feature caches, which hold on to the previous series of steps."""
         for transformer in (self.transformer, guidance.transformer):
             if transformer is not None:
-                transformer._reset_stateful_cache()
+                transformer._reset_stateful_cache()  # CacheMixin of diffusers 0.42.1, which has no public way
 
     def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """Return the output of a call; see `output_type` and `return_dict` there."""
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _step_options(self, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
-        """Those of `eta` and `generator` that the scheduler in use takes."""
-        known = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+        """Return those of `eta` and `generator` that the `step` of the scheduler accepts."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}

@@ -1,5 +1,5 @@
 # Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attributes of given images changed, the rest kept: inverted to noise, and denoised for other attributes."""
+"""The pipeline that edits attributes of images: it inverts them to noise and denoises that for other attributes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .guidance import Attributes, GuidanceOptions
+from .attributes import Attributes
+from .guidance import GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 
-# How often each step of an inversion is predicted anew where the last prediction said it begins.
+# Predictions for each step of an inversion, each at the sample that the previous one led to.
 REVERSE_ITERATIONS = 2
 
 
 class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     r"""
-    Changes attributes of given images by DDIM inversion (https://arxiv.org/abs/2010.02502, section 4.3).
+    Edits attributes of images by DDIM inversion (https://arxiv.org/abs/2010.02502, section 4.3).
 
-    An image is inverted under its own attributes to the noise that gives it, from which it is sampled again, led from
-    its own attributes to those asked for. Made of the parts of a [`LatentDiTPipeline`]:
-    `LatentDiTEditPipeline(**pipe.components)`, or by `LatentDiTEditPipeline.from_pipe(pipe)` and `from_pretrained`.
-    Works by DDIM, whatever scheduler the pipeline has.
+    An image is inverted under its own attributes to the noise that generates it. From that noise it is sampled again,
+    with guidance from its own attributes to the requested ones. This works by DDIM, whatever scheduler the pipeline
+    has.
+
+    It has the components of a [`LatentDiTPipeline`]: make it by `LatentDiTEditPipeline(**pipe.components)`,
+    `LatentDiTEditPipeline.from_pipe(pipe)` or `from_pretrained`.
     """
 
     @torch.no_grad()
@@ -46,19 +49,20 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         **guidance_options: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Change attributes of images.
+        Edit attributes of images.
 
         Args:
-            attributes: What the images have, one dict for all or a list with one for each; the more is given the more
-                is kept. None where it is not known.
+            attributes: The attributes of the images, one dict for all or a list with one for each; the more are given,
+                the more is kept. None if they are unknown.
             image: One image or several; see [`LatentDiTImg2ImgPipeline`].
-            edit: What to change, e.g. `{"Eyeglasses": True}`, one dict for all images or a list with one for each.
-            edit_strength: 0 gives the image back, 1 leads from the image's own attributes to those asked for with
-                the guidance that the pipeline samples with; more is more.
+            edit: The attributes to change, e.g. `{"Eyeglasses": True}`, one dict for all images or a list with one for
+                each.
+            edit_strength: 0 returns the image, 1 guides from the image's own attributes to the requested ones as
+                strongly as the pipeline guides when it samples; values above 1 are possible.
             strength: How far the image is inverted, 1 is all the way to noise; below 1 coarse shapes are kept.
             num_inference_steps: Steps in each direction, for a `strength` of 1.
             guidance_scale: Multiplies `edit_strength`; None is the value in the pipeline's config.
-            output_type: See [`LatentDiTPipeline`], as for the other arguments.
+            output_type: See [`LatentDiTPipeline`] for this and the other arguments.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -71,24 +75,37 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
         if not edit:
             raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
-        known = self.encode_images(image)
-        rows, known = self._match(attributes, known, 1)
-        edits, known = self._match(edit, known, 1)
+
+        # 2. Encode the images, and bring attributes and edits to one for each image.
+        image_latents = self.encode_images(image)
+        rows, image_latents = self._match(attributes, image_latents, 1)
+        edits, image_latents = self._match(edit, image_latents, 1)
         rows = rows * len(edits) if len(rows) == 1 else rows
         edited = [{**row, **change} for row, change in zip(rows, edits, strict=True)]
+
+        # 3. Guide away from the image's own attributes. Outside the interval of guidance these are predicted too:
+        #    the image stays as it is.
         scale = edit_strength * (self.config.guidance_scale if guidance_scale is None else guidance_scale)
         guidance_options.setdefault("negative_attributes", rows)
-        guidance = self._prepare_guidance(edited, True, scale, **guidance_options)
-        guidance.elsewhere = self.encode_attributes(rows).to(self._execution_device)
+        guidance = self._prepare_guidance(edited, conditional=True, guidance_scale=scale, **guidance_options)
+        guidance.outside_ids = self.encode_attributes(rows).to(self._execution_device)
 
-        # 2. To noise, and back again.
-        with self._own_scheduler():
-            latents = self._invert(known, rows, num_inference_steps, strength)
+        # 4. Invert to noise, and denoise.
+        with self._with_reversible_scheduler():
+            latents = self._invert(image_latents, rows, num_inference_steps, strength)
+            # Sets the scheduler to its beginning again, after the inversion went through the same timesteps.
             timesteps = self._last_timesteps(num_inference_steps, strength)
-            on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-            latents = self._denoise(latents, timesteps, guidance, 0.0, None, *on_step_end)
+            latents = self._denoise(
+                latents,
+                timesteps,
+                guidance,
+                eta=0.0,
+                generator=None,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
 
-        # 3. Decode.
+        # 5. Decode.
         return self._output(latents, output_type, return_dict)
 
     @torch.no_grad()
@@ -99,15 +116,25 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         num_inference_steps: int = 50,
         strength: float = 1.0,
     ) -> torch.Tensor:
-        """The noise, [images, channels, height, width], that as `latents` of a call gives the images back.
+        """Invert images to the noise that generates them, [images, channels, height, width].
 
-        So it does with the same attributes and number of steps, `guidance_scale=1` and a [`CosineLatentScheduler`] of
-        `multistep=False`; of a `strength` below 1, [`LatentDiTImg2ImgPipeline`]'s level of noise instead.
+        As `latents` of a call with the same attributes and number of steps, `guidance_scale=1` and a
+        [`CosineLatentScheduler`] with `multistep=False`, it returns the images. With a `strength` below 1 the result
+        is the images at the noise level of [`LatentDiTImg2ImgPipeline`]'s `strength` instead.
+
+        Args:
+            image: One image or several; see [`LatentDiTImg2ImgPipeline`].
+            attributes: The attributes of the images, one dict for all or a list with one for each.
+            num_inference_steps: Steps of an inversion all the way to noise.
+            strength: How far the images are inverted.
+
+        Raises:
+            ValueError: without an image, or for unknown attributes.
         """
         self._check_image_inputs(image, strength)
-        rows, known = self._match(attributes, self.encode_images(image), 1)
-        with self._own_scheduler():
-            latents = self._invert(known, rows, num_inference_steps, strength)
+        rows, image_latents = self._match(attributes, self.encode_images(image), 1)
+        with self._with_reversible_scheduler():
+            latents = self._invert(image_latents, rows, num_inference_steps, strength)
         self.maybe_free_model_hooks()
         return latents
 
@@ -120,40 +147,57 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         num_inference_steps: int = 50,
         output_type: str = "pil",
     ) -> list[Any]:
-        """Frames from each of two or more images to the next, over the noises that give them; see `interpolate`.
+        """Generate the frames of a film between images, by way of the noises that generate them; see `interpolate`.
 
-        `attributes` is what all of the images have, if anything.
+        Args:
+            image: Two or more images.
+            num_frames: Frames from one image to the next, both ends included.
+            attributes: The attributes that all of the images have, if any.
+            num_inference_steps: Steps in each direction.
+            output_type: See [`LatentDiTPipeline`].
         """
         noises = self.invert(image, attributes, num_inference_steps)
-        options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": output_type}
-        with self._own_scheduler():
-            return self.interpolate(num_frames, noises, attributes=attributes, guidance_scale=1.0, **options)
+        # By the steps that the inversion reversed, or the images would not come back.
+        with self._with_reversible_scheduler():
+            return self.interpolate(
+                num_frames,
+                noises,
+                attributes=attributes,
+                guidance_scale=1.0,
+                num_inference_steps=num_inference_steps,
+                output_type=output_type,
+            )
 
     def reversible_scheduler(self) -> CosineLatentScheduler:
-        """DDIM on the noise levels of the pipeline's scheduler, whatever that is."""
-        betas, prediction_type = self.scheduler.betas.tolist(), self.scheduler.config.prediction_type
+        """Return DDIM on the noise levels of the pipeline's scheduler, of whatever class that is."""
+        betas = self.scheduler.betas.tolist()
+        prediction_type = self.scheduler.config.prediction_type
         return CosineLatentScheduler(len(betas), prediction_type=prediction_type, trained_betas=betas, multistep=False)
 
     def _invert(
-        self, known: torch.Tensor, rows: list[Attributes], num_inference_steps: int, strength: float
+        self, image_latents: torch.Tensor, rows: list[Attributes], num_inference_steps: int, strength: float
     ) -> torch.Tensor:
-        """Up the schedule from clean latents, each step the reverse of the one that leads back."""
-        guidance = self._prepare_guidance(rows, False, 1.0)
-        latents = known
+        """Return `image_latents` noised up the schedule, each step the reverse of a step of sampling.
+
+        It predicts without guidance, which makes an inversion inaccurate.
+        """
+        guidance = self._prepare_guidance(rows, conditional=False, guidance_scale=1.0)
+        latents = image_latents
         self._reset_caches(guidance)
         for timestep in self._last_timesteps(num_inference_steps, strength).flip(0):
             lower = latents
+            # A fixed-point iteration: the prediction belongs at the noisier sample, which it is needed to find.
             for _ in range(REVERSE_ITERATIONS):
-                output = self._predict(latents, timestep, guidance, 0.0)
+                output = guidance.predict(self.transformer, latents, timestep, progress=0.0)
                 latents = self.scheduler.reverse_step(output, timestep, latents, lower)
         return latents
 
     @contextlib.contextmanager
-    def _own_scheduler(self) -> Iterator[None]:
-        """Steps by DDIM on the same schedule, which can be reversed."""
-        kept: Any = self.scheduler
+    def _with_reversible_scheduler(self) -> Iterator[None]:
+        """Replace the scheduler by DDIM on the same noise levels, whose steps can be reversed, for a while."""
+        original: Any = self.scheduler
         self.scheduler = self.reversible_scheduler()
         try:
             yield
         finally:
-            self.scheduler = kept
+            self.scheduler = original

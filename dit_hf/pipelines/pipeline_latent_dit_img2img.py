@@ -1,5 +1,5 @@
 # Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.
-"""Images from images: noised to some level, and denoised again."""
+"""The pipeline that generates images from given ones: it noises them to some level and denoises them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
-from .guidance import Attributes, GuidanceOptions
+from .attributes import Attributes, attribute_rows
+from .guidance import GuidanceOptions
 from .pipeline_latent_dit import LatentDiTPipeline
 
 
 class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
     r"""
-    Generates images that begin with given ones (SDEdit, https://arxiv.org/abs/2108.01073).
+    Generates variations of images (SDEdit, https://arxiv.org/abs/2108.01073).
 
-    Made of the parts of a [`LatentDiTPipeline`]: `LatentDiTImg2ImgPipeline(**pipe.components)`, or by
-    `LatentDiTImg2ImgPipeline.from_pipe(pipe)` and `from_pretrained`.
+    It has the components of a [`LatentDiTPipeline`]: make it by `LatentDiTImg2ImgPipeline(**pipe.components)`,
+    `LatentDiTImg2ImgPipeline.from_pipe(pipe)` or `from_pretrained`.
     """
 
     @torch.no_grad()
@@ -44,13 +45,13 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         Generate images from images.
 
         Args:
-            attributes: What to ask for, one dict for all images or a list with one for each; see
-                [`LatentDiTPipeline`], as for all arguments that are not explained here.
-            image: One image or several, as PIL images, arrays or tensors; PIL images are cropped at the centre to
-                the model's shape, all are resized to its size. They are encoded by the posterior's mean.
-            strength: How much is noise to begin with: 0 runs no step and gives the VAE's reconstruction, 1 begins
-                with noise alone.
-            num_images_per_prompt: Images for each image.
+            attributes: The requested attributes, one dict for all images or a list with one for each; see
+                [`LatentDiTPipeline`] for this and all arguments that are not listed here.
+            image: One image or several, as PIL images, arrays or tensors. PIL images are cropped at the centre to
+                the model's aspect ratio; all are resized to its size. They are encoded as the posterior's mean.
+            strength: The share of noise at the beginning: 0 runs no step and returns the VAE's reconstruction, 1
+                begins with noise alone.
+            num_images_per_prompt: Outputs for each image.
             num_inference_steps: Steps of a whole schedule, of which those below `strength` of the timesteps are run.
 
         Returns:
@@ -62,53 +63,70 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         # 1. Check inputs.
         self._check_image_inputs(image, strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
-        known = self.encode_images(image)
-        rows, known = self._match(attributes, known, num_images_per_prompt)
-        options = (attributes is not None, guidance_scale, num_images_per_prompt)
-        guidance = self._prepare_guidance(rows, *options, **guidance_options)
+        image_latents = self.encode_images(image)
+        rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
+        guidance = self._prepare_guidance(
+            rows,
+            conditional=attributes is not None,
+            guidance_scale=guidance_scale,
+            num_images_per_row=num_images_per_prompt,
+            **guidance_options,
+        )
 
-        # 2. Noise, and the timesteps that are left.
+        # 2. Noise the images to the level of `strength`, and keep the timesteps from there.
         timesteps = self._last_timesteps(num_inference_steps, strength)
-        noise = self._noise(known.shape, generator)
-        latents = self._add_noise(known, noise, timesteps, strength)
+        noise = self._noise(image_latents.shape, generator)
+        latents = self._add_noise(image_latents, noise, timesteps, strength)
 
         # 3. Denoise.
-        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(latents, timesteps, guidance, eta, generator, *on_step_end)
+        latents = self._denoise(
+            latents,
+            timesteps,
+            guidance,
+            eta=eta,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
         # 4. Decode.
         return self._output(latents, output_type, return_dict)
 
     @torch.no_grad()
     def encode_images(self, image: PipelineImageInput) -> torch.Tensor:
-        """The model's normalised latents, float32 [images, channels, height, width], of images of any size.
+        """Encode images of any size to the model's normalised latents, float32 [images, channels, height, width].
 
-        PIL images are cropped at the centre to the model's shape, all are resized to its size. Where the VAE has a
-        posterior its mean is taken.
+        PIL images are cropped at the centre to the model's aspect ratio; all are resized to its size. If the VAE has a
+        posterior, its mean is taken.
         """
         pixels = self._preprocess(self.image_processor, image)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
-        latents = torch.cat([self._encode(part) for part in self._vae_parts(pixels)])
+        latents = torch.cat([self._encode(part) for part in self._split_for_vae(pixels)])
         mean, std = self._statistics(latents.device)
         return (latents.float() - mean) / std
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The VAE's own latents; where it has a posterior, its mean."""
+        """Return the VAE's own latents; if it has a posterior, its mean."""
         encoded = self.vae.encode(pixels)
+        # The three kinds of VAE in diffusers name their output differently.
         if hasattr(encoded, "latent_dist"):
             return encoded.latent_dist.mean
         return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
     def _preprocess(self, processor: Any, image: PipelineImageInput) -> torch.Tensor:
-        """Images of the model's size as `processor` makes them, [images, channels, height, width]."""
-        size = self.transformer.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        factor = processor.config.vae_scale_factor
+        """Return images at the model's size, [images, channels, height, width], as `processor` normalises them."""
+        height, width = self.resolution
         first = image[0] if isinstance(image, list) else image
+        # `VaeImageProcessor` can crop PIL images only.
         options = {"resize_mode": "crop"} if isinstance(first, Image.Image) else {}
-        return processor.preprocess(image, height * factor, width * factor, **options)
+        return processor.preprocess(image, height, width, **options)
 
     def _check_image_inputs(self, image: PipelineImageInput | None, strength: float) -> None:
+        """Check the arguments of a call that concern its images.
+
+        Raises:
+            ValueError: without an image, without a VAE, or for a `strength` outside [0, 1].
+        """
         if image is None or (isinstance(image, list) and not image):
             raise ValueError("an image is needed: `image=` takes one or a list")
         if self.vae is None:
@@ -117,32 +135,45 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             raise ValueError(f"strength={strength} must be between 0 and 1")
 
     def _match(
-        self, attributes: Attributes | Sequence[Attributes] | None, known: torch.Tensor, each: int
+        self,
+        attributes: Attributes | Sequence[Attributes] | None,
+        image_latents: torch.Tensor,
+        num_images_per_row: int,
     ) -> tuple[list[Attributes], torch.Tensor]:
-        """A row of attributes and a latent for every image: one of either serves for all."""
-        rows = self._rows(attributes, 1)
-        count = max(len(rows), len(known))
-        if len(rows) not in (1, count) or len(known) not in (1, count):
-            raise ValueError(f"{len(rows)} rows of attributes for {len(known)} images")
-        rows = self._rows(rows * count if len(rows) == 1 else rows, 1, each)
-        return rows, known.expand(count, -1, -1, -1).repeat_interleave(each, dim=0)
+        """Return one row of attributes and one latent for every output; a single row or image serves for all.
+
+        Raises:
+            ValueError: if there are several of both, but not equally many.
+        """
+        rows = attribute_rows(attributes, 1)
+        count = max(len(rows), len(image_latents))
+        if len(rows) not in (1, count) or len(image_latents) not in (1, count):
+            raise ValueError(f"{len(rows)} rows of attributes for {len(image_latents)} images")
+        rows = attribute_rows(rows * count if len(rows) == 1 else rows, 1, num_images_per_row)
+        return rows, image_latents.expand(count, -1, -1, -1).repeat_interleave(num_images_per_row, dim=0)
 
     def _last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
-        """The timesteps up to `strength` of the way to noise, however many these are; the scheduler begins there."""
+        """Return the timesteps up to `strength` of the noise levels, and have the scheduler begin there.
+
+        They are chosen by level and not by number, because not every scheduler spaces its steps evenly.
+        """
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        order, highest = self.scheduler.order, strength * self.scheduler.config.num_train_timesteps
-        # Where steps begin, with half a timestep for rounding.
+        order = self.scheduler.order  # timesteps a step: Heun has 2
+        highest = strength * self.scheduler.config.num_train_timesteps
+        # Skip the steps that begin above that level; half a timestep is left for rounding.
         first = order * int((self.scheduler.timesteps[::order] + 1 > highest + 0.5).sum())
+        # Stock schedulers count their steps and must be told where to begin; ours looks each one up.
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         return self.scheduler.timesteps[first:]
 
     def _add_noise(
-        self, known: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, strength: float
+        self, image_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, strength: float
     ) -> torch.Tensor:
-        """Where denoising begins: `known` itself if there is no step, noise alone if there are all."""
+        """Return the latents from which denoising begins, [images, channels, height, width]."""
         if not len(timesteps):
-            return known
+            return image_latents
+        # Noise alone, exactly: the noisiest level would keep a trace of the image.
         if strength == 1:
             return noise * self.scheduler.init_noise_sigma
-        return self.scheduler.add_noise(known, noise, timesteps[:1].repeat(len(known)))
+        return self.scheduler.add_noise(image_latents, noise, timesteps[:1].repeat(len(image_latents)))

@@ -1,5 +1,5 @@
 # Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.
-"""Parts of images painted anew."""
+"""The pipeline that inpaints parts of images."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .guidance import Attributes, GuidanceOptions
+from .attributes import Attributes
+from .guidance import GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 
+# The default of `jump_n_sample` for a scheduler that can go back.
 JUMP_N_SAMPLE = 4
 
 
 class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
     r"""
-    Paints the white part of a mask anew and keeps the rest: after every step the known part, noised to that step's
-    level, is blended in (RePaint, https://arxiv.org/abs/2201.09865).
+    Inpaints the white part of a mask and keeps the rest: after every step the image, noised to the level of that
+    step, replaces the latents outside the mask (RePaint, https://arxiv.org/abs/2201.09865).
 
-    Made of the parts of a [`LatentDiTPipeline`]: `LatentDiTInpaintPipeline(**pipe.components)`, or by
-    `LatentDiTInpaintPipeline.from_pipe(pipe)` and `from_pretrained`.
+    It has the components of a [`LatentDiTPipeline`]: make it by `LatentDiTInpaintPipeline(**pipe.components)`,
+    `LatentDiTInpaintPipeline.from_pipe(pipe)` or `from_pretrained`.
     """
 
     @torch.no_grad()
@@ -49,22 +51,22 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         **guidance_options: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Paint parts of images anew.
+        Inpaint images.
 
         Args:
-            attributes: What to ask for, one dict for all images or a list with one for each; see
-                [`LatentDiTPipeline`], as for all arguments that are not explained here.
+            attributes: The requested attributes, one dict for all images or a list with one for each; see
+                [`LatentDiTPipeline`] for this and all arguments that are not listed here.
             image: One image or several; see [`LatentDiTImg2ImgPipeline`].
-            mask_image: One mask for all, or one for each image, cropped and resized like them: white is painted
-                anew, black is kept, grey blends.
-            strength: How much of the white part is noise to begin with; below 1 something of it shows through.
-            jump_length: Steps that are done again at a time when `jump_n_sample` is above 1.
-            jump_n_sample: How often each of them is done, noised again before, for as many times the time: done
-                once, what is painted fits the rest badly. None is 4 with a [`CosineLatentScheduler`], and 1 with
-                others, which cannot go back.
-            paste_back: Put the picture's own pixels back where the mask is black (and blend them where it is grey);
-                without it they have gone through the VAE.
-            num_images_per_prompt: Images for each image.
+            mask_image: One mask for all, or one for each image, cropped and resized like them: white is inpainted,
+                black is kept, grey blends.
+            strength: The share of noise in the white part at the beginning; below 1 some of the image shows through.
+            jump_length: Number of consecutive steps that are repeated together if `jump_n_sample` is above 1.
+            jump_n_sample: How often each step is done, with noise added again before a repetition. It multiplies the
+                time; done once, the inpainted part fits the rest badly. None is 4 with a [`CosineLatentScheduler`],
+                and 1 with others, which cannot go back.
+            paste_back: Return the original pixels where the mask is black (and blend them where it is grey); without
+                it they have gone through the VAE.
+            num_images_per_prompt: Outputs for each image.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -78,71 +80,92 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             jump_n_sample = JUMP_N_SAMPLE if isinstance(self.scheduler, CosineLatentScheduler) else 1
         self._check_jumps(mask_image, jump_length, jump_n_sample)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
-        known = self.encode_images(image)
-        mask = self._masks(mask_image, known)
-        rows, known = self._match(attributes, known, num_images_per_prompt)
-        each = len(known) // len(mask)
-        mask = mask.repeat_interleave(each, dim=0)
-        # A latent is painted anew if any of its pixels is.
-        latent_mask = torch.nn.functional.adaptive_max_pool2d(mask, known.shape[2:]).to(known.dtype)
-        options = (attributes is not None, guidance_scale, num_images_per_prompt)
-        guidance = self._prepare_guidance(rows, *options, **guidance_options)
 
-        # 2. Noise, the timesteps that are left, and their order.
+        # 2. Encode the images, and bring masks and attributes to one for each output.
+        image_latents = self.encode_images(image)
+        mask = self._masks(mask_image, image_latents)  # [1 or images, 1, height, width] in pixels
+        rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
+        mask = mask.repeat_interleave(len(image_latents) // len(mask), dim=0)  # [outputs, 1, height, width]
+        # The maximum: a latent is inpainted if any of its pixels is, because it decodes to all of them.
+        latent_mask = torch.nn.functional.adaptive_max_pool2d(mask, image_latents.shape[2:]).to(image_latents.dtype)
+        guidance = self._prepare_guidance(
+            rows,
+            conditional=attributes is not None,
+            guidance_scale=guidance_scale,
+            num_images_per_row=num_images_per_prompt,
+            **guidance_options,
+        )
+
+        # 3. Noise the images to the level of `strength`, and order the steps from there, repetitions included.
         schedule = self._last_timesteps(num_inference_steps, strength)
-        noise = self._noise(known.shape, generator)
-        latents = self._add_noise(known, noise, schedule, strength)
-        order = [
-            index
-            for begin in range(0, len(schedule), jump_length)
-            for _ in range(jump_n_sample)
-            for index in range(begin, min(begin + jump_length, len(schedule)))
-        ]
+        noise = self._noise(image_latents.shape, generator)
+        latents = self._add_noise(image_latents, noise, schedule, strength)
+        order = _step_order(len(schedule), jump_length, jump_n_sample)
 
-        # 3. Denoise; after each step the known part is that of the image, at the same level.
+        # 4. Denoise. After each step put the image back outside the mask, at the level where the step ended; before a
+        #    repetition noise everything again, so that both parts can adapt to each other.
         def blend(step: int, latents: torch.Tensor) -> torch.Tensor:
-            following = order[step] + 1
-            if following < len(schedule):
-                kept = self.scheduler.add_noise(known, noise, schedule[following : following + 1].repeat(len(known)))
-            else:
-                kept = known
-            latents = latent_mask * latents + (1 - latent_mask) * kept
-            if step + 1 < len(order) and order[step + 1] < following:
-                return self._noise_again(latents, schedule, following, order[step + 1], generator)
+            level = order[step] + 1
+            original = image_latents
+            if level < len(schedule):  # otherwise the step ended on the clean latent
+                timesteps = schedule[level : level + 1].repeat(len(image_latents))
+                original = self.scheduler.add_noise(image_latents, noise, timesteps)
+            latents = latent_mask * latents + (1 - latent_mask) * original
+            if step + 1 < len(order) and order[step + 1] < level:
+                return self._noise_again(latents, schedule, level, order[step + 1], generator)
             return latents
 
-        on_step_end = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(latents, schedule[order], guidance, eta, generator, *on_step_end, after_step=blend)
+        latents = self._denoise(
+            latents,
+            schedule[order],
+            guidance,
+            eta=eta,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            after_step=blend,
+        )
 
-        # 4. Decode, and put the known pixels back.
+        # 5. Decode, and paste the original pixels back.
         if output_type == "latent" or not paste_back:
             return self._output(latents, output_type, return_dict)
+        inpainted = self.decode_latents(latents, "pt").float()  # [outputs, 3, height, width], 0 to 1
         pixels = self._preprocess(self.image_processor, image).to(latents.device, torch.float32)
-        pixels = (pixels / 2 + 0.5).expand(len(known) // num_images_per_prompt, -1, -1, -1)
-        painted = self.decode_latents(latents, "pt").float()
-        images = mask * painted + (1 - mask) * pixels.repeat_interleave(num_images_per_prompt, dim=0)
+        # One image for several rows of attributes is expanded first, as its latents were in `_match`.
+        pixels = (pixels / 2 + 0.5).expand(len(image_latents) // num_images_per_prompt, -1, -1, -1)
+        images = mask * inpainted + (1 - mask) * pixels.repeat_interleave(num_images_per_prompt, dim=0)
+        # They are between 0 and 1 already, which is all that denormalising would change.
         images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_jumps(self, mask_image: PipelineImageInput | None, jump_length: int, jump_n_sample: int) -> None:
+        """Check the arguments of a call that only inpainting has.
+
+        Raises:
+            ValueError: without a mask, for numbers below 1, or repetitions with a scheduler that cannot go back.
+        """
         if mask_image is None:
-            raise ValueError("a mask is needed: `mask_image=` is white where the image is to be painted anew")
+            raise ValueError("a mask is needed: `mask_image=` is white where the image is to be inpainted")
         if jump_length < 1 or jump_n_sample < 1:
             raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be at least 1")
         if jump_n_sample > 1 and not isinstance(self.scheduler, CosineLatentScheduler):
             name = type(self.scheduler).__name__
             raise ValueError(f"jump_n_sample={jump_n_sample} needs a CosineLatentScheduler; {name} cannot go back")
 
-    def _masks(self, mask_image: PipelineImageInput, known: torch.Tensor) -> torch.Tensor:
-        """Masks, float32 [1 or images, 1, height, width] in pixels, between 0 and 1."""
+    def _masks(self, mask_image: PipelineImageInput, image_latents: torch.Tensor) -> torch.Tensor:
+        """Return masks between 0 and 1, float32 [1 or images, 1, height, width] in pixels.
+
+        Raises:
+            ValueError: if there are several masks, but not as many as images.
+        """
         factor = self.image_processor.config.vae_scale_factor
         processor = VaeImageProcessor(
             vae_scale_factor=factor, resample="bilinear", do_normalize=False, do_convert_grayscale=True
         )
-        mask = self._preprocess(processor, mask_image).to(known.device, torch.float32).clamp(0, 1)
-        if len(mask) not in (1, len(known)):
-            raise ValueError(f"{len(mask)} masks for {len(known)} images")
+        mask = self._preprocess(processor, mask_image).to(image_latents.device, torch.float32).clamp(0, 1)
+        if len(mask) not in (1, len(image_latents)):
+            raise ValueError(f"{len(mask)} masks for {len(image_latents)} images")
         return mask
 
     def _noise_again(
@@ -153,11 +176,30 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         target: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """From entry `level` of the schedule (its length is the clean latent) up to the noisier entry `target`."""
-        ends = torch.stack(
-            [schedule[level] if level < len(schedule) else -torch.ones_like(schedule[0]), schedule[target]]
-        )
-        (alpha, alpha_target), (sigma, sigma_target) = self.scheduler.levels(ends)
+        """Return latents noised from one level of the schedule to a noisier one.
+
+        Args:
+            latents: At `level`, [batch, channels, height, width].
+            schedule: Timesteps, the noisiest first.
+            level: An index of `schedule`; its length is the clean latent.
+            target: The lower index of the level to noise to.
+            generator: Samples the noise.
+        """
+        # 1. alpha and sigma of both levels; the scheduler's -1 is the clean latent.
+        current = schedule[level] if level < len(schedule) else -torch.ones_like(schedule[0])
+        (alpha, alpha_target), (sigma, sigma_target) = self.scheduler.levels(torch.stack([current, schedule[target]]))
+
+        # 2. Scale the signal to its new share, and add the variance that the scaled noise is short of.
         ratio = alpha_target / alpha
         fresh = randn_tensor(latents.shape, generator, device=latents.device, dtype=latents.dtype)
         return ratio * latents + (sigma_target.square() - (ratio * sigma).square()).sqrt() * fresh
+
+
+def _step_order(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
+    """Return the indices of steps in order: each `jump_length` of them are done `jump_n_sample` times."""
+    return [
+        index
+        for begin in range(0, num_steps, jump_length)
+        for _ in range(jump_n_sample)
+        for index in range(begin, min(begin + jump_length, num_steps))
+    ]

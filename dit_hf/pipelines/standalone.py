@@ -12,16 +12,25 @@ from diffusers.configuration_utils import ConfigMixin
 
 
 def standalone_source(*parts: Callable[..., Any]) -> str:
-    """Join the files of `parts` (classes and functions, in an order that imports allow) to one module.
+    """Return one module that consists of the files of all `parts`.
 
-    `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` runs it, and it registers the model,
-    scheduler and pipeline among `parts` with diffusers, as importing dit_hf does. A pipeline that was loaded so saves
-    the same module again.
+    `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` runs it. Like importing dit_hf, it
+    registers the model, scheduler and pipeline among `parts` with diffusers. A pipeline loaded from it saves the same
+    module again.
+
+    Args:
+        parts: A class or function of each file, in the order of their imports. All that the files import from the
+            package must be among them, and the imports must be relative, because they are removed.
     """
+    # 1. Read the files. All parts are in one if this code runs from such a module, which is then written as it is.
     sources = [Path(file).read_text(encoding="utf-8") for file in dict.fromkeys(map(inspect.getfile, parts))]
     if len(sources) == 1:
         return sources[0]
+
+    # 2. Remove the copyright notices, which one at the head replaces, and all imports from the package.
     own = re.compile(r"^(# Copyright.*|from (__future__|\.\S+) import (\([^)]*\)|.*))\n", re.MULTILINE)
+
+    # 3. Join them, and register what is saved with a config, unless dit_hf is imported and has registered its own.
     registered = [part for part in parts if isinstance(part, type) and issubclass(part, ConfigMixin)]
     names = ", ".join(part.__name__ for part in registered)
     return (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..latents.vae import weights_sha256
-from ..pipelines.guidance import Attributes
+from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..storage import hash_json
 

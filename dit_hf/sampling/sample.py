@@ -273,7 +273,7 @@ def _film(
         """All noises; of images they are sought when the first frame is drawn."""
         parts = [range(start, min(start + batch_size, stops)) for start in range(0, stops, batch_size)]
         if not pictures:
-            noises = [pipeline.draw_noise(len(part), generators(seed, part)) for part in parts]
+            noises = [pipeline.sample_noise(len(part), generators(seed, part)) for part in parts]
         else:
             given = [[_open_image(pictures[i]) for i in part] for part in parts]
             noises = [inverting.invert(part, attributes, call["num_inference_steps"]) for part in given]

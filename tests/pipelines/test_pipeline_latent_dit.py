@@ -171,7 +171,7 @@ def test_autoguidance_leads_away_from_a_weaker_model():
         ({"guidance_start": -0.1}, "guidance_start=-0.1"),
         ({"negative_attributes": {"Tall": True}}, "'Tall' is unknown"),
         ({"negative_attributes": [{}, {}]}, "2 rows of negative_attributes for 1 images"),
-        ({"attribute_weights": {"class": 2.0}}, "'class', which no image is asked for"),
+        ({"attribute_weights": {"class": 2.0}}, "'class', which is requested for no image"),
     ],
 )
 def test_bad_guidance_is_refused(options, message):
@@ -200,7 +200,7 @@ def test_interpolation_goes_from_noise_to_noise_over_the_arc():
     assert (middle * start).sum() == pytest.approx((middle * end).sum().item(), abs=1e-5)
     assert torch.equal(slerp(start, start, torch.tensor([0.3]))[0], start)
     assert len(pipeline.interpolate(2, generator=torch.Generator().manual_seed(0), num_inference_steps=1)) == 2
-    with pytest.raises(ValueError, match="at least two of both"):
+    with pytest.raises(ValueError, match="at least two noises and two frames"):
         pipeline.interpolate(1, noises)
 
 
@@ -310,20 +310,20 @@ def test_many_latents_are_decoded_a_few_at_a_time():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attributes": {"Smilling": True}}, "known are Smiling, class"),
-        ({"attributes": {"class": "cow"}}, "known are cat, dog, owl"),
+        ({"attributes": {"Smilling": True}}, "valid names are Smiling, class"),
+        ({"attributes": {"class": "cow"}}, "valid values are cat, dog, owl"),
         ({"attributes": {"class": 3}}, "between 0 and 2"),
-        ({"attributes": {"Smiling": 0.9}}, "Smiling=0.9 is none of the numbers between 0 and 1"),
-        ({"attributes": {"Smiling": [1]}}, r"Smiling=\[1\] is none of the numbers"),
-        ({"attributes": {"Smiling": float("nan")}}, "Smiling=nan is none of the numbers"),
+        ({"attributes": {"Smiling": 0.9}}, "expected Smiling between 0 and 1, got 0.9"),
+        ({"attributes": {"Smiling": [1]}}, r"expected Smiling between 0 and 1, got \[1\]"),
+        ({"attributes": {"Smiling": float("nan")}}, "expected Smiling between 0 and 1, got nan"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
         ({"attributes": [{}, {}], "batch_size": 3}, "2 rows"),
         ({"attributes": []}, "at least one"),
-        ({"attributes": "Smiling"}, "must be a dict like"),
-        ({"attributes": ["Smiling"]}, "must be a dict like"),
+        ({"attributes": "Smiling"}, "expected a dict like"),
+        ({"attributes": ["Smiling"]}, "expected a dict like"),
         ({"batch_size": 0}, "at least one"),
         ({"latents": torch.zeros(2, 4, 8, 8)}, r"expected \[1, 4"),
-        ({"output_type": "jpg"}, "known are pil"),
+        ({"output_type": "jpg"}, "expected output_type pil"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
         ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for 2"),
     ],
