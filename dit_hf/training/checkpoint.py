@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on with the same bits, written so that none is ever half there."""
+"""Checkpoints: all that a run needs to resume with the same bits, written so that none is ever half there."""
 
 from __future__ import annotations
 
@@ -26,40 +26,45 @@ from ..runs import FORMAT_VERSION, OPTIMIZER_GROUPS, OPTIMIZER_STATE, STATE, WEI
 from ..storage import new_folder, read_manifest, write_manifest, write_text
 from .ema import EMA
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Unsharded and on the CPU: checkpoints are the same files for any number of ranks.
+_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class TrainingTensors:
-    """The large things of a run: weights, averages, and the optimizer's moments; the same on any number of ranks.
+    """The large tensors of a run: weights, EMAs and the optimizer's moments; the same files for any number of ranks.
 
     Args:
         model: The transformer itself, replicated on every rank or sharded by FSDP2.
-        averages: By the name of their file.
+        emas: By the name of their file.
         optimizer: torch's, apex's or ours.
     """
 
-    def __init__(self, model: nn.Module, averages: dict[str, EMA], optimizer: torch.optim.Optimizer):
-        self.model, self.averages, self.optimizer = model, averages, optimizer
+    def __init__(self, model: nn.Module, emas: dict[str, EMA], optimizer: torch.optim.Optimizer):
+        self.model, self.emas, self.optimizer = model, emas, optimizer
 
     def bytes(self) -> int:
-        """What a checkpoint of them takes, about."""
+        """Estimate the size of a checkpoint in bytes."""
         values = sum(parameter.numel() for parameter in self.model.parameters())
-        return 4 * values * (3 + len(self.averages))
+        # All is float32: the weights, two moments each (Muon has one: a little less), and the EMAs.
+        return 4 * values * (3 + len(self.emas))
 
     def weights(self) -> dict[str, Any]:
-        """The model's weights, whole, on the CPU; on other ranks than the first perhaps nothing."""
-        return get_model_state_dict(self.model, options=_WHOLE)
+        """Return the model's weights, unsharded, on the CPU; on ranks other than the first the dict may be empty."""
+        return get_model_state_dict(self.model, options=_FULL_STATE)
 
     def ema_weights(self, name: str) -> dict[str, Any]:
-        """Likewise those of an average."""
-        with self.averages[name].swapped_in():
+        """Return the weights of an EMA in the same way."""
+        # Cloned inside the block: on a CPU the state dict shares memory with the model, which is swapped back.
+        with self.emas[name].swapped_in():
             return {key: value.clone() for key, value in self.weights().items()}
 
     def gather(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint holds by the name of its file; to be called on all ranks."""
+        """Return the contents of a checkpoint by file name; call it on all ranks."""
         contents: dict[str, Any] = {WEIGHTS: self.weights()}
-        contents |= {f"{name}.safetensors": self.ema_weights(name) for name in self.averages}
-        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE)
+        contents |= {f"{name}.safetensors": self.ema_weights(name) for name in self.emas}
+
+        # The optimizer's tensors go into one flat safetensors file under `<weight>/<moment>`, its settings into JSON.
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=_FULL_STATE)
         moments = {
             f"{key}/{name}": x for key, state in optimizer.get("state", {}).items() for name, x in state.items()
         }
@@ -70,36 +75,51 @@ class TrainingTensors:
         }
 
     def load(self, folder: Path) -> None:
-        """Put what a checkpoint holds in place; to be called on all ranks."""
+        """Load the checkpoint `folder` into the model, the EMAs and the optimizer; call it on all ranks.
+
+        Raises:
+            OSError: if a file is missing.
+        """
         options = StateDictOptions(full_state_dict=True)
-        for name, average in self.averages.items():
-            with average.swapped_in():
+
+        # EMAs first: each is loaded through the model's own weights, which are overwritten last.
+        for name, ema in self.emas.items():
+            with ema.swapped_in():
                 set_model_state_dict(self.model, {**load_file(folder / f"{name}.safetensors")}, options=options)
         set_model_state_dict(self.model, {**load_file(folder / WEIGHTS)}, options=options)
+
+        # The optimizer's moments, from `<weight>/<moment>` back to one dict a weight.
         state: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in load_file(folder / OPTIMIZER_STATE).items():
             weight, _, name = key.rpartition("/")
             state.setdefault(weight, {})[name] = value
+
+        # Version 0.1.0 kept apex's step count in the group; every version since keeps one for each weight, as torch.
         saved = json.loads((folder / OPTIMIZER_GROUPS).read_text(encoding="utf-8"))["param_groups"]
         for group in saved:
-            if "step" in group:  # version 0.1.0 kept apex's count there
+            if "step" in group:
                 for weight in group["params"]:
                     state[weight]["step"] = torch.tensor(float(group["step"]))
-        # Settings are the recipe's; what was saved may be those of another optimizer (apex's of torch's run).
+
+        # Settings come from the recipe; the saved ones may be those of another optimizer (apex's of torch's run).
         groups = [{**own, "params": g["params"]} for own, g in zip(self.optimizer.param_groups, saved, strict=True)]
         optimizer: dict[str, Any] = {"state": state, "param_groups": groups}
         set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
-def make_room(run: Path, needed: int) -> None:
-    """Remove what saves that were cut short have left, and see whether another checkpoint fits the disk.
+def remove_partial_checkpoints(run: Path) -> None:
+    """Remove what interrupted saves left in `run`."""
+    for kind in ("partial", "replaced"):  # the names that `new_folder` gives
+        for leftover in run.glob(f".checkpoint-*.{kind}"):
+            shutil.rmtree(leftover)
+
+
+def check_disk_space(run: Path, needed: int) -> None:
+    """Check that `needed` more bytes fit on the disk of `run`.
 
     Raises:
         OSError: if not.
     """
-    for kind in ("partial", "replaced"):
-        for left in run.glob(f".checkpoint-*.{kind}"):
-            shutil.rmtree(left)
     free = shutil.disk_usage(run).free
     if needed > free:
         raise OSError(
@@ -110,14 +130,15 @@ def make_room(run: Path, needed: int) -> None:
 def save_checkpoint(
     run: Path, state: dict[str, Any], contents: dict[str, dict[str, Any]], total_limit: int, best_limit: int
 ) -> Path:
-    """Write `checkpoint-<state["step"]>` with `contents` into `run`, then remove those that have had their day.
+    """Write `checkpoint-<state["step"]>` with `contents` into `run`, then remove superseded checkpoints.
 
-    Kept are the newest `total_limit`, and the `best_limit` with the lowest `state["validation_loss"]`. Checkpoints of
-    later steps, left by a run that was gone back from, are removed too: `latest` must be this one.
+    The newest `total_limit` stay, and the `best_limit` with the lowest `state["validation_loss"]`. Checkpoints of
+    later steps, left by a run that resumed from an earlier one, are removed too: `latest` must be this one.
 
     Raises:
-        OSError: if it cannot be written; those before are whole.
+        OSError: if it cannot be written; earlier checkpoints are good.
     """
+    # The folder appears under its name only when all files and the manifest are written and synced.
     folder = RunFolder(run).checkpoint(state["step"])
     with new_folder(folder) as partial:
         for name, content in {**contents, STATE: {"format": FORMAT_VERSION, **state}}.items():
@@ -126,17 +147,20 @@ def save_checkpoint(
             else:
                 (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial)
-    standing = RunFolder(run).checkpoints()
-    newest = standing.index(folder) + 1
-    best = [run / entry["checkpoint"] for entry in _validated(standing[:newest])[:best_limit]]
-    for superseded in {*standing} - {*standing[max(0, newest - total_limit) : newest], *best}:
+
+    # Remove old ones only now, when the new one is good. Those of later steps are no candidates for the best.
+    checkpoints = RunFolder(run).checkpoints()
+    count = checkpoints.index(folder) + 1
+    newest = checkpoints[max(0, count - total_limit) : count]
+    best = [run / entry["checkpoint"] for entry in _validated(checkpoints[:count])[:best_limit]]
+    for superseded in {*checkpoints} - {*newest, *best}:
         shutil.rmtree(superseded)
     write_best(run, best_limit)
     return folder
 
 
 def write_best(run: Path, limit: int) -> None:
-    """Write `best.json`: the `limit` best of the checkpoints that stand, with their validation losses."""
+    """Write `best.json`: the `limit` best of the existing checkpoints, with their validation losses."""
     best = _validated(RunFolder(run).checkpoints())[:limit]
     if best:
         write_text(
@@ -145,12 +169,12 @@ def write_best(run: Path, limit: int) -> None:
 
 
 def _validated(folders: list[Path]) -> list[dict[str, Any]]:
-    """What is known of the checkpoints that were validated, best first."""
+    """Summaries of those checkpoints that were validated, best first."""
     entries = []
     for folder in folders:
         try:
             state = read_state(folder)
-        except (OSError, ValueError):  # a damaged one is no good one; who resumes from it is told
+        except (OSError, ValueError):  # a damaged checkpoint is not a good one; resuming from it reports the damage
             continue
         if state.get("validation_loss") is not None:
             names = ("step", "validation_loss", "validation_loss_by_noise_level")
@@ -158,17 +182,25 @@ def _validated(folders: list[Path]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: entry["validation_loss"])
 
 
-def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names, checked by its hashes; None if `latest` finds none.
+def find_checkpoint(run: Path, name: str, log: Callable[[str], None] = print) -> Path | None:
+    """Find the checkpoint that `resume_from_checkpoint` names and check its hashes.
 
-    A damaged newest checkpoint is named through `say`, and the one before it used.
+    Args:
+        run: The run's folder.
+        name: A checkpoint's name, or `latest`: the newest that is not damaged.
+        log: Receives a line about newer checkpoints that are damaged.
+
+    Returns:
+        Its folder; None if `latest` has no checkpoint to choose from.
 
     Raises:
-        ValueError: if a checkpoint asked for by name is missing or damaged, or all are damaged.
+        ValueError: if the named checkpoint is missing or damaged, or with `latest` all are damaged.
     """
+    # A name may be given with its folder, as the shell completes it.
     if name != "latest":
         read_manifest(run / Path(name).name, hashes=True)
         return run / Path(name).name
+
     problems = []
     for folder in reversed(RunFolder(run).checkpoints()):
         try:
@@ -177,24 +209,26 @@ def find_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) ->
             problems.append(str(problem))
             continue
         if problems:
-            say(f"{'; '.join(problems)}; going on from {folder.name}")
+            log(f"{'; '.join(problems)}; resuming from {folder.name}")
         return folder
+    # Starting at step 0 instead would overwrite a run that somebody may still repair.
     if problems:
         raise ValueError(f"no usable checkpoint: {'; '.join(problems)}")
     return None
 
 
-def agreed_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) -> Path | None:
-    """`find_checkpoint` of the first rank, which every rank must see; to be called on all of them.
+def agreed_checkpoint(run: Path, name: str, log: Callable[[str], None] = print) -> Path | None:
+    """Return the checkpoint that the first rank finds (see `find_checkpoint`); call it on all ranks.
 
     Raises:
-        ValueError: on all ranks, if the first finds none that can be used, or another does not see what it found.
-        OSError: likewise, if the first may not read one.
+        ValueError: on all ranks, if the first finds no usable checkpoint, or another rank does not see the same one.
+        OSError: on all ranks, if the first cannot read one.
     """
+    # Only the first rank reads every byte to check the hashes. Its error travels too: the others would wait forever.
     choice: list[Any] = [None]
     if PartialState().is_main_process:
         try:
-            choice = [find_checkpoint(run, name, say)]
+            choice = [find_checkpoint(run, name, log)]
         except (ValueError, OSError) as error:
             choice = [error]
     (chosen,) = broadcast_object_list(choice)
@@ -202,18 +236,20 @@ def agreed_checkpoint(run: Path, name: str, say: Callable[[str], None] = print) 
         raise chosen
     if chosen is None:
         return None
+
+    # The others compare manifests: machines that do not share the folder would resume from different weights.
     seen = gather_object([_manifest(run / chosen.name)])
-    blind = [str(rank) for rank, manifest in enumerate(seen) if manifest != seen[0]]
-    if blind:
+    differing = [str(rank) for rank, manifest in enumerate(seen) if manifest != seen[0]]
+    if differing:
         raise ValueError(
-            f"{chosen} is not what rank {', '.join(blind)} finds there; train.output_dir must be a folder that every "
-            "machine can read"
+            f"{chosen} differs on rank {', '.join(differing)}; train.output_dir must be a folder that every machine "
+            "can read"
         )
     return run / chosen.name
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Of a checkpoint whose files are all there; None if they are not."""
+    """Read a checkpoint's manifest; None if the checkpoint is not complete."""
     try:
         return read_manifest(folder)
     except ValueError:
@@ -221,16 +257,22 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on from a checkpoint of another recipe.
+    """Refuse to resume from a checkpoint of another recipe.
 
-    An option that is newer than the checkpoint was at its default; what was not looked for then is not compared. The
-    optimizer's name follows from the recipe and the machine: torch's and apex's Adam resume each other's runs.
+    Args:
+        before: The checkpoint's recipe.
+        now: The run's.
+        folder: The checkpoint, for the message.
 
     Raises:
         ValueError: naming every key that differs.
     """
+    # An option that is newer than the checkpoint had its default value when the checkpoint was saved.
     defaults = Config().resume_keys()
     before = {section: {**defaults.get(section, {}), **before.get(section, {})} for section in now}
+
+    # The section "found" has no defaults: what an older version did not record is not compared. The optimizer's name
+    # follows from the recipe and the machine, and torch's and apex's Adam resume each other's runs.
     different = [
         f"{section}.{name} was {before[section].get(name)!r}, now {value!r}"
         for section, values in now.items()

@@ -1,4 +1,4 @@
-"""What a run leaves for its user: sample grids while it trains, and at its end the pipeline, loss curve and card."""
+"""The results of a run: sample grids while it trains, and at its end the pipeline, loss curve and card."""
 
 from __future__ import annotations
 
@@ -26,10 +26,18 @@ GRID_SIZE = 16
 
 
 def save_sample_grid(pipeline: LatentDiTPipeline, reader: LatentReader, steps: int, path: Path) -> None:
-    """Draw an image grid: the same noise and the data's first attribute rows every time."""
+    """Save a grid of 16 generated images, always of the same noise and the cache's first attributes.
+
+    Args:
+        pipeline: Generates them.
+        reader: Of the training images, for the attributes and the latents' shape.
+        steps: Sampling steps.
+        path: The PNG file; its stem is the grid's title.
+    """
     noise = torch.randn((GRID_SIZE, *reader.latent_shape), generator=torch.Generator().manual_seed(0))
-    rows = reader.attributes(GRID_SIZE)
-    (images,) = pipeline(rows, GRID_SIZE, latents=noise, num_inference_steps=steps, return_dict=False)
+    (images,) = pipeline(
+        reader.attributes(GRID_SIZE), GRID_SIZE, latents=noise, num_inference_steps=steps, return_dict=False
+    )
     save_grid(make_grid(images, columns=8, title=path.stem, min_side=96), path)
 
 
@@ -41,36 +49,46 @@ def export(
     extra: dict[str, LatentDiTTransformer2DModel],
     recipe: dict[str, Any],
 ) -> None:
-    """Write what a finished run leaves; what was written of this very step, sampled likewise, is left as it is.
+    """Write the results of a finished run; those already exported at this step, with this sampling, are kept.
 
     Args:
         run: The run's folder.
         config: Its recipe.
-        reader: Its images.
-        pipeline: Of the averaged weights.
-        extra: Transformers of further averages, by the name of their folder.
-        recipe: What the card shows.
+        reader: Of the training images.
+        pipeline: Of the EMA weights.
+        extra: Transformers of further EMAs, by the name of their folder.
+        recipe: The recipe that the card shows.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
-    steps = config.train.max_train_steps
-    sheet, mark = f"samples/step-{steps}.png", RunFolder(run).export
+    folder, steps = RunFolder(run), config.train.max_train_steps
+
+    # An export that was interrupted is completed; one of another step or sampling is replaced, and counts as missing
+    # until its last file is written.
     sampling = {name: getattr(config.train, name) for name in ("guidance_scale", "num_inference_steps")}
-    before = json.loads(mark.read_text()) if mark.is_file() else {}
+    before = json.loads(folder.export.read_text()) if folder.export.is_file() else {}
     only_missing = (before.get("step"), before.get("sampling")) == (steps, sampling)
     if not only_missing:
-        mark.unlink(missing_ok=True)
+        folder.export.unlink(missing_ok=True)
+
+    # In this order: the card shows the sample grid and the loss curve.
+    grid = folder.sample_grid(steps)
     training = training_summary(run, config, reader, recipe, steps)
-    exports: dict[str, Callable[[], None]] = {
-        sheet: lambda: save_sample_grid(pipeline, reader, config.train.num_inference_steps, run / sheet),
-        "loss_curve.png": lambda: plot_loss_curve(run),
-        "pipeline": functools.partial(_save_pretrained, pipeline, run / "pipeline"),
-        "README.md": lambda: write_run_card(run, pipeline, training),
+    exports: dict[Path, Callable[[], None]] = {
+        grid: lambda: save_sample_grid(pipeline, reader, config.train.num_inference_steps, grid),
+        folder.loss_curve: lambda: plot_loss_curve(run),
+        folder.pipeline: functools.partial(_save_pretrained, pipeline, folder.pipeline),
+        folder.card: lambda: write_run_card(run, pipeline, training),
     }
     for name, transformer in extra.items():
-        exports[name] = functools.partial(_save_pretrained, transformer, run / name)
-    for name, write in exports.items():
-        if not (only_missing and (run / name).exists()):
+        exports[run / name] = functools.partial(_save_pretrained, transformer, run / name)
+    for path, write in exports.items():
+        if not (only_missing and path.exists()):
             write()
-    write_text(mark, json.dumps({"step": steps, "sampling": sampling, "training": training}, indent=2) + "\n")
+
+    # Last of all: with this file the run is finished.
+    write_text(folder.export, json.dumps({"step": steps, "sampling": sampling, "training": training}, indent=2) + "\n")
 
 
 def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, folder: Path) -> None:
@@ -87,11 +105,31 @@ def share(
     recipe: dict[str, Any],
     step: int,
 ) -> None:
-    """Begin to push what the run is after `step` steps; its newest image grid is the card's."""
-    training = training_summary(run, config, reader, recipe, step)
-    shown: dict[str, Any] = {"training": training, "revision": hub.revision, "sheet": None}
+    """Start to push the run as it is after `step` steps.
 
+    Args:
+        hub: Pushes in the background.
+        run: The run's folder; its newest sample grid is the card's.
+        config: Its recipe.
+        reader: Of the training images.
+        pipeline: Of the EMA weights.
+        recipe: The recipe that the card shows.
+        step: Steps done.
+    """
+    # The summary is of this moment; the run has no export yet from which the card could take it.
+    training = training_summary(run, config, reader, recipe, step)
+
+    # Without an example grid (`sheet=None`): the run's newest sample grid takes its place.
     def write(folder: Path) -> None:
-        write_repository(folder, pipeline, str(run), hub.repo_id.rpartition("/")[2], hub.repo_id, **shown)
+        write_repository(
+            folder,
+            pipeline,
+            model=str(run),
+            name=hub.repo_id.rpartition("/")[2],
+            source=hub.repo_id,
+            training=training,
+            revision=hub.revision,
+            sheet=None,
+        )
 
     hub.begin(RunFolder(run).push_queue, f"step {step}", write)

@@ -1,4 +1,4 @@
-"""Whether a run's numbers are still numbers, and where they stopped: a step is done again, every layer watched."""
+"""Check that a run's numbers are finite, and find the first layer where they are not by repeating the step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,37 @@ from ..runs import RunFolder
 from .ema import local_weights
 from .step import TrainingStep
 
-# Below this a loss scale has been halved seventeen times in a row, and hides no overflow of the scaling's own.
+# torch's loss scale starts at 2^16. Below 1 it has been halved seventeen times in a row: scaling no longer causes the
+# overflow, the gradients themselves do.
 LOWEST_LOSS_SCALE = 1.0
 
 
 def check_health(step: TrainingStep, done: int, run: Path) -> torch.Tensor:
-    """The window's sums over all ranks, [2, 10] on the CPU, if all is well after `done` steps; waits for the device.
+    """Check losses, weights and gradients since the last row of the log; call it on all ranks.
+
+    This waits for the device.
+
+    Args:
+        step: Holds the sums of its window.
+        done: Optimizer steps done.
+        run: The run's folder.
+
+    Returns:
+        float32 [2, NOISE_LEVELS] on the CPU: sum of the losses and number of images by noise level, over all ranks.
 
     Raises:
         ValueError: if a loss, a weight, or (without a loss scale) a gradient is not finite, or the loss scale has
-            fallen as no passing overflow makes it fall; with the first layer, and the run's last good checkpoint.
+            fallen below 1. It names the first layer with such a number, and the run's last good checkpoint.
     """
     accelerator, scaler = step.accelerator, step.accelerator.scaler
     sums = accelerator.reduce(step.window, "sum").cpu()
+    # A norm is finite only if all of its values are. `torch._foreach_norm` is not documented (read in torch 2.13).
     broken = ~torch.stack(torch._foreach_norm(local_weights(step.model))).isfinite().all()
-    skipped, problem = int(step.first_skipped), None
+    skipped = int(step.first_skipped)
+
+    # Every rank comes to the same verdict: losses and weights are reduced, gradients and the scale are common to all.
+    # With a loss scale single overflows are normal, and their steps are skipped.
+    problem = None
     if not sums.isfinite().all():
         problem = "the loss is not finite"
     elif accelerator.reduce(broken.float(), "sum") > 0:
@@ -39,37 +55,44 @@ def check_health(step: TrainingStep, done: int, run: Path) -> torch.Tensor:
         problem = f"the loss scale has fallen to {scaler.get_scale():g}"
     if problem is None:
         return sums
+
+    # Find the layer by repeating the first skipped step, or else the last one: a step's random numbers are a function
+    # of its number alone.
     redone = skipped if skipped >= 0 else done - 1
     layers = gather_object([first_overflow(step.transformer, lambda: step.accumulate(redone))])
-    layer = next((layer for layer in layers if layer), "none, when the step is done again")
-    standing = RunFolder(run).checkpoints()
+    layer = next((layer for layer in layers if layer), "none, when the step is repeated")
+    checkpoints = RunFolder(run).checkpoints()
     raise ValueError(
         f"{problem} at step {redone + 1}; first not finite: {layer}; "
-        f"the last good checkpoint is {standing[-1] if standing else 'none'}"
+        f"the last good checkpoint is {checkpoints[-1] if checkpoints else 'none'}"
     )
 
 
 def first_overflow(model: nn.Module, step: Callable[[], Any]) -> str | None:
-    """The first layer, in the order of computation, with a number that is not finite.
+    """Find the first layer, in the order of computation, with a number that is not finite.
 
     Args:
         model: The transformer.
-        step: Does forward and backward.
+        step: Computes forward and backward.
 
     Returns:
-        Which layer, and whether in a weight, on the way forward, on the way backward or in a gradient; None if all is
-        finite.
+        "weight NAME", "forward of NAME", "backward of NAME" or "gradient of NAME"; None if all is finite.
     """
-    found: list[str] = []
+    # Weights first: one that is not finite spoils everything after it.
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             return f"weight {name}"
 
-    def watch(what: str, name: str) -> Callable[..., None]:
+    # Forward and backward hooks of every leaf module, of which the first with such a number is remembered.
+    first: str | None = None
+
+    def watch(direction: str, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, *tensors: Any) -> None:
+            nonlocal first
+            # Inputs and outputs, or their gradients: tensors, tuples of tensors, and None where there is no gradient.
             flat = [t for group in tensors for t in (group if isinstance(group, tuple) else (group,))]
-            if not found and any(isinstance(t, torch.Tensor) and not torch.isfinite(t).all() for t in flat):
-                found.append(f"{what} {name}")
+            if first is None and any(isinstance(t, torch.Tensor) and not torch.isfinite(t).all() for t in flat):
+                first = f"{direction} {name}"
 
         return hook
 
@@ -78,16 +101,19 @@ def first_overflow(model: nn.Module, step: Callable[[], Any]) -> str | None:
         if not any(True for _ in module.children()):
             hooks.append(module.register_forward_hook(watch("forward of", name)))
             hooks.append(module.register_full_backward_hook(watch("backward of", name)))
+
+    # Uncompiled, since compiled code calls no hooks.
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
+        with torch.compiler.set_stance("force_eager"):
             step()
     finally:
         for hook in hooks:
             hook.remove()
-    if not found:
-        found += [f"gradient of {n}" for n, p in model.named_parameters() if _overflowed(p.grad)]
-    return found[0] if found else None
 
-
-def _overflowed(gradient: torch.Tensor | None) -> bool:
-    return gradient is not None and not bool(torch.isfinite(gradient).all())
+    # What hooks do not see: gradients of parameters that are in no leaf module, or that only became infinite when they
+    # were summed over micro-batches.
+    if first is None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                return f"gradient of {name}"
+    return first

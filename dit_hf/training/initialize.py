@@ -1,4 +1,4 @@
-"""The transformer a run begins with: fresh, or with the weights of an earlier pipeline."""
+"""Initialization of a run's transformer: random, or with the weights of an earlier model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from ..config import Config
 from ..latents.reader import LatentReader
 from ..latents.vae import weights_sha256
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
-from ..runs import Normalization, load_pipeline
-from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..runs import Normalization, build_scheduler, load_pipeline
 
 
 def build_transformer(
-    config: Config, reader: LatentReader, say: Callable[[str], None] = print
+    config: Config, reader: LatentReader, log: Callable[[str], None] = print
 ) -> tuple[LatentDiTTransformer2DModel, Normalization]:
-    """The transformer of a recipe, and mean and standard deviation by channel that its latents are normalised with.
+    """Build the transformer of a recipe, on the CPU.
 
-    That the model of `model.init_from` knows latents of another VAE is told through `say`.
+    Args:
+        config: The recipe; `model.init_from` names the earlier model, if there is one.
+        reader: Of the training images.
+        log: Receives a line if the earlier model was trained on the latents of another VAE.
+
+    Returns:
+        The transformer, and mean and standard deviation by channel to normalize its latents with.
 
     Raises:
         ValueError: if sizes do not fit the cache, or the model of `model.init_from` does not fit the recipe.
     """
+    # Seeded here, so that the random weights do not depend on anything that was sampled before.
     torch.manual_seed(config.train.seed)
     channels, height, width = reader.latent_shape
     options: dict[str, Any] = {
@@ -35,60 +42,93 @@ def build_transformer(
     }
     if config.model.init_from is None:
         return LatentDiTTransformer2DModel(**options), cache_normalization(config, reader)
+
+    # An earlier model.
     try:
         earlier = load_pipeline(config.model.init_from, "cpu")
     except ValueError as error:
         raise ValueError(f"model.init_from {error}") from error
+    _check_schedule(config, earlier)
+    if earlier.vae is not None and weights_sha256(earlier.vae) != reader.info["vae_sha256"]:
+        log(f"{config.model.init_from} (model.init_from) was trained on the latents of another VAE than these")
+    _check_sizes(config, options, earlier.transformer)
+
+    # Keep what gives its weights their meaning: the scale of timesteps, and the size that positions refer to (they are
+    # stretched where the cache has another resolution).
+    before = earlier.transformer.config
+    options["timestep_freq_shift"] = before.timestep_freq_shift
+    options["position_base_size"] = before.position_base_size or before.sample_size
+    transformer = LatentDiTTransformer2DModel(**options)
+    _copy_weights(transformer, earlier.transformer)
+
+    # Its normalization too, whatever the recipe says: its weights expect latents of that scale.
+    return transformer, (list(earlier.config.latents_mean), list(earlier.config.latents_std))
+
+
+def _check_schedule(config: Config, earlier: LatentDiTPipeline) -> None:
+    """Check that an earlier model predicts what the recipe trains, at the same noise levels.
+
+    Raises:
+        ValueError: if not.
+    """
     prediction = earlier.scheduler.config.prediction_type
     if prediction != config.objective.prediction_type:
         raise ValueError(
             f"objective.prediction_type is {config.objective.prediction_type}, but {config.model.init_from} "
             f"(model.init_from) predicts {prediction}"
         )
-    levels = CosineLatentScheduler(config.objective.num_train_timesteps, prediction_type=prediction)
-    known = earlier.scheduler.betas
-    if len(known) != len(levels.betas) or not torch.allclose(known, levels.betas, rtol=1e-4):
+    # With a tolerance: tables that other libraries computed are rounded in another way.
+    expected, betas = build_scheduler(config.objective).betas, earlier.scheduler.betas
+    if len(betas) != len(expected) or not torch.allclose(betas, expected, rtol=1e-4):
         raise ValueError(
-            f"model.init_from {config.model.init_from} has {len(known)} noise levels of its own, which are not the "
-            f"cosine schedule's {len(levels.betas)} (objective.num_train_timesteps)"
+            f"model.init_from {config.model.init_from} has {len(betas)} noise levels of its own, which are not the "
+            f"cosine schedule's {len(expected)} (objective.num_train_timesteps)"
         )
-    if earlier.vae is not None and weights_sha256(earlier.vae) != reader.info["vae_sha256"]:
-        say(f"{config.model.init_from} (model.init_from) was trained on the latents of another VAE than these")
-    before = earlier.transformer.config
+
+
+def _check_sizes(config: Config, options: dict[str, Any], earlier: LatentDiTTransformer2DModel) -> None:
+    """Check that the weights of an earlier transformer fit one with `options`.
+
+    Raises:
+        ValueError: naming every option that differs.
+    """
+    # The sizes of images and the conditions may differ, see `build_transformer` and `_copy_weights`.
     different = [
-        f"{name} is {before[name]!r} there and {value!r} here"
+        f"{name} is {earlier.config[name]!r} there and {value!r} here"
         for name, value in options.items()
-        if name not in ("sample_size", "conditions") and before[name] != value
+        if name not in ("sample_size", "conditions") and earlier.config[name] != value
     ]
-    if earlier.transformer.out_channels != channels:
-        different.append(f"out_channels is {earlier.transformer.out_channels} there and {channels} here")
+    # More channels come out than go in where a variance is learned, which is not supported.
+    channels = options["in_channels"]
+    if earlier.out_channels != channels:
+        different.append(f"out_channels is {earlier.out_channels} there and {channels} here")
     if different:
         raise ValueError(f"model.init_from {config.model.init_from} does not fit: {'; '.join(different)}")
-    base = before.position_base_size or before.sample_size
-    kept = {"timestep_freq_shift": before.timestep_freq_shift, "position_base_size": base}
-    transformer = LatentDiTTransformer2DModel(**{**options, **kept})
-    _take_weights(transformer, earlier.transformer)
-    return transformer, (list(earlier.config.latents_mean), list(earlier.config.latents_std))
 
 
 def cache_normalization(config: Config, reader: LatentReader) -> Normalization:
-    """Mean and standard deviation by channel as `data.normalization` says."""
+    """Return mean and standard deviation by channel of a new run's latents, by `data.normalization`."""
     info, channels = reader.info, reader.latent_shape[0]
     if config.data.normalization == "channel":
         return info["statistics"]["mean"], info["statistics"]["std"]
+    # diffusers multiplies by the VAE's scaling factor; here latents are divided by a standard deviation.
     return [info["shift_factor"]] * channels, [1 / info["scaling_factor"]] * channels
 
 
-def _take_weights(transformer: LatentDiTTransformer2DModel, earlier: LatentDiTTransformer2DModel) -> None:
-    """All weights of the earlier model; of the conditions those rows whose name and number of values are the same."""
+def _copy_weights(transformer: LatentDiTTransformer2DModel, earlier: LatentDiTTransformer2DModel) -> None:
+    """Copy all weights of an earlier model; of the conditions, those with the same name and number of values."""
+    # All but the conditions' table.
     weights = transformer.state_dict()
     table = weights.pop("condition_embedding.weight", None)
     transformer.load_state_dict({name: earlier.state_dict()[name] for name in weights}, strict=False)
     if table is None or earlier.condition_embedding is None:
         return
-    begins = dict(zip(earlier.config.conditions, earlier.condition_offsets.tolist(), strict=True))
+
+    # The table holds the rows of one condition after the other: its values, then its null. Conditions may stand in
+    # another order than before; new ones keep their random rows. `table` shares the model's memory.
+    first_rows = dict(zip(earlier.config.conditions, earlier.condition_offsets.tolist(), strict=True))
     counts = transformer.config.conditions
-    for (name, values), begin in zip(counts.items(), transformer.condition_offsets.tolist(), strict=True):
+    for (name, values), first in zip(counts.items(), transformer.condition_offsets.tolist(), strict=True):
         if earlier.config.conditions.get(name) == values:
-            rows = earlier.condition_embedding.weight[begins[name] : begins[name] + values + 1]
-            table[begin : begin + values + 1] = rows.detach()
+            rows = earlier.condition_embedding.weight[first_rows[name] : first_rows[name] + values + 1]
+            table[first : first + values + 1] = rows.detach()

@@ -1,4 +1,4 @@
-"""Being told to stop: the step is finished, the run saved, and the process exits with a code that says so."""
+"""Graceful shutdown on SIGTERM and SIGINT: the step is finished, the run saved, and the exit code is 75."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from types import FrameType
 import torch
 from accelerate import PartialState
 
-# sysexits.h's EX_TEMPFAIL: try again later.
+# EX_TEMPFAIL of sysexits.h, "try again later": a job script can tell a preempted run from a failed one.
 EXIT_CODE = 75
-# One stop often reaches a process twice at once, by its group and by its launcher.
+# One shutdown often sends two signals at once, to the process group and through the launcher. A second signal within
+# this time is taken for that and ignored.
 ECHO_SECONDS = 1.0
 
 
 class Preempted(SystemExit):
-    """The run was told to stop and has been saved; the exit code is 75."""
+    """Exit after a graceful shutdown, when the run is saved; the exit code is 75."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
 class StopSignal:
-    """Notices SIGTERM and SIGINT; a second one, a second or more later, ends the process at once."""
+    """Remembers SIGTERM and SIGINT; a second signal, more than a second later, ends the process at once.
+
+    To be created on all ranks.
+    """
 
     def __init__(self) -> None:
-        self._noticed: float | None = None
-        state = PartialState()
-        self._ranks = state.num_processes
-        # Ranks agree through host memory, so that the GPU is not waited for.
+        self._received_at: float | None = None  # on time.monotonic's clock
+        self._ranks = PartialState().num_processes
+        # Ranks agree by gloo, through host memory: NCCL would wait for the GPU after every step.
         self._group = torch.distributed.new_group(backend="gloo") if self._ranks > 1 else None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notice signals while the block runs; in the main thread only, others are sent none."""
+        """Remember signals while the block runs, instead of the handlers that were there before."""
+        # Python allows handlers in the main thread only, and runs them there.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
@@ -50,16 +54,18 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def is_set(self) -> bool:
-        """Whether any rank was told to stop; to be called by all of them, after each step."""
+        """Check whether any rank has received a signal; call it on all ranks, after each step."""
         if self._ranks == 1:
-            return self._noticed is not None
-        flag = torch.tensor(int(self._noticed is not None))
+            return self._received_at is not None
+        # A signal may reach one rank only, or two ranks at different steps, but all must stop after the same step.
+        flag = torch.tensor(int(self._received_at is not None))
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(flag)
 
-    def _notice(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._noticed is None:
-            self._noticed = now
-        elif now - self._noticed > ECHO_SECONDS:
+        if self._received_at is None:
+            self._received_at = now
+        elif now - self._received_at > ECHO_SECONDS:
+            # Not sys.exit: the main thread may be stuck in a call that never returns to raise it.
             os._exit(128 + number)

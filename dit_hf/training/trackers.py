@@ -1,10 +1,11 @@
-"""Where a run is logged beside its own files: wandb or TensorBoard."""
+"""Trackers that log a run beside its own files: wandb or TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +18,67 @@ from ..runs import LOG, RunFolder
 from ..storage import first_line, write_text
 
 
-def choose_tracker(report_to: str, say: Any) -> tuple[str | None, dict[str, Any]]:
-    """The tracker to use and its init options; what is missing is said once through `say`, and never asked for."""
+def choose_tracker(report_to: str, log: Callable[[str], None]) -> tuple[str | None, dict[str, Any]]:
+    """Choose the tracker of a run and its init options, without ever prompting for a login.
+
+    Args:
+        report_to: `wandb`, `tensorboard` or `none`.
+        log: Receives a line if the tracker is not installed, too old or offline.
+
+    Returns:
+        The tracker's name, None if the run is logged to its own files only, and its init options.
+    """
     if report_to == "none":
         return None, {}
     if importlib.util.find_spec(report_to) is None:
-        say(f"{report_to} is not installed: the run is logged to {LOG} only (pip install {report_to})")
+        log(f"{report_to} is not installed: the run is logged to {LOG} only (pip install {report_to})")
         return None, {}
+    # TensorBoard needs no login; with WANDB_MODE the user has decided already.
     if report_to != "wandb" or "WANDB_MODE" in os.environ:
         return report_to, {}
+
+    # Earlier versions prompt even with `prompt=False`, which would stop a run that nobody watches.
     import wandb
 
-    if compare_versions("wandb", "<", "0.31"):  # whose login asks where there is none
-        say(f"wandb {wandb.__version__} is too old: the run is logged to {LOG} only (pip install 'wandb>=0.31')")
+    if compare_versions("wandb", "<", "0.31"):
+        log(f"wandb {wandb.__version__} is too old: the run is logged to {LOG} only (pip install 'wandb>=0.31')")
         return None, {}
+
+    # Without a login the run is logged offline.
     try:
         reason = None if wandb.login(prompt=False) else "no wandb login"
     except wandb.Error as error:
         reason = f"wandb: {first_line(error)}"
     if reason is None:
         return report_to, {}
-    say(f"{reason}: the run is logged offline (upload it later with `wandb sync`)")
+    log(f"{reason}: the run is logged offline (upload it later with `wandb sync`)")
     return report_to, {"mode": "offline"}
 
 
 def init_options(run: Path, tracker: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What the tracker is started with; a run keeps its wandb id when it is gone on with."""
+    """Return the tracker's `init_kwargs` for accelerate, with the wandb id that a resumed run keeps.
+
+    Args:
+        run: The run's folder.
+        tracker: Its name; None is none.
+        options: Its init options, from `choose_tracker`.
+    """
     if tracker != "wandb":
         return {}
     file = RunFolder(run).wandb_id
     if not file.is_file():
         write_text(file, uuid.uuid4().hex[:8])
-    kept = {"id": file.read_text(encoding="utf-8"), "resume": "allow"}
-    return {"wandb": {"dir": str(run), "name": run.name, **kept, **options}}
+    # "allow" continues the run of that id, or starts it where wandb has none (offline, or deleted).
+    identity = {"id": file.read_text(encoding="utf-8"), "resume": "allow"}
+    return {"wandb": {"dir": str(run), "name": run.name, **identity, **options}}
 
 
 def log_sample_grid(trackers: list[GeneralTracker], path: Path, step: int) -> None:
     """Send an image grid to the trackers that take images."""
-    sheet = np.asarray(Image.open(path).convert("RGB"))[None]
+    # A batch of one. TensorBoard expects channels first by default.
+    grid = np.asarray(Image.open(path).convert("RGB"))[None]  # uint8 [1, height, width, 3]
     for tracker in trackers:
         if isinstance(tracker, WandBTracker):
-            tracker.log_images({"samples": sheet}, step=step)
+            tracker.log_images({"samples": grid}, step=step)
         elif isinstance(tracker, TensorBoardTracker):
-            tracker.log_images({"samples": sheet}, step=step, dataformats="NHWC")
+            tracker.log_images({"samples": grid}, step=step, dataformats="NHWC")

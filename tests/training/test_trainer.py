@@ -22,14 +22,14 @@ from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.reader import LatentReader
 from dit_hf.runs import load_pipeline
 from dit_hf.storage import locked, write_manifest
-from dit_hf.training.checkpoint import make_room
+from dit_hf.training.checkpoint import check_disk_space
 from dit_hf.training.throughput import Speed
 from dit_hf.training.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_run_leaves_all_that_its_folder_is_to_hold(config):
+def test_a_finished_run_has_all_its_files(config):
     run = train(config)
     assert [row["step"] for row in rows(run)] == ["3", "4", "6", "8"]
     assert float(rows(run)[-1]["epoch"]) == pytest.approx(64 / len(Trainer(config).reader), abs=1e-4)
@@ -98,19 +98,19 @@ def test_checkpoints_of_something_else_are_left_alone(config):
     assert other.is_file()
 
 
-def test_a_run_that_goes_back_shows_and_keeps_nothing_of_what_came_after(config):
+def test_a_run_resumed_from_an_earlier_checkpoint_removes_what_came_after_it(config):
     train(changed(config, train={"sampling_steps": 2}))
     back = {"max_train_steps": 6, "resume_from_checkpoint": "checkpoint-4"}
     run = train(changed(config, train=back))
     assert sorted(path.name for path in run.glob("samples/*")) == ["step-2.png", "step-4.png", "step-6.png"]
     assert "samples/step-6.png" in (run / "README.md").read_text()
-    # What it wrote down is the recipe, and not that this call went back: it would do so again.
+    # The written recipe does not name the checkpoint: a run of it would go back again.
     assert read_config(run / "config.yaml").train.resume_from_checkpoint is None
     with pytest.raises(FileExistsError, match="holds a run"):
         train(read_config(run / "config.yaml"))
 
 
-def test_a_run_made_longer_is_no_model_until_its_end(config):
+def test_a_run_trained_for_more_steps_is_not_a_model_until_its_end(config):
     run = train(config)
     trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
     trainer.transformer.proj_in.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
@@ -121,7 +121,7 @@ def test_a_run_made_longer_is_no_model_until_its_end(config):
     assert load_pipeline(str(run / "pipeline")).config.guidance_scale == 2.0
 
 
-def test_a_run_that_is_trained_anew_exports_what_it_has_learned(config):
+def test_a_run_trained_from_scratch_in_the_same_folder_exports_its_own_weights(config):
     run = train(config)
     for name in ("checkpoint-4", "checkpoint-8"):
         shutil.rmtree(run / name)
@@ -132,7 +132,7 @@ def test_a_run_that_is_trained_anew_exports_what_it_has_learned(config):
     assert "learning_rate: 0.005" in (run / "README.md").read_text()
 
 
-def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_export(config):
+def test_latest_without_a_checkpoint_starts_and_on_a_finished_run_completes_the_export(config):
     config = changed(config, train={"resume_from_checkpoint": "latest"})
     run = train(config)
     log = (run / "training_log.csv").read_text()
@@ -147,7 +147,7 @@ def test_latest_without_a_checkpoint_begins_and_on_a_finished_run_mends_the_expo
     assert (run / "training_log.csv").read_text() == log
 
 
-def test_a_run_made_longer_exports_anew_and_one_made_shorter_is_refused(config):
+def test_a_run_with_more_steps_exports_again_and_one_with_fewer_is_refused(config):
     train(config)
     longer = changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"})
     run = train(longer)
@@ -160,14 +160,14 @@ def test_a_run_made_longer_exports_anew_and_one_made_shorter_is_refused(config):
     assert "max_train_steps: 10" in (run / "config.yaml").read_text()
 
 
-def test_a_finished_run_takes_another_guidance_into_its_pipeline(config):
+def test_a_finished_run_exports_its_pipeline_with_another_guidance(config):
     train(config)
     options = {"guidance_scale": 4.5, "resume_from_checkpoint": "latest"}
     run = train(changed(config, train=options))
     assert DiffusionPipeline.from_pretrained(run / "pipeline").config.guidance_scale == 4.5
 
 
-def test_a_run_does_not_go_on_with_another_cache_of_as_many_pictures(config, vae_folder, tmp_path):
+def test_a_run_does_not_resume_with_another_cache_of_as_many_images(config, vae_folder, tmp_path):
     train(config)
     others = str(tmp_path / "others")
     prepare_latents(others, "avatars", str(vae_folder), "16", flip=True, num_images=200, seed=1)
@@ -177,8 +177,8 @@ def test_a_run_does_not_go_on_with_another_cache_of_as_many_pictures(config, vae
         train(config)
 
 
-def test_a_run_is_of_the_precision_that_it_was_computed_in(config, monkeypatch):
-    """accelerate's file says fp16, and there is no GPU; what began so goes on by another launcher."""
+def test_a_runs_precision_is_the_one_it_was_computed_in(config, monkeypatch):
+    """accelerate's file says fp16, and there is no GPU; such a run is resumed by another launcher."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     AcceleratorState._reset_state()
     run = train(config)
@@ -188,20 +188,20 @@ def test_a_run_is_of_the_precision_that_it_was_computed_in(config, monkeypatch):
     state = run / "checkpoint-8" / "state.json"
     text = state.read_text()
     assert text.count('"mixed_precision": "no"') == 1
-    state.write_text(text.replace('"mixed_precision": "no"', '"mixed_precision": "fp16"'))  # as once was written
+    state.write_text(text.replace('"mixed_precision": "no"', '"mixed_precision": "fp16"'))  # as early versions wrote
     write_manifest(run / "checkpoint-8")
     train(changed(config, train={"max_train_steps": 10, "resume_from_checkpoint": "latest"}))
     assert (run / "checkpoint-10").is_dir()
 
 
-def test_validation_is_the_loss_of_the_average_at_each_level_and_the_best_is_kept(config):
+def test_validation_is_the_loss_of_the_ema_at_each_level_and_the_best_is_kept(config):
     run = train(changed(config, train={"max_train_steps": 12, "checkpoints_total_limit": 1}))
     validated = {row["step"]: float(row["validation_loss"]) for row in rows(run) if row["validation_loss"]}
     assert [*validated] == ["4", "8", "12"]
     best = json.loads((run / "best.json").read_text())["checkpoints"]
     assert {best[0]["checkpoint"], "checkpoint-12"} == {path.name for path in run.glob("checkpoint-*")}
     assert best[0]["validation_loss"] == min(validated.values())
-    # By hand: the last average on the held-out image, in the middle of each tenth of the schedule.
+    # By hand: the last EMA on the held-out image, in the middle of each tenth of the schedule.
     trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
     reader = LatentReader(config.data.latents, "validation")
     count = len(reader)
@@ -213,8 +213,8 @@ def test_validation_is_the_loss_of_the_average_at_each_level_and_the_best_is_kep
     timesteps = [torch.floor(50 * (level + (torch.arange(count) + 0.5) / count)) for level in range(10)]
     with torch.no_grad():
         expected = torch.stack([trainer.step.losses(latents, noise, t, ids).mean() for t in timesteps])
-    found = [float(rows(run)[-1][f"validation_loss_level_{level}"]) for level in range(10)]
-    assert found == pytest.approx(expected.tolist(), rel=1e-5)
+    logged = [float(rows(run)[-1][f"validation_loss_level_{level}"]) for level in range(10)]
+    assert logged == pytest.approx(expected.tolist(), rel=1e-5)
     assert validated["12"] == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
@@ -232,7 +232,7 @@ def test_loss_by_noise_level_adds_up_to_the_loss(config):
         assert float(row["loss"]) == pytest.approx((total.sum() / 8).item(), rel=1e-6)
 
 
-def test_several_averages_are_kept_validated_and_exported(config):
+def test_several_emas_are_saved_validated_and_exported(config):
     config = changed(config, optim={"ema_decay": 0.9, "extra_ema_decays": [0.2]})
     run = train(config)
     assert float(rows(run)[-1]["validation_loss-0.2"]) != float(rows(run)[-1]["validation_loss"])
@@ -242,7 +242,7 @@ def test_several_averages_are_kept_validated_and_exported(config):
 
 
 @pytest.mark.parametrize("layer", ["proj_in", "transformer_blocks.1.ff.net.2"])
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_layer(config, layer):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(config, layer):
     run = train(changed(config, train={"max_train_steps": 4}))
     trainer = Trainer(changed(config, train={"resume_from_checkpoint": "latest"}))
     wrong = trainer.transformer.get_submodule(layer)
@@ -255,7 +255,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_layer(config, laye
     assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4"]
 
 
-def test_a_gradient_that_is_no_number_changes_nothing_and_stops_the_run(config):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_run(config):
     run = train(changed(config, train={"max_train_steps": 4}))
     trainer = Trainer(changed(config, train={"resume_from_checkpoint": "latest"}))
     trainer.tensors.load(run / "checkpoint-4")
@@ -274,7 +274,7 @@ def test_a_gradient_that_is_no_number_changes_nothing_and_stops_the_run(config):
 
 @pytest.fixture
 def in_half_precision(monkeypatch):
-    """Makes of a trainer what accelerate makes of it for fp16 on a GPU; on a CPU it trains in float32 instead."""
+    """Prepare a trainer as accelerate does for fp16 on a GPU; on a CPU accelerate trains in float32 instead."""
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     return half_precision
 
@@ -293,7 +293,7 @@ def half_precision(trainer, init_scale):
     return scaler
 
 
-def test_fp16_skips_what_overflows_finds_its_scale_and_learns(config, in_half_precision):
+def test_fp16_skips_overflows_settles_on_a_scale_and_learns(config, in_half_precision):
     config = changed(config, train={"max_train_steps": 30, "logging_steps": 1, "checkpointing_steps": 30})
     trainer = Trainer(config)
     scaler = in_half_precision(trainer, 2.0**40)
@@ -349,7 +349,7 @@ def test_fp16_resumes_with_its_scale(config, in_half_precision, tmp_path):
 def test_no_file_that_is_shared_names_a_folder_of_this_machine(config):
     run = train(config)
     for path in [run / "README.md", *(run / "pipeline").rglob("*.json"), *Path(config.data.latents).rglob("*.json")]:
-        if path.name != "latents.json":  # which says where the cache came from
+        if path.name != "latents.json":  # which holds where the cache came from
             assert str(run.parents[1]) not in path.read_text(), path
 
 
@@ -377,7 +377,7 @@ def test_the_reference_objective_trains_too(config):
     assert pipeline.config.latents_std == pytest.approx([1 / 0.18215] * 4)
 
 
-def test_loss_is_what_the_formulas_say(config):
+def test_loss_follows_the_formulas(config):
     """One step by hand: read, sample, normalise, noise, predict, weigh."""
     trainer = Trainer(config)
     before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
@@ -385,20 +385,20 @@ def test_loss_is_what_the_formulas_say(config):
     loss = trainer.step.window[0].sum() / 8
     from dit_hf.training.objective import sample_flips, sample_step_randomness
 
-    draws = sample_step_randomness(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
+    randomness = sample_step_randomness(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
     batch = trainer.reader.batch(0, 40, 8, sample_flips(0, 5, 8))
     mean, std = (torch.from_numpy(batch[name]).float() for name in ("latent_mean", "latent_std"))
     statistics = trainer.reader.info["statistics"]
-    clean = mean + std * draws.posterior_noise
+    clean = mean + std * randomness.posterior_noise
     clean = (clean - torch.tensor(statistics["mean"]).view(4, 1, 1)) / torch.tensor(statistics["std"]).view(4, 1, 1)
-    alpha, sigma = (x.view(-1, 1, 1, 1) for x in trainer.step.scheduler.levels(draws.timesteps))
-    ids = torch.where(draws.keep, torch.from_numpy(batch["condition_ids"]), 2)
+    alpha, sigma = (x.view(-1, 1, 1, 1) for x in trainer.step.scheduler.levels(randomness.timesteps))
+    ids = torch.where(randomness.keep, torch.from_numpy(batch["condition_ids"]), 2)
     trainer.transformer.load_state_dict(before, strict=False)
     with torch.no_grad():
-        output = trainer.transformer(alpha * clean + sigma * draws.noise, draws.timesteps, ids).sample
+        output = trainer.transformer(alpha * clean + sigma * randomness.noise, randomness.timesteps, ids).sample
     snr = (alpha / sigma).square()
     weight = snr.clamp(max=5) / (snr + 1)
-    expected = (weight * (output - (alpha * draws.noise - sigma * clean)).square()).mean()
+    expected = (weight * (output - (alpha * randomness.noise - sigma * clean)).square()).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -407,9 +407,9 @@ def test_loss_is_what_the_formulas_say(config):
     [
         ({"train": {"gradient_accumulation_steps": 3}}, ValueError, "not divisible by 1 ranks x 3"),
         ({"model": {"patch_size": 3}}, ValueError, "not divisible by patch_size 3"),
-        ({"model": {"preset": "huge"}}, ValueError, "known are tiny, reference, S/2"),
+        ({"model": {"preset": "huge"}}, ValueError, "the presets are tiny, reference, S/2"),
         ({"data": {"conditions": ["Tall"]}}, ValueError, "no condition Tall"),
-        ({"data": {"latents": "nowhere"}}, ValueError, "no latent cache"),
+        ({"data": {"latents": "nowhere"}}, ValueError, "not a latent cache"),
         ({"train": {"logging_steps": 0}}, ValueError, "train.logging_steps=0 must be at least 1"),
         ({"objective": {"condition_dropout": 0.7}}, ValueError, "condition_dropout=0.7 must be between 0 and 0.5"),
         ({"objective": {"condition_dropout": 0.0}}, ValueError, "condition_dropout=0 never learns"),
@@ -421,7 +421,7 @@ def test_loss_is_what_the_formulas_say(config):
         ({"optim": {"extra_ema_decays": [0.9, 1.5]}}, ValueError, "extra_ema_decays=1.5 must be between 0 and 1"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_work(config, sections, error, message):
+def test_impossible_recipes_are_refused_before_any_work(config, sections, error, message):
     with pytest.raises(error, match=message):
         train(changed(config, **sections))
     assert not Path(config.train.output_dir).exists()
@@ -458,10 +458,10 @@ def test_a_disk_that_fills_up_while_saving_costs_only_what_came_after_the_last_c
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
     with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
-        make_room(tmp_path, 10**18)
+        check_disk_space(tmp_path, 10**18)
 
 
-def test_a_gpu_too_small_is_said_in_a_line(config, monkeypatch):
+def test_a_full_gpu_is_reported_in_one_line(config, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -482,7 +482,7 @@ def test_deterministic_kernels_change_nothing_on_a_cpu(config, tmp_path):
 
 @pytest.mark.parametrize("name", ["ddp", "ddp-machines", "fsdp2", "fsdp2-machines"])
 def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
-    """By its launcher's own code, which makes of them the environment of the ranks."""
+    """By its launcher's own code, which turns them into the environment of the ranks."""
     path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
     args, defaults, _ = _validate_launch_command(args)

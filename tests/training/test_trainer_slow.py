@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, shared by ranks and sharded: each is a process of its own, or several."""
+"""Runs that are killed, preempted, distributed over ranks and sharded: each in a process of its own, or several."""
 
 import json
 import os
@@ -46,7 +46,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", *CONFIG, SCRIP
 
 
 def command(launcher, whole, run, *options):
-    """Of a run by the recipe of another, going on if it was begun."""
+    """Return the command of a run by the recipe of another, which resumes it if it was started."""
     resume = ["--train.resume_from_checkpoint", "latest"]
     return [*launcher, "--config", str(whole / "config.yaml"), "--train.output_dir", str(run), *resume, *options]
 
@@ -64,14 +64,14 @@ def begin(command, run, row=1):
 
 
 def kill(process):
-    """Kill a run and all it started: torchrun's ranks are in sessions of their own and would go on."""
+    """Kill a run and all it started: torchrun's ranks are in sessions of their own and would survive."""
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.wait()
 
 
-def assert_same_pictures(first, second):
-    """Losses say which images, noise and timesteps were seen; ranks add them up in another order."""
+def assert_same_images(first, second):
+    """Compare losses, which depend on the images, noise and timesteps seen; ranks add them up in another order."""
     for one, other in zip(rows(first), rows(second), strict=True):
         assert float(one["loss"]) == pytest.approx(float(other["loss"]), abs=1e-5)
         assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
@@ -92,7 +92,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits_and_log(tmp_path
     [(PYTHON, 75), (SRUN, 75), (TORCHRUN, 1), (ACCELERATE, -signal.SIGTERM)],
     ids=["python", "srun", "torchrun", "accelerate"],
 )
-def test_told_to_stop_a_run_saves_and_goes_on_with_the_same_bits(config, tmp_path, launcher, code):
+def test_a_preempted_run_saves_and_resumes_with_the_same_bits(config, tmp_path, launcher, code):
     config = changed(config, train={"max_train_steps": 300, "checkpointing_steps": 150, "logging_steps": 10})
     whole, run = train(config), tmp_path / "stopped"
     process = begin(command(launcher, whole, run), run)
@@ -100,11 +100,11 @@ def test_told_to_stop_a_run_saves_and_goes_on_with_the_same_bits(config, tmp_pat
     output = process.communicate(timeout=120)[0].decode()  # waits for all who can write to it
     assert process.returncode == code, output
     (stopped,) = run.glob("checkpoint-*")
-    assert f"told to stop: {stopped.name} is saved" in output
+    assert f"preempted: {stopped.name} is saved" in output
     assert int(stopped.name.split("-")[1]) not in (150, 300)
     subprocess.run(command(launcher, whole, run), check=True)
     if launcher in (TORCHRUN, SRUN):
-        assert_same_pictures(whole, run)
+        assert_same_images(whole, run)
     else:
         assert_same_bits(whole / "checkpoint-300", run / "checkpoint-300")
         assert comparable(whole) == comparable(run)
@@ -114,18 +114,18 @@ def test_two_ranks_see_what_one_sees(config, tmp_path):
     config = changed(config, train={"max_train_steps": 50, "logging_steps": 1, "checkpointing_steps": 25})
     one, two = train(config), tmp_path / "two"
     subprocess.run(command(TORCHRUN, one, two), check=True)
-    assert_same_pictures(one, two)
+    assert_same_images(one, two)
 
 
 @pytest.mark.parametrize(("first", "second"), [(TORCHRUN, PYTHON), (PYTHON, TORCHRUN)], ids=["two-one", "one-two"])
-def test_killed_on_some_ranks_a_run_goes_on_on_others_with_the_same_pictures(config, tmp_path, first, second):
+def test_a_run_killed_on_some_ranks_resumes_on_others_with_the_same_images(config, tmp_path, first, second):
     config = changed(config, train={"max_train_steps": 200, "logging_steps": 7, "checkpointing_steps": 20})
     whole, run = train(config), tmp_path / "moved"
     process = begin(command(first, whole, run), run, row=4)  # the first checkpoint stands
     kill(process)
     assert not (run / "pipeline").exists()
     subprocess.run(command(second, whole, run), check=True)
-    assert_same_pictures(whole, run)
+    assert_same_images(whole, run)
 
 
 def test_ranks_that_do_not_see_the_same_checkpoint_stop_before_any_work(config, tmp_path):
@@ -144,21 +144,21 @@ def test_ranks_that_do_not_see_the_same_checkpoint_stop_before_any_work(config, 
         for rank in range(2)
     ]
     for process in ranks:
-        _, said = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert "checkpoint-8 is not what rank 1 finds there; train.output_dir must be a folder that every" in said
+        assert "checkpoint-8 differs on rank 1; train.output_dir must be a folder that every machine" in error
     assert (tmp_path / "rank-0" / "training_log.csv").read_text() == before
     assert not list(tmp_path.glob("rank-1/checkpoint-*"))
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-def test_sharded_by_fsdp2_a_run_trains_saves_goes_on_elsewhere_and_exports(config, tmp_path):
-    """With two averages and accumulation; killed when sharded, resumed sharded, then on one rank, and back."""
+def test_a_run_sharded_by_fsdp2_trains_saves_resumes_elsewhere_and_exports(config, tmp_path):
+    """With two EMAs and accumulation; killed when sharded, resumed sharded, then on one rank, and back."""
     config = changed(
         config,
         optim={"extra_ema_decays": [0.5]},
@@ -171,7 +171,7 @@ def test_sharded_by_fsdp2_a_run_trains_saves_goes_on_elsewhere_and_exports(confi
     assert not (run / "pipeline").exists()
     for launcher, steps in ((SHARDED, 200), (PYTHON, 220), (SHARDED, 240)):
         subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
-    assert_same_pictures(whole, run)
+    assert_same_images(whole, run)
     for name, weights in load_file(whole / "checkpoint-240" / "ema-0.5.safetensors").items():
         torch.testing.assert_close(
             load_file(run / "checkpoint-240" / "ema-0.5.safetensors")[name], weights, atol=1e-4, rtol=0
@@ -190,4 +190,4 @@ def test_sharded_muon_takes_the_steps_of_one_rank(config, tmp_path):
     whole, run = train(config), tmp_path / "sharded"
     for launcher, steps in ((SHARDED, 20), (PYTHON, 32), (SHARDED, 40)):
         subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
-    assert_same_pictures(whole, run)
+    assert_same_images(whole, run)

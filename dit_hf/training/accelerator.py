@@ -1,0 +1,87 @@
+"""How a run uses its machine: accelerate's ranks and precision, compiled blocks, deterministic kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from ..config import Precision, TrainConfig
+from ..devices import compiler_problem
+
+
+def use_deterministic_kernels() -> None:
+    """Make every kernel give the same bits each time; call it before the first CUDA call of the process."""
+    # cuBLAS reads its workspace setting once, when it is initialized.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Inductor would otherwise choose kernels by timing them, and each process could choose differently. The option is
+    # not documented; read in torch 2.13.
+    torch._inductor.config.deterministic = True
+
+
+def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: Callable[[str], None]) -> Accelerator:
+    """Build the Accelerator of a run.
+
+    Args:
+        train: The recipe's section.
+        tracker: The tracker to log with (see `choose_tracker`); None is none.
+        cpu: Whether the machine has no accelerator.
+        log: Receives a line if the requested precision is not available.
+    """
+    # The recipe decides the precision, then `accelerate launch`, and without either fp16 on a GPU.
+    precision = train.mixed_precision
+    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
+        precision = "fp16"
+
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        log_with=tracker,
+        project_config=ProjectConfiguration(logging_dir=train.output_dir),
+        step_scheduler_with_optimizer=False,
+        # The model's buffers never change, and gradients need not be copied out of DDP's buckets.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+    # Dynamo's DDP optimizer would split every compiled block at DDP's buckets. The option is read from a module with a
+    # leading underscore, in torch 2.13.
+    torch._dynamo.config.optimize_ddp = False
+
+    # accelerate accepts fp16 on a CPU and computes in float32 without a warning.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        log("no GPU: training in float32 instead of fp16")
+    return accelerator
+
+
+def effective_precision(mixed_precision: str, device: torch.device) -> Precision:
+    """Return the precision that accelerate computes in for `mixed_precision`: fp16 on a CPU is float32."""
+    return "no" if mixed_precision == "fp16" and device.type == "cpu" else cast(Precision, mixed_precision)
+
+
+def should_compile(
+    train: TrainConfig, state: dict[str, Any] | None, accelerator: Accelerator, log: Callable[[str], None]
+) -> bool:
+    """Decide whether to compile the blocks: by the recipe, else as the run started, else on CUDA where it works.
+
+    Args:
+        train: The recipe's section.
+        state: State of the checkpoint to resume from; None for a new run.
+        accelerator: Of the run.
+        log: Receives a line if compilation would be used but fails here.
+    """
+    if train.torch_compile is not None:
+        return train.torch_compile
+    # Compiled code rounds differently: a resumed run keeps what it started with, so that its bits stay the same.
+    if state is not None:
+        return state.get("torch_compile", False)
+    if accelerator.device.type != "cuda" or accelerator.is_fsdp2:
+        return False
+    problem = compiler_problem(accelerator.device)
+    if problem:
+        log(f"training without torch.compile, which would be faster but fails here: {problem}")
+    return problem is None
