@@ -15,13 +15,20 @@ from .muon import MuonAdamW
 def build_optimizer(
     model: nn.Module, config: OptimConfig, device: torch.device, mixed_precision: str = "no", sharded: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
-    """Build the optimizer; returns it and its name. Only matrices are decayed, embeddings are not.
+    """Build the optimizer and return it with its name.
 
-    `adamw` is torch's fused AdamW. `apex_fused_adam` is NVIDIA apex's, which takes the same steps; torch's is used
-    where apex cannot be: off CUDA, without fp16 (where no loss scaler skips the steps whose gradient is not finite,
-    which apex by itself takes), and for weights that FSDP2 will shard, whose memory apex does not find. `muon` is Muon
-    for the matrices of attention and feed-forward layers, and torch's fused AdamW for the rest.
+    `adamw` is torch's fused AdamW. `apex_fused_adam` is NVIDIA apex's, which takes the same steps; torch's replaces it
+    off CUDA, without fp16, where apex is not installed, and under FSDP2. `muon` is Muon for the matrices of attention
+    and feed-forward layers, and torch's fused AdamW for the rest.
+
+    Args:
+        model: Whose parameters are trained.
+        config: The recipe's section.
+        device: Of the parameters.
+        mixed_precision: accelerate's: `no`, `fp16` or `bf16`.
+        sharded: Whether FSDP2 will shard the parameters.
     """
+    # Weight decay is for matrices only: biases, gains and embeddings have none.
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.ndim <= 1 or id(p) in embeddings]
@@ -34,10 +41,15 @@ def build_optimizer(
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
+
+    # Muon: orthogonalized in the precision whose matrix products are fast, which on a CPU is what the run computes in.
     if config.optimizer == "muon":
         on_cpu = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
         options["dtype"] = torch.float16 if device.type == "cuda" else on_cpu
         return MuonAdamW(_muon_groups(model, groups), **options), "Muon and torch AdamW (fused)"
+
+    # Adam. Without fp16 there is no loss scaler, which skips steps with a gradient that is not finite; apex by itself
+    # takes them. Under FSDP2 apex does not find the memory behind a DTensor.
     usable = device.type == "cuda" and mixed_precision == "fp16" and not sharded
     if config.optimizer == "apex_fused_adam" and usable and (apex_adam := _apex_adam()):
         return apex_adam(groups, adam_w_mode=True, **options), "apex FusedAdam"
@@ -45,19 +57,25 @@ def build_optimizer(
 
 
 def _apex_adam() -> Any:
-    """apex's FusedAdam with a state like that of torch's AdamW, or None where apex is not installed."""
+    """Return apex's FusedAdam with a state like that of torch's AdamW, or None where apex is not installed."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError:  # apex is optional, and the PyPI package of that name is another one
         return None
 
     class ResumableFusedAdam(FusedAdam):
-        """apex counts steps by group, torch by parameter; saved as torch's, either resumes the other's runs."""
+        """apex's FusedAdam, saved as torch's AdamW, so that either resumes the other's runs.
 
-        def zero_grad(self, set_to_none: bool = True) -> None:  # with torch's argument
+        apex keeps one step count a group (`group["step"]`), torch one a parameter (`state[p]["step"]`).
+        """
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            # Callers pass torch's argument, which apex's method does not take: it always sets gradients to None.
             super().zero_grad()
 
         def state_dict(self) -> dict[str, Any]:
+            # From the group to each of its parameters. In new dicts: those in torch's state dict are the optimizer's
+            # own, which hold no count.
             state = super().state_dict()
             for group in state["param_groups"]:
                 step = float(group.pop("step", 0))
@@ -67,6 +85,7 @@ def _apex_adam() -> Any:
             return state
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            # And back: all parameters of a group have taken the same number of steps.
             super().load_state_dict(state_dict)
             for group in self.param_groups:
                 steps = [self.state[p].pop("step") for p in group["params"] if "step" in self.state[p]]
@@ -77,17 +96,21 @@ def _apex_adam() -> Any:
 
 
 def _muon_groups(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`groups`, with the matrices of attention and feed-forward layers in one of their own."""
-    parts = (".attn.", ".ff.")
-    inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in parts)}
+    """Split the first of `groups`, the decayed ones: matrices of attention and feed-forward layers are Muon's."""
+    # Not the layers that read and write latents, nor those of the conditions: Muon is for hidden layers.
+    layers = (".attn.", ".ff.")
+    inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and any(layer in name for layer in layers)}
     matrices = [p for p in groups[0]["params"] if id(p) in inner]
     rest = [p for p in groups[0]["params"] if id(p) not in inner]
     return [{**groups[0], "params": matrices, "muon": True}, {**groups[0], "params": rest}, groups[1]]
 
 
 def learning_rate(config: OptimConfig, step: int, max_train_steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0): a pure function, so that a resume needs no state."""
+    """Return the learning rate of optimizer step `step` (from 0): a pure function, so that resuming needs no state."""
+    # Linear warm-up to the full rate.
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+
+    # Decay by what is left of the run: 1 at its start, near 0 at its last step.
     left = 1 - step / max_train_steps
     if config.lr_scheduler == "cosine":
         return rate * 0.5 * (1 - math.cos(math.pi * left))
