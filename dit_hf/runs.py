@@ -1,7 +1,7 @@
-"""A run's folder: the name of every file in it, what the files hold, and the way from MODEL to a pipeline.
+"""A run's folder: the names and contents of its files, and the pipeline of what commands call MODEL.
 
-Reading a run is done here alone. Checkpoints are written by `training/checkpoint.py`, the log by `training/log.py`,
-and the export by `training/export.py`.
+Runs are read here only. Checkpoints are written by `training/checkpoint.py`, the log by `training/log.py`, and the
+export by `training/export.py`.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from .storage import first_line, read_manifest
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
 
-# Of a checkpoint: its state, the weights in training, those of the EMA (further ones are `ema-<decay>.safetensors`),
-# and the optimizer's moments and settings.
+# Files of a checkpoint: its state, the weights in training, the EMA weights (further EMAs are
+# `ema-<decay>.safetensors`), and the optimizer's moments and settings.
 STATE = "state.json"
 WEIGHTS, EMA_WEIGHTS = "transformer.safetensors", "ema.safetensors"
 OPTIMIZER_STATE, OPTIMIZER_GROUPS = "optimizer.safetensors", "optimizer.json"
 FORMAT_VERSION = 2
-# Of an evaluation, in a folder `evaluation/`.
+# Files of an evaluation, in the folder `evaluation/`.
 EVALUATION_REPORT, EVALUATION_PLOT, SETTINGS_PLOT = "evaluation.json", "evaluation.png", "settings.png"
-# In a run's folder and in what `dit-hf push` makes of it alike.
+# Files of a run's folder that have the same names in the repository to which `dit-hf push` uploads it.
 CONFIG, LOG, EXPORT, CARD, LOSS_CURVE = "config.yaml", "training_log.csv", "export.json", "README.md", "loss_curve.png"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run's folder `path`, whether they are there or not."""
+    """Paths of the files of a run's folder `path`, existing or not."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """The recipe as it was resolved."""
+        """The recipe, with what the machine resolved."""
         return self.path / CONFIG
 
     @property
@@ -70,12 +70,12 @@ class RunFolder:
 
     @property
     def pipeline(self) -> Path:
-        """The exported pipeline, of the EMA's weights."""
+        """The exported pipeline of the EMA weights."""
         return self.path / "pipeline"
 
     @property
     def export(self) -> Path:
-        """What the last export was of; written last, so that a run without it is not finished."""
+        """Step, sampling and summary of the last export, as JSON; written last: without it a run is not finished."""
         return self.path / EXPORT
 
     @property
@@ -88,12 +88,12 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains."""
+        """The lock of the process that trains."""
         return self.path / ".lock"
 
     @property
     def push_queue(self) -> Path:
-        """Where a push in the background is prepared."""
+        """The folder in which a background push is prepared."""
         return self.path / ".push"
 
     @property
@@ -104,7 +104,8 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints that are there, oldest first."""
+        """Return the existing checkpoints, in the order of their steps."""
+        # Not those of interrupted saves, whose names differ, nor other folders that merely start alike.
         folders = [path for path in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
         return sorted(folders, key=checkpoint_step)
 
@@ -112,19 +113,23 @@ class RunFolder:
         return self.path / "samples" / f"step-{step}.png"
 
     def sample_grids(self) -> dict[int, Path]:
-        """The sample grids that are there, by step, earliest first."""
+        """Return the existing sample grids by step, earliest first."""
         steps = {int(path.stem.removeprefix("step-")): path for path in self.path.glob("samples/step-*.png")}
         return dict(sorted(steps.items()))
 
     def card_images(self) -> dict[str, Any]:
-        """The newest sample grid and the loss curve, as far as they are there, as `write_card` takes them."""
+        """Return the newest sample grid and the loss curve, if they exist, as options of `write_card`.
+
+        Paths are relative to the run's folder, in which the card is.
+        """
         grids = [*self.sample_grids().values()]
         images: dict[str, Any] = {"sheet": f"samples/{grids[-1].name}"} if grids else {}
         return images | ({"curve": LOSS_CURVE} if self.loss_curve.is_file() else {})
 
 
 def find_run(model: str) -> Path | None:
-    """The run's folder that `model` is, or whose `pipeline/` or checkpoint it is; None if it is none of these."""
+    """Return the run's folder if `model` is one, or is the pipeline or a checkpoint in one; None otherwise."""
+    # A config.yaml alone is not enough: other tools write one, too.
     for folder in (Path(model), Path(model).absolute().parent):
         if RunFolder(folder).config.is_file() and RunFolder(folder).log.is_file():
             return folder
@@ -132,12 +137,12 @@ def find_run(model: str) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was saved."""
+    """Return the number of optimizer steps after which a checkpoint was saved, from its folder's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether it is the folder of a run's checkpoint."""
+    """Check whether `model` is the folder of a checkpoint."""
     return (Path(model) / STATE).is_file()
 
 
@@ -154,9 +159,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def migrate_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's recipe as it is kept today: early ones mixed what was resolved with what was requested."""
+    """Return a checkpoint's recipe in today's layout, with the resolved values in a section `found`.
+
+    Early checkpoints kept them among the requested options.
+    """
     if "found" in recipe:
         return recipe
+
+    # What the cache resolved stood in the section `data`, and under `optimizer` the name of the one that was built.
     names = ("pictures", "vae_sha256", "latent_shape", "condition_values")
     data, optim = {**recipe["data"]}, {**recipe["optim"]}
     resolved = {name: data.pop(name, None) for name in names} | {"optimizer": optim["optimizer"]}
@@ -165,41 +175,52 @@ def migrate_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_log(run: Path) -> list[dict[str, str]]:
-    """The whole rows of a run's log; a last row cut short by a kill is not one."""
+    """Read the rows of a run's log, as text by column; [] without a log.
+
+    A last row that a kill cut short is left out.
+    """
     log = RunFolder(run).log
     if not log.is_file():
         return []
     text = log.read_text(encoding="utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    # csv marks missing values by None as the value, and surplus ones by None as the key.
     return [row for row in rows if None not in row.values() and None not in row]
 
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
-    """Load the pipeline of a run's or a checkpoint's folder, of a pipeline's folder, or of a Hub id.
+    """Load a pipeline from a run's folder, a checkpoint, a pipeline's folder or the Hub.
 
     Args:
-        model: The folder of a run (its `pipeline/` is taken), of one of its checkpoints (its EMA's weights are) or of
-            a pipeline, or an id of the Hub.
-        device: Where it goes; None is the accelerator where there is one.
-        options: Of `DiffusionPipeline.from_pretrained`.
+        model: A run's folder (its exported `pipeline/` is loaded), a checkpoint (with its EMA weights), a pipeline's
+            folder, or a Hub id.
+        device: Where to load it; None is the accelerator, if there is one.
+        options: Options of `DiffusionPipeline.from_pretrained`.
 
     Raises:
         ValueError: if no [`LatentDiTPipeline`] can be loaded from there.
     """
     run = RunFolder(Path(model))
+
+    # A checkpoint: saved to a folder first, so that `options` mean the same as for a saved pipeline.
     if is_checkpoint(model):
-        # Through a folder, so that `options` mean what they mean for a saved pipeline.
         with tempfile.TemporaryDirectory(prefix="dit_hf-checkpoint-") as saved:
             checkpoint_pipeline(Path(model)).save_pretrained(saved)
             return load_pipeline(saved, device, **options)
-    exported = (run.path / "model_index.json").is_file()  # what `dit-hf push` writes of a run has its log, too
-    finished = run.pipeline.is_dir() and run.export.is_file()  # which a run that is made longer loses
+
+    # A run must be finished: one that is being trained for more steps still has the pipeline of its earlier end, but
+    # no export.json. A repository that `dit-hf push` wrote has a run's log and config too, and is a pipeline itself.
+    exported = (run.path / "model_index.json").is_file()
+    finished = run.pipeline.is_dir() and run.export.is_file()
     if not exported and not finished and find_run(model) == run.path:
         raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
+
+    # Everything that can go wrong becomes one line: no such folder, no network, a damaged file, each with an exception
+    # of its own.
     try:
         folder = str(run.pipeline) if run.pipeline.is_dir() else model
         pipeline = DiffusionPipeline.from_pretrained(folder, **options)
-    except Exception as error:  # no such folder, no network, a damaged file: each raises its own
+    except Exception as error:
         raise ValueError(f"{model}: no pipeline could be loaded from there ({first_line(error)})") from error
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: expected a LatentDiTPipeline, got {type(pipeline).__name__}")
@@ -212,10 +233,10 @@ def checkpoint_pipeline(checkpoint: Path) -> LatentDiTPipeline:
     """Build the pipeline of a checkpoint's EMA weights, on the CPU.
 
     Args:
-        checkpoint: Its folder; the run's recipe beside it and the latent cache are needed too.
+        checkpoint: Its folder, inside the run's, whose recipe is read; so is the latent cache that this names.
 
     Raises:
-        ValueError: if it is damaged, or the cache is not there.
+        ValueError: if the checkpoint is damaged, or the cache does not exist.
     """
     read_manifest(checkpoint, hashes=True)
     config, state = read_config(RunFolder(checkpoint.parent).config), read_state(checkpoint)
@@ -227,7 +248,14 @@ def checkpoint_pipeline(checkpoint: Path) -> LatentDiTPipeline:
 def build_pipeline(
     config: Config, reader: LatentReader, transformer: LatentDiTTransformer2DModel, normalization: Normalization
 ) -> LatentDiTPipeline:
-    """Build the pipeline that a run samples and exports, on the transformer's device."""
+    """Build the pipeline with which a run samples, and which it exports, on the transformer's device.
+
+    Args:
+        config: The recipe.
+        reader: Of the training images.
+        transformer: With the weights to sample with.
+        normalization: Mean and standard deviation by channel of the latents.
+    """
     mean, std = normalization
     pipeline = LatentDiTPipeline(
         transformer=transformer,
@@ -252,13 +280,14 @@ def _open_reader(config: Config) -> LatentReader:
 
 
 def base_model(config: Config) -> str | None:
-    """Name the model that a run is initialized from: its Hub id, or the name of its folder without the path."""
+    """Return the model that a run is initialized from: its Hub id, or the name of its folder; None without one."""
+    # Without the path: model cards contain no path of this machine.
     base = config.model.init_from
     return Path(base).name if base and Path(base).exists() else base
 
 
 def checkpoint_summary(checkpoint: Path) -> dict[str, Any]:
-    """The `training_summary` of a run at one of its checkpoints."""
+    """Return the `training_summary` of a run at one of its checkpoints."""
     config, state = read_config(RunFolder(checkpoint.parent).config), read_state(checkpoint)
     return training_summary(
         checkpoint.parent, config, _open_reader(config), migrate_recipe(state["recipe"]), state["step"]
@@ -266,7 +295,7 @@ def checkpoint_summary(checkpoint: Path) -> dict[str, Any]:
 
 
 def exported_summary(folder: Path) -> dict[str, Any]:
-    """The `training_summary` that the export of a run, or a push of it, has written down; {} if there is none."""
+    """Return the `training_summary` in `folder`, an exported run or a pushed repository; {} if there is none."""
     export = folder / EXPORT
     return json.loads(export.read_text(encoding="utf-8")).get("training", {}) if export.is_file() else {}
 
@@ -274,12 +303,24 @@ def exported_summary(folder: Path) -> dict[str, Any]:
 def training_summary(
     run: Path, config: Config, reader: LatentReader, recipe: dict[str, Any], step: int
 ) -> dict[str, Any]:
-    """Sum up a run after `step` steps for its model card; no path of this machine is in it."""
+    """Summarize a run after `step` steps for its model card, without any path of this machine.
+
+    Args:
+        run: The run's folder.
+        config: Its recipe.
+        reader: Of the training images.
+        recipe: As checkpoints hold it, with a section `found`.
+        step: Optimizer steps done.
+    """
+    # Only what belongs to these weights: no later rows, and a validation loss of this very step.
     rows = [row for row in read_log(run) if int(row["step"]) <= step]
     validated = [row["validation_loss"] for row in rows if row["validation_loss"] and int(row["step"]) == step]
     settings = reader.info["settings"]
     requested = {section: values for section, values in recipe.items() if section != "found"}
+    # Not among the keys that a resumed run must keep, but part of what was trained.
     requested["train"] = {"max_train_steps": config.train.max_train_steps, **requested["train"]}
+
+    # Keys are those of export.json and of the card's template.
     return {
         "recipe": yaml.safe_dump(requested, sort_keys=False),
         "optimizer": recipe["found"]["optimizer"],
