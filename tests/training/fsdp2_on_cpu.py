@@ -1,7 +1,7 @@
 """`torchrun fsdp2_on_cpu.py ...` is `scripts/train.py` under FSDP2 on CPU ranks.
 
-accelerate shards on accelerators only: on a CPU it ignores its FSDP settings. Here it is told to shard there too, with
-the settings of `recipes/accelerate/fsdp2.yaml`; what it then does is what it does on GPUs, but in float32 and by gloo.
+accelerate shards on accelerators only: on a CPU it ignores its FSDP settings. Here it is made to shard there too, with
+the settings of `recipes/accelerate/fsdp2.yaml`. It then does the same as on GPUs, but in float32 and by gloo.
 """
 
 import os
@@ -18,7 +18,7 @@ SETTINGS = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "accelerate" 
 
 
 def plugin() -> FullyShardedDataParallelPlugin:
-    """From the environment that `accelerate launch` would make of the settings."""
+    """Build accelerate's plugin from the environment that `accelerate launch` would make of the settings."""
     for name, value in SETTINGS["fsdp_config"].items():
         name = name.upper().replace("TRANSFORMER_LAYER_CLS", "TRANSFORMER_CLS")
         os.environ[name] = str(value).lower() if isinstance(value, bool) else str(value)

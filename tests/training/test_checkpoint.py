@@ -12,7 +12,7 @@ from dit_hf.training.optimizer import build_optimizer
 
 
 def parts(seed):
-    """A model that has been trained a little, with its average and optimizer."""
+    """Train a tiny model for three steps; returns it with its EMA and optimizer."""
     torch.manual_seed(seed)
     model = nn.Linear(3, 2)
     ema = EMA(model, 0.9)
@@ -42,7 +42,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
-def test_the_best_are_kept_beside_the_newest(tmp_path):
+def test_the_best_stay_beside_the_newest(tmp_path):
     for step, loss in ((10, 0.5), (20, 0.3), (30, 0.4), (40, 0.6), (50, None)):
         save(tmp_path, step, best=2, limit=1, validation_loss=loss)
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == [f"checkpoint-{step}" for step in (20, 30, 50)]
@@ -56,7 +56,7 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-20", "checkpoint-25"]
 
 
-def test_the_oldest_go_and_the_order_is_of_numbers(tmp_path):
+def test_the_oldest_are_removed_and_the_order_is_that_of_the_numbers(tmp_path):
     for step in (8, 9, 10):
         save(tmp_path, step)
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
@@ -65,7 +65,7 @@ def test_the_oldest_go_and_the_order_is_of_numbers(tmp_path):
     assert find_checkpoint(tmp_path / "nothing", "latest") is None
 
 
-def test_going_back_to_an_earlier_one_drops_what_came_after(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_removes_later_ones(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, limit=3)
     save(tmp_path, 15, limit=2)
@@ -113,18 +113,20 @@ def test_an_option_that_is_newer_than_the_checkpoint_was_at_its_default(tmp_path
         check_same_recipe(before, now, tmp_path)
 
 
-@pytest.mark.parametrize(("kept", "asked"), [("apex FusedAdam", "adamw"), ("Muon and torch AdamW (fused)", "muon")])
-def test_a_recipe_that_was_kept_with_what_the_run_found_is_read(tmp_path, kept, asked):
-    found = {"pictures": 8, "vae_sha256": "ab", "latent_shape": [4, 2, 2], "condition_values": {"Male": 2}}
+@pytest.mark.parametrize(
+    ("built", "requested"), [("apex FusedAdam", "adamw"), ("Muon and torch AdamW (fused)", "muon")]
+)
+def test_an_early_recipe_with_resolved_values_among_the_requested_ones_is_read(tmp_path, built, requested):
+    resolved = {"pictures": 8, "vae_sha256": "ab", "latent_shape": [4, 2, 2], "condition_values": {"Male": 2}}
     now, before = Config().resume_keys(), Config().resume_keys()
-    now["optim"]["optimizer"], before["optim"]["optimizer"] = asked, kept
-    before["data"] |= found
+    now["optim"]["optimizer"], before["optim"]["optimizer"] = requested, built
+    before["data"] |= resolved
     before = migrate_recipe(before)
-    check_same_recipe(before, now | {"found": found | {"optimizer": kept}}, tmp_path)
-    other = "muon" if asked == "adamw" else "adamw"
-    with pytest.raises(ValueError, match=rf"optim\.optimizer was '{asked}', now '{other}'"):
+    check_same_recipe(before, now | {"found": resolved | {"optimizer": built}}, tmp_path)
+    other = "muon" if requested == "adamw" else "adamw"
+    with pytest.raises(ValueError, match=rf"optim\.optimizer was '{requested}', now '{other}'"):
         check_same_recipe(before, now | {"optim": now["optim"] | {"optimizer": other}}, tmp_path)
     with pytest.raises(ValueError, match=r"found\.pictures was 8, now 9"):
         check_same_recipe(
-            migrate_recipe(before), now | {"found": found | {"optimizer": kept, "pictures": 9}}, tmp_path
+            migrate_recipe(before), now | {"found": resolved | {"optimizer": built, "pictures": 9}}, tmp_path
         )

@@ -16,7 +16,7 @@ def earlier(config, tmp_path):
     return train(changed(config, data={"conditions": ["Smiling", "Eyeglasses"]}, train=options))
 
 
-def test_a_run_begins_with_the_weights_and_normalization_of_an_earlier_one(config, earlier):
+def test_a_run_starts_with_the_weights_and_normalization_of_an_earlier_one(config, earlier):
     config = changed(config, data={"conditions": ["Smiling", "Eyeglasses"]})
     for name in (earlier, earlier / "pipeline"):
         trainer = Trainer(changed(config, model={"init_from": str(name)}))
@@ -27,24 +27,24 @@ def test_a_run_begins_with_the_weights_and_normalization_of_an_earlier_one(confi
         assert trainer.normalization == (pipeline.config.latents_mean, pipeline.config.latents_std)
 
 
-def test_with_new_conditions_those_it_knew_keep_their_meaning(config, earlier):
+def test_with_new_conditions_those_of_the_earlier_model_keep_their_meaning(config, earlier):
     before = DiffusionPipeline.from_pretrained(earlier / "pipeline").transformer.eval()
     trainer = Trainer(changed(config, model={"init_from": str(earlier)}))
     after, names = trainer.transformer.eval(), list(trainer.reader.conditions)
     assert len(names) == 22
     noisy, timesteps = torch.randn(4, 4, 8, 8), torch.tensor([1, 100, 300, 499])
-    known = torch.tensor([[0, 1], [1, 0], [2, 1], [2, 2]])
-    ids = torch.full((4, 22), 2)  # what is new is not given; and not given is not nothing: it has a row of its own
-    ids[:, names.index("Smiling")], ids[:, names.index("Eyeglasses")] = known.T
+    condition_ids = torch.tensor([[0, 1], [1, 0], [2, 1], [2, 2]])
+    ids = torch.full((4, 22), 2)  # new conditions are null; and null is not zero: it has a row of its own
+    ids[:, names.index("Smiling")], ids[:, names.index("Eyeglasses")] = condition_ids.T
     fresh = [n for n in names if n not in ("Smiling", "Eyeglasses")]
     rows = [int(after.condition_offsets[names.index(name)]) + 2 for name in fresh]
     with torch.no_grad():
         after.condition_embedding.weight[rows] = 0
-        expected = before(noisy, timesteps, known).sample
+        expected = before(noisy, timesteps, condition_ids).sample
         assert torch.allclose(after(noisy, timesteps, ids).sample, expected, atol=1e-5)
 
 
-def test_at_another_resolution_positions_are_stretched_over_what_it_knew(config, earlier, vae_folder, tmp_path):
+def test_at_another_resolution_positions_are_stretched(config, earlier, vae_folder, tmp_path):
     folder = tmp_path / "larger"
     prepare_latents(str(folder), "avatars", str(vae_folder), "32", flip=True, num_images=40)
     config = changed(config, data={"latents": str(folder)}, model={"init_from": str(earlier)})
@@ -74,8 +74,8 @@ def test_an_earlier_model_that_does_not_fit_is_refused_with_the_difference(confi
         Trainer(changed(config, **sections))
 
 
-def test_of_another_schedule_or_with_a_learned_sigma_it_is_refused_and_another_vae_is_told(config, tmp_path, capsys):
-    """What pipelines that were converted or made elsewhere may be."""
+def test_another_schedule_or_a_learned_sigma_is_refused_and_another_vae_is_reported(config, tmp_path, capsys):
+    """As converted pipelines, or those of other tools, may have them."""
     config = changed(config, model={"preset": "tiny", "init_from": str(tmp_path / "other")})
     sizes = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
     levels = CosineLatentScheduler(prediction_type="v_prediction")
@@ -94,7 +94,7 @@ def test_of_another_schedule_or_with_a_learned_sigma_it_is_refused_and_another_v
     assert "was trained on the latents of another VAE than these" in capsys.readouterr().out
 
 
-def test_what_a_run_began_with_need_not_be_there_when_it_goes_on(config, earlier, tmp_path):
+def test_the_model_that_a_run_started_from_need_not_exist_when_it_resumes(config, earlier, tmp_path):
     config = changed(config, model={"init_from": str(earlier)}, train={"max_train_steps": 4})
     train(config)
     earlier.rename(tmp_path / "moved")

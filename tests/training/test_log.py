@@ -22,7 +22,7 @@ def row(step):
     return {**dict.fromkeys(COLUMNS), "step": step, "loss": 1 / step}
 
 
-def test_log_is_cut_back_to_where_the_run_goes_on(tmp_path):
+def test_log_is_cut_back_to_where_the_run_resumes(tmp_path):
     start_log(tmp_path, 0)
     for step in (10, 20, 30):
         append_log(tmp_path, row(step))
@@ -36,7 +36,7 @@ def test_log_is_cut_back_to_where_the_run_goes_on(tmp_path):
     Image.open(tmp_path / "loss_curve.png").verify()
 
 
-def test_a_log_keeps_the_columns_that_are_not_measured_any_more(tmp_path):
+def test_a_log_keeps_columns_that_are_no_longer_measured(tmp_path):
     start_log(tmp_path, 0, [*COLUMNS, "FD-a-2k"])
     append_log(tmp_path, row(10) | {"FD-a-2k": 5.0})
     start_log(tmp_path, 10, [*COLUMNS, "FD-b-1k"])
@@ -44,7 +44,7 @@ def test_a_log_keeps_the_columns_that_are_not_measured_any_more(tmp_path):
     assert [(r["FD-a-2k"], r["FD-b-1k"]) for r in read_log(tmp_path)] == [("5.0", ""), ("", "7.0")]
 
 
-def test_wandb_without_a_login_is_offline_and_never_asks(config, tmp_path, monkeypatch, capsys):
+def test_wandb_without_a_login_is_offline_and_never_prompts(config, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -53,25 +53,25 @@ def test_wandb_without_a_login_is_offline_and_never_asks(config, tmp_path, monke
     run = train(config)
     assert "no wandb login" in capsys.readouterr().out
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
-    wandb.teardown()  # or it would go on without the environment that other tests set
+    wandb.teardown()  # or it would keep running without the environment that other tests set
 
 
-def test_a_wandb_that_may_ask_for_a_login_is_done_without(monkeypatch):
+def test_a_wandb_that_may_prompt_for_a_login_is_not_used(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.30.1")
-    said = []
-    assert choose_tracker("wandb", said.append) == (None, {})
-    assert "is too old: the run is logged to training_log.csv only (pip install 'wandb>=0.31')" in said[0]
+    lines = []
+    assert choose_tracker("wandb", lines.append) == (None, {})
+    assert "is too old: the run is logged to training_log.csv only (pip install 'wandb>=0.31')" in lines[0]
 
 
-def test_a_tracker_that_is_not_installed_is_said_and_done_without(monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported_and_not_used(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = []
-    assert choose_tracker("tensorboard", said.append) == (None, {})
-    assert "not installed" in said[0]
+    lines = []
+    assert choose_tracker("tensorboard", lines.append) == (None, {})
+    assert "not installed" in lines[0]
 
 
-def test_a_run_keeps_its_wandb_id_when_it_goes_on(config):
+def test_a_resumed_run_keeps_its_wandb_id(config):
     config = changed(config, train={"report_to": "wandb", "max_train_steps": 4})
     train(config)
     run = train(changed(config, train={"max_train_steps": 8, "resume_from_checkpoint": "latest"}))
@@ -79,22 +79,22 @@ def test_a_run_keeps_its_wandb_id_when_it_goes_on(config):
     assert ids == [(run / "wandb_id").read_text()] * 2
 
 
-def test_tensorboard_gets_the_log_and_the_sheets(config):
+def test_tensorboard_gets_the_log_and_the_sample_grids(config):
     run = train(changed(config, train={"report_to": "tensorboard", "sampling_steps": 4}))
     events = EventAccumulator(str(run / "dit_hf"), {"scalars": 0, "images": 0}).Reload()
     for column in ("loss", "validation_loss", "grad_norm", "loss_level_9"):
         logged = {row["step"]: float(row[column]) for row in read_log(run) if row[column]}
         shown = {str(event.step): event.value for event in events.Scalars(column)}
         assert shown == pytest.approx(logged, rel=1e-6)
-    sheets = events.Images("samples")
-    assert [sheet.step for sheet in sheets] == [4, 8]
-    with Image.open(run / "samples" / "step-8.png") as sheet:
-        assert (sheets[-1].width, sheets[-1].height) == sheet.size
+    grids = events.Images("samples")
+    assert [grid.step for grid in grids] == [4, 8]
+    with Image.open(run / "samples" / "step-8.png") as grid:
+        assert (grids[-1].width, grids[-1].height) == grid.size
 
 
 @pytest.mark.parametrize(("preset", "size"), [("tiny", 16), ("reference", 32), ("B/2", (32, 16))])
 def test_flops_are_those_that_torch_counts(preset, size):
-    """But for the modulation, which is computed once an image and not once a token, and what makes it."""
+    """Except for the modulation, which is computed once an image and not once a token."""
     with torch.device("meta"):
         model = LatentDiTTransformer2DModel(sample_size=size, **PRESETS[preset])
     height, width = (size, size) if isinstance(size, int) else size

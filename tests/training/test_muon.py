@@ -39,7 +39,7 @@ def build(model, config=CONFIG, precision="bf16"):
 
 def test_steps_are_those_of_torchs_muon_and_torchs_adamw():
     ours, theirs = transformer(), transformer()
-    began = [p.detach().clone() for p in ours.parameters()]
+    initial = [p.detach().clone() for p in ours.parameters()]
     optimizer = build(ours, precision="no")
     inner = {n: p for n, p in theirs.named_parameters() if p.ndim == 2 and (".attn." in n or ".ff." in n)}
     assert len(inner) == 2 * 6
@@ -57,7 +57,7 @@ def test_steps_are_those_of_torchs_muon_and_torchs_adamw():
         give_gradients(theirs, step)
         for one in (optimizer, *reference):
             one.step()
-    for (name, one), other, start in zip(ours.named_parameters(), theirs.parameters(), began, strict=True):
+    for (name, one), other, start in zip(ours.named_parameters(), theirs.parameters(), initial, strict=True):
         difference = ((one - other).norm() / (other - start).norm()).item()
         # torch's rounds to bfloat16 on the way.
         assert difference < (0.02 if name in inner else 1e-5), name
@@ -67,8 +67,8 @@ def test_steps_are_those_of_torchs_muon_and_torchs_adamw():
 def test_singular_values_are_made_equal_and_directions_kept(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
     u, values, vt = torch.linalg.svd(matrices, full_matrices=False)
-    found = orthogonalize(matrices, torch.float64).double()
-    new = u.mT @ found @ vt.mT
+    result = orthogonalize(matrices, torch.float64).double()
+    new = u.mT @ result @ vt.mT
     off_diagonal = new - torch.diag_embed(new.diagonal(dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < 1e-5
     # Five iterations leave what was near 0 behind; this is what they make of the others.
@@ -91,12 +91,12 @@ def test_few_large_directions_do_not_drown_the_others_in_rounding(shape, dtype, 
     for _ in range(5):  # as it is published
         gram = expected @ expected.mT
         expected = a * expected + (b * gram + c * gram @ gram) @ expected
-    found = orthogonalize(matrices, dtype)
-    assert found.dtype == dtype
-    assert (found.double() - expected).norm() < error * expected.norm()
+    result = orthogonalize(matrices, dtype)
+    assert result.dtype == dtype
+    assert (result.double() - expected).norm() < error * expected.norm()
 
 
-def test_where_a_gradient_overflows_everything_stands_still():
+def test_an_overflowing_gradient_changes_nothing():
     """With the real scaler of fp16, beside a run that never saw the overflow."""
     disturbed, calm = transformer(), transformer()
     for model, steps in ((disturbed, (0, None, 1)), (calm, (0, 1))):
@@ -104,7 +104,7 @@ def test_where_a_gradient_overflows_everything_stands_still():
         for step in steps:
             give_gradients(model, step or 0)
             if step is None:
-                model.proj_out.weight.grad[0, 0] = torch.inf  # of Adam's part: Muon's must stand still with it
+                model.proj_out.weight.grad[0, 0] = torch.inf  # Adam's: Muon must skip the step, too
             scaler.scale(torch.ones(()))
             scaler.unscale_(optimizer)
             before = [p.detach().clone() for p in model.parameters()]
@@ -116,8 +116,8 @@ def test_where_a_gradient_overflows_everything_stands_still():
         assert torch.equal(one, other)
 
 
-def test_a_loaded_state_still_says_that_adam_is_fused():
-    """By which torch puts its count of steps on the device; on another one than the weights' it could not go on."""
+def test_a_loaded_state_still_has_adam_fused():
+    """Otherwise torch would load its step count on the CPU, where the fused kernels of a GPU cannot read it."""
     model = transformer()
     optimizer = build(model)
     give_gradients(model, 0)
@@ -133,13 +133,13 @@ def test_a_loaded_state_still_says_that_adam_is_fused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_run_on_a_gpu_goes_on_after_it_was_stopped(config):
+def test_a_stopped_run_resumes_on_a_gpu(config):
     config = changed(config, optim={"optimizer": "muon"}, train={"resume_from_checkpoint": "latest"})
     train(changed(config, train={"max_train_steps": config.train.max_train_steps // 2}))
     assert (train(config) / f"checkpoint-{config.train.max_train_steps}").is_dir()
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config, tmp_path):
+def test_a_stopped_run_resumes_with_the_same_bits(config, tmp_path):
     config = changed(config, optim={"optimizer": "muon"})
     whole = train(config)
     parts = changed(config, train={"output_dir": str(tmp_path / "parts"), "resume_from_checkpoint": "latest"})

@@ -17,28 +17,28 @@ from dit_hf.training.objective import (
 SHAPE = (64, 4, 8, 8)
 
 
-def drawn(step=0, seed=0, config=None, conditions=6):
+def sample(step=0, seed=0, config=None, conditions=6):
     return sample_step_randomness(config or ObjectiveConfig(), seed, step, SHAPE, conditions, torch.device("cpu"))
 
 
-def test_draws_are_a_function_of_seed_and_step():
+def test_random_numbers_are_a_function_of_seed_and_step():
     for name in ("timesteps", "noise", "posterior_noise", "keep"):
-        assert torch.equal(getattr(drawn(), name), getattr(drawn(), name))
-        assert not torch.equal(getattr(drawn(), name), getattr(drawn(step=1), name))
-        assert not torch.equal(getattr(drawn(), name), getattr(drawn(seed=1), name))
+        assert torch.equal(getattr(sample(), name), getattr(sample(), name))
+        assert not torch.equal(getattr(sample(), name), getattr(sample(step=1), name))
+        assert not torch.equal(getattr(sample(), name), getattr(sample(seed=1), name))
     assert np.array_equal(sample_flips(0, 5, 64), sample_flips(0, 5, 64))
     assert 0 < sample_flips(0, 5, 64).sum() < 64
     assert len({step_seed(seed, step) for seed in range(20) for step in range(20)}) == 400
 
 
 def test_slices_are_those_of_the_whole_batch():
-    whole, part = drawn(), drawn()[slice(16, 32)]
+    whole, part = sample(), sample()[slice(16, 32)]
     assert torch.equal(part.noise, whole.noise[16:32])
     assert torch.equal(part.keep, whole.keep[16:32])
 
 
 def test_timesteps_are_uniform_and_noise_is_normal():
-    many = [drawn(step) for step in range(200)]
+    many = [sample(step) for step in range(200)]
     timesteps = torch.cat([d.timesteps for d in many])
     assert timesteps.min() == 0
     assert timesteps.max() == 499
@@ -49,25 +49,25 @@ def test_timesteps_are_uniform_and_noise_is_normal():
     assert correlation == pytest.approx(0, abs=0.01)
 
 
-def test_logit_normal_timesteps_draw_the_ratio_of_noise_to_signal_log_normal():
+def test_logit_normal_timesteps_make_the_ratio_of_noise_to_signal_log_normal():
     config = ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=-0.5, logit_std=1.2)
-    timesteps = torch.cat([drawn(step, config=config).timesteps for step in range(200)])
+    timesteps = torch.cat([sample(step, config=config).timesteps for step in range(200)])
     assert timesteps.min() >= 0
     assert timesteps.max() <= 499
     alpha, sigma = CosineLatentScheduler().levels(timesteps)
-    found = kstest((sigma / alpha).log().numpy(), norm(-0.5, 1.2).cdf)
-    assert found.statistic < 0.02  # levels are discrete, and the cosine's begin at 0.008
-    uniform = kstest(torch.cat([drawn(step).timesteps for step in range(200)]).numpy(), randint(0, 500).cdf)
+    fit = kstest((sigma / alpha).log().numpy(), norm(-0.5, 1.2).cdf)
+    assert fit.statistic < 0.02  # levels are discrete, and the cosine's begin at 0.008
+    uniform = kstest(torch.cat([sample(step).timesteps for step in range(200)]).numpy(), randint(0, 500).cdf)
     assert uniform.statistic < 0.02
 
 
-def test_conditions_are_dropped_as_often_as_asked():
-    keep = torch.cat([drawn(step, config=ObjectiveConfig(condition_dropout=0.2)).keep for step in range(200)])
+def test_conditions_are_dropped_as_often_as_configured():
+    keep = torch.cat([sample(step, config=ObjectiveConfig(condition_dropout=0.2)).keep for step in range(200)])
     none, full = (~keep.any(1)).float().mean().item(), keep.all(1).float().mean().item()
     # An image in the partial fifth keeps nothing (or everything) with probability 1/7 of that fifth.
     assert none == pytest.approx(0.2 + 0.2 / 7, abs=0.02)
     assert full == pytest.approx(0.6 + 0.2 / 7, abs=0.02)
-    assert drawn(config=ObjectiveConfig(condition_dropout=0.0)).keep.all()
+    assert sample(config=ObjectiveConfig(condition_dropout=0.0)).keep.all()
 
 
 def test_targets_by_the_closed_forms():

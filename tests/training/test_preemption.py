@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-# Says when it listens; the step under way never ends.
+# Prints when it listens; the step under way never ends.
 STUCK = """
 import signal, time
 from dit_hf.training.preemption import StopSignal

@@ -1,4 +1,4 @@
-"""The Fréchet distance in the log is that of the averaged weights' samples, and measuring it changes nothing."""
+"""The Fréchet distance in the log is that of the EMA weights' samples, and measuring it changes nothing."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from dit_hf.training.trainer import train
 NAME = "FD-efficientnet-lite0-40"
 
 
-def test_a_run_logs_the_distance_of_its_averaged_weights_samples(config, tmp_path):
+def test_a_run_logs_the_distance_of_its_ema_weights_samples(config, tmp_path):
     evaluated = changed(
         config, train={"output_dir": str(tmp_path / "evaluated"), "evaluation_steps": 4, "evaluation_samples": 40}
     )
@@ -24,18 +24,18 @@ def test_a_run_logs_the_distance_of_its_averaged_weights_samples(config, tmp_pat
     logged = {int(row["step"]): float(row[NAME]) for row in rows(run) if row[NAME]}
     assert set(logged) == {4, 8}
 
-    # Anew, from the exported pipeline.
+    # Computed again, from the exported pipeline.
     net, reader = load_features("efficientnet-lite0"), LatentReader(config.data.latents)
     pipeline = load_pipeline(str(run))
     stored = torch.from_numpy(reader.read("latent_mean", reader.indices[:40]))
     real = net(decode(pipeline.vae, stored).cpu().numpy())
     options = {"num_inference_steps": 2}
-    drawn = [
+    generated = [
         generate_images(pipeline, range(start, start + 20), reader.attributes(40), 0, **options) for start in (0, 20)
     ]
-    expected = frechet_distance(np.concatenate([net(part) for part in drawn]), real)
+    expected = frechet_distance(np.concatenate([net(part) for part in generated]), real)
     assert logged[8] == pytest.approx(expected, rel=1e-3)
 
-    # And the run is the one that it would have been.
+    # The run itself is the same as without.
     assert_same_bits(run / "checkpoint-8", without / "checkpoint-8")
     assert [{k: v for k, v in row.items() if k != NAME} for row in comparable(run)] == comparable(without)

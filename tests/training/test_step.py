@@ -23,13 +23,13 @@ def losses(config, **train):
     """Mean loss of each of the first steps."""
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = Trainer(changed(config, train={"mixed_precision": "no", **train}))
-    found = []
+    means = []
     for step in range(STEPS):
         trainer.step.begin_window()
         trainer.step(step)
         total, count = trainer.step.window.cpu().sum(1).tolist()
-        found.append(total / count)
-    return torch.tensor(found)
+        means.append(total / count)
+    return torch.tensor(means)
 
 
 def hide_apex(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a run left, to be compared with what another did."""
+"""Reading and comparing what runs wrote."""
 
 import csv
 import dataclasses
