@@ -1,4 +1,4 @@
-"""What a person sees of a latent cache: its card, and an image grid of images beside their reconstructions."""
+"""Write the card of a latent cache, and an image grid of images beside their reconstructions."""
 
 from __future__ import annotations
 
@@ -19,29 +19,40 @@ from .vae import VAE, decode
 if TYPE_CHECKING:
     from .encode import Job
 
-SHOWN = 16
+GRID_IMAGES = 16
 
 
 def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
-    """Draw images, evenly spread over the cache, beside what the VAE makes of their stored latents.
+    """Save a grid of images, evenly spread over the cache, beside the reconstructions from their stored latents.
+
+    Args:
+        cache: The rows of the cache.
+        rows: The rows of the source, images not decoded.
+        vae: The VAE of the cache; its memory format is changed to contiguous.
+        job: The job that encoded the cache.
+        path: The PNG to write.
 
     Returns:
-        Their mean PSNR in dB.
+        Mean PSNR of the reconstructions in dB, rounded to one decimal.
     """
-    chosen = np.unique(np.linspace(0, len(cache) - 1, SHOWN).round().astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(cache) - 1, GRID_IMAGES).round().astype(int)).tolist()
     stored = cache.select(chosen).select_columns(["id", "latent_mean"])[:]
     sources = {image_id: row for row, image_id in enumerate(rows["id"])}
     images: list[Image.Image] = []
     ratios, captions = [], []
-    vae = vae.to(memory_format=torch.contiguous_format)  # whoever encoded, the image grid is the same
+
+    # The encoder may have changed the memory format, which changes how sums are rounded: the grid must not depend on
+    # whether this process encoded any shard.
+    vae = vae.to(memory_format=torch.contiguous_format)
     for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
         original = decode_image(rows[sources[image_id]], job.geometry)
-        latents = torch.tensor(latent).view(1, *job.latent_shape)
-        pixels = decode(vae, latents)[0].cpu().numpy()
+        latents = torch.tensor(latent).view(1, *job.latent_shape)  # [1, channels, height, width]
+        pixels = decode(vae, latents)[0].cpu().numpy()  # [height, width, 3]
         error = np.square(np.asarray(original, np.float64) - pixels).mean()
         ratios.append(10 * math.log10(255**2 / max(error, 1e-9)))
         captions += [Path(image_id).name[-20:], f"{ratios[-1]:.1f} dB"]
         images += [original, Image.fromarray(pixels)]
+
     mean = round(float(np.mean(ratios)), 1)
     title = f"images, and their reconstructions from the latents: PSNR {mean:.1f} dB"
     save_grid(make_grid(images, 8, captions, title, min_side=96), path)
@@ -49,7 +60,13 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
 
 
 def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[str, str]]) -> None:
-    """Write the cache's README.md, which is its card on the Hub too, from what `latents.json` is going to say."""
+    """Write the cache's README.md, which is also its card on the Hub.
+
+    Args:
+        folder: The cache.
+        info: The content of `latents.json`, which need not be written yet.
+        left_out: Id and reason of each image that was left out.
+    """
     settings, counts = info["settings"], info["counts"]
     channels, height, width = info["latent_shape"]
     columns = [name for name in Dataset.load_from_disk(str(folder)).column_names if name.startswith("latent_")]
@@ -67,7 +84,7 @@ configs:
 
 # Latents of {settings["source"]}
 
-![pictures and their reconstructions](reconstructions.png)
+![images and their reconstructions](reconstructions.png)
 
 | | |
 |---|---|
@@ -81,7 +98,7 @@ configs:
 
 Each row is an image: its `id`, its `split`, the latents (flattened, channels first; mean and standard deviation of
 the VAE's posterior where it has one, `_flip` those of the mirrored image) and the conditions. `latents.json` has the
-statistics by channel, the settings, and size and SHA-256 of every file.
+statistics of each channel, the settings, and size and SHA-256 of every file.
 
 ```python
 from datasets import load_from_disk
@@ -94,6 +111,6 @@ hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
 dit-hf train --config recipes/celeba.yaml --data.latents latents
 ```
 
-Made by `dit-hf prepare-latents`. What the images may be used for is said where they come from.
+Made by `dit-hf prepare-latents`. The terms of use of the images are those of their source.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

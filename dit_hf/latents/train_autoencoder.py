@@ -1,4 +1,4 @@
-"""Train a small diffusers `AutoencoderKL` on any image source, for data that no published VAE fits."""
+"""Train a small diffusers `AutoencoderKL` on any image source, for images that no published VAE suits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from ..data.images import open_images
 from ..data.sources import MAX_LEFT_OUT
 from ..data.splits import is_held_out
 from ..devices import available_cpus, default_device
-from ..storage import is_missing_or_empty, new_folder
+from ..storage import folder_taken, is_missing_or_empty, new_folder
 from .vae import encode
 
 KL_WEIGHT = 1e-4
 MSE_WEIGHT = 0.5
+EMA_DECAY = 0.999
 
 
 def train_autoencoder(
@@ -41,61 +42,82 @@ def train_autoencoder(
 ) -> AutoencoderKL:
     """Train a VAE with 4 latent channels and a 4-fold reduction of each side, and save it for diffusers.
 
-    The loss is L1 + 0.5 MSE on pixels in [-1, 1] plus 1e-4 of the KL divergence to the unit normal, the mean over its
-    elements (Kingma & Welling, https://arxiv.org/abs/1312.6114, eq. 10). The learning rate falls to zero in the
-    second half; the saved weights are an exponential moving average in half precision. The VAE's `scaling_factor` is
-    one over the standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
+    The loss is L1 + 0.5 MSE on pixels in [-1, 1], plus 1e-4 times the KL divergence to the unit normal, averaged over
+    the latent's elements (Kingma & Welling, https://arxiv.org/abs/1312.6114, eq. 10). The learning rate falls to zero
+    in the second half; the saved weights are the EMA in half precision. The VAE's `scaling_factor` is one over the
+    standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
 
     Args:
-        output_dir: a new or empty folder for the weights, and `training.json` with settings and held-out PSNR.
-        source: any source of [`open_images`]; 2 % of it, by hash of the id, are held out.
-        resolution: side of the square training images in pixels, divisible by 4; the VAE takes any size later.
+        output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
+        source: any source of [`open_images`]; 2 % of it, chosen by the hash of the id, are held out.
+        resolution: side of the square training images in pixels, divisible by 4; the trained VAE takes any size.
         crop: see [`open_images`].
-        num_images: how many images of the source.
+        num_images: number of images of the source; all by default.
         max_train_steps: optimizer steps.
-        train_batch_size: images a step.
-        learning_rate: AdamW's, before the decay.
+        train_batch_size: images per step.
+        learning_rate: AdamW's learning rate before the decay.
         mixed_precision: `"no"` or `"bf16"`.
-        seed: of images (avatars), weights and order.
+        seed: seed of the images (avatars), the initial weights and the order of the images.
+
+    Returns:
+        The trained VAE, with its weights rounded to half precision.
 
     Raises:
         ValueError: for options that do not fit, before any work.
         FileExistsError: if `output_dir` is not empty.
     """
-    settings = {name: value for name, value in locals().items() if name != "output_dir"}
+    # Options.
+    settings = {
+        "source": source,
+        "resolution": resolution,
+        "crop": crop,
+        "num_images": num_images,
+        "max_train_steps": max_train_steps,
+        "train_batch_size": train_batch_size,
+        "learning_rate": learning_rate,
+        "mixed_precision": mixed_precision,
+        "seed": seed,
+    }
     folder = Path(output_dir)
     if not is_missing_or_empty(folder):
-        raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
+        raise FileExistsError(folder_taken(f"output_dir {folder}", "is not empty"))
     if max_train_steps < 1 or train_batch_size < 1:
         raise ValueError("max_train_steps and train_batch_size must be at least 1")
     if resolution % 4:
         raise ValueError(f"resolution={resolution} must be divisible by 4")
     if mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision={mixed_precision!r} is unknown; known are no, bf16")
+        raise ValueError(f"mixed_precision={mixed_precision!r} : expected no or bf16")
     torch.manual_seed(seed)
     device = default_device()
+
+    # Images.
     images = _readable(open_images(source, resolution, crop, num_images, seed=seed))
     held_out = [is_held_out(image_id) for image_id in images["id"]]
-    train, held = (images.select([i for i, h in enumerate(held_out) if h is wanted]) for wanted in (False, True))
-    if not len(held) or len(train) < train_batch_size:
+    train = images.select([row for row, held in enumerate(held_out) if not held])
+    validation = images.select([row for row, held in enumerate(held_out) if held])
+    if not len(validation) or len(train) < train_batch_size:
         raise ValueError(f"source {source}: {len(images)} images are too few for batches of {train_batch_size}")
 
+    # Training.
     vae = new_autoencoder(resolution).to(device)
+    batches = _batches(train, train_batch_size, seed)
     started = time.monotonic()
-    ema = _fit(vae, train, device, settings)
+    ema = _fit(vae, batches, max_train_steps, learning_rate, bf16=mixed_precision == "bf16")
     ema.copy_to(vae.parameters())
     seconds = round(time.monotonic() - started)
-    vae.register_to_config(scaling_factor=scaling_factor(vae, held))
-    figures = {"psnr_db": psnr(vae.half().float(), held), "held_out": len(held), "seconds": seconds}
+
+    # Evaluation, of the weights as they are saved: rounded to half precision.
+    vae.register_to_config(scaling_factor=scaling_factor(vae, validation))
+    figures = {"psnr_db": psnr(vae.half().float(), validation), "held_out": len(validation), "seconds": seconds}
     with new_folder(folder) as partial:
         vae.half().save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps({"settings": settings, **figures}, indent=2) + "\n")
-    print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(held)} held-out images")
+    print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(validation)} held-out images")
     return vae
 
 
 def new_autoencoder(sample_size: int) -> AutoencoderKL:
-    """A fresh 0.65 M parameter `AutoencoderKL`: [B, 3, H, W] in [-1, 1] to [B, 4, H/4, W/4] and back."""
+    """Return an untrained `AutoencoderKL` of 0.65 M parameters, from [B, 3, H, W] in [-1, 1] to [B, 4, H/4, W/4]."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -109,22 +131,23 @@ def new_autoencoder(sample_size: int) -> AutoencoderKL:
 
 
 def scaling_factor(vae: AutoencoderKL, images: Dataset, count: int = 1000) -> float:
-    """What brings the latents of the first `count` images, all channels together, to standard deviation 1."""
+    """Return one over the standard deviation, over all channels, of the latents of the first `count` images."""
     mean, std = encode(vae, torch.from_numpy(np.stack([np.array(image) for image in images[:count]["image"]])))
+    # Law of total variance: of the posteriors' means, plus the mean variance within a posterior.
     within = 0.0 if std is None else std.float().square().mean()
     return round((mean.float().var() + within).rsqrt().item(), 5)
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB (peak 1) of reconstructions by the posterior's mean.
+    """Return the mean over images of the PSNR in dB of reconstructions from the posterior's mode.
 
     Reconstructions are rounded to 8 bits first, as they would be when saved.
     """
     values = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]["image"]
-        pixels = torch.stack([_to_pixels(image) for image in batch]).to(vae.device)
+        pixels = torch.stack([_to_pixels(image) for image in batch]).to(vae.device)  # [B, 3, H, W]
         rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
         error = ((rebuilt.clamp(-1, 1) + 1) * 127.5).round() - (pixels + 1) * 127.5
         values.append(-10 * torch.log10((error / 255).square().mean(dim=(1, 2, 3))))
@@ -132,52 +155,59 @@ def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
 
 
 def _readable(images: Dataset) -> Dataset:
-    kept, broken = [], []
+    """Return the images that can be decoded, and print the reasons for the others.
+
+    Raises:
+        ValueError: if more than 1 % of the images cannot be decoded.
+    """
+    readable, broken = [], []
     for row in range(len(images)):
         try:
             images[row]
-            kept.append(row)
+            readable.append(row)
         except ValueError as error:
             broken.append(str(error))
     if len(broken) > MAX_LEFT_OUT * len(images):
         raise ValueError(f"{len(broken)} of {len(images)} images cannot be read, more than 1 %: {broken[0]}")
     for reason in broken:
         print(f"left out: {reason}")
-    return images.select(kept) if broken else images
+    return images.select(readable) if broken else images
 
 
-def _fit(vae: AutoencoderKL, train: Dataset, device: torch.device, settings: dict) -> EMAModel:
-    steps, batch_size = settings["max_train_steps"], settings["train_batch_size"]
-    order = torch.Generator().manual_seed(settings["seed"])
-    loader = DataLoader(
-        train.select_columns(["image"]),
+def _batches(images: Dataset, batch_size: int, seed: int) -> DataLoader:
+    """Return a loader of batches, float32 [batch_size, 3, H, W] in [-1, 1], in an order that depends on `seed`."""
+    return DataLoader(
+        images.select_columns(["image"]),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
-        generator=order,
+        generator=torch.Generator().manual_seed(seed),
         num_workers=min(2, available_cpus()),
         persistent_workers=True,
         collate_fn=_collate,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings["learning_rate"], fused=True)
+
+
+def _fit(vae: AutoencoderKL, batches: DataLoader, steps: int, learning_rate: float, bf16: bool) -> EMAModel:
+    """Train `vae` for `steps` optimizer steps and return the EMA of its weights."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
-    ema = EMAModel(vae.parameters(), decay=0.999, foreach=True)
+    ema = EMAModel(vae.parameters(), decay=EMA_DECAY, foreach=True)
     progress = tqdm(total=steps, desc="train-autoencoder")
     while progress.n < steps:
-        for pixels in loader:
-            pixels = pixels.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings["mixed_precision"] == "bf16"):
-                posterior = vae.encode(pixels).latent_dist
-                rebuilt = vae.decode(posterior.sample()).sample
-            rebuilt, mean, logvar = rebuilt.float(), posterior.mean.float(), posterior.logvar.float()
-            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-            loss = F.l1_loss(rebuilt, pixels) + MSE_WEIGHT * F.mse_loss(rebuilt, pixels) + KL_WEIGHT * kl
+        for pixels in batches:
+            # Loss and gradients.
+            loss = _loss(vae, pixels.to(vae.device), bf16)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+
+            # Weights, learning rate and EMA.
             optimizer.step()
             decay.step()
             optimizer.zero_grad(set_to_none=True)
             ema.step(vae.parameters())
+
+            # `.item()` waits for the device, so the loss is shown every 50 steps only.
             if progress.n % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
             progress.update()
@@ -187,9 +217,22 @@ def _fit(vae: AutoencoderKL, train: Dataset, device: torch.device, settings: dic
     return ema
 
 
+def _loss(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Return the loss on `pixels`, [B, 3, H, W] in [-1, 1]; see [`train_autoencoder`]."""
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+        posterior = vae.encode(pixels).latent_dist
+        rebuilt = vae.decode(posterior.sample()).sample  # [B, 3, H, W]
+    # Float32 from here on: exponentials and means lose too much in bfloat16.
+    rebuilt, mean, logvar = rebuilt.float(), posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return F.l1_loss(rebuilt, pixels) + MSE_WEIGHT * F.mse_loss(rebuilt, pixels) + KL_WEIGHT * kl
+
+
 def _to_pixels(image: Image) -> torch.Tensor:
+    """Return an RGB image as float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _collate(rows: list[dict]) -> torch.Tensor:
+    """Stack the images of a batch, [B, 3, H, W]."""
     return torch.stack([_to_pixels(row["image"]) for row in rows])
