@@ -1,8 +1,8 @@
-"""Avatars, the embedded data set: drawn faces with 22 of CelebA's attributes, rendered on the spot.
+"""Avatars, the embedded dataset: cartoon faces with 22 of CelebA's attributes, rendered when they are needed.
 
 The artwork is Avataaars by Pablo Stanley (https://avataaars.com, free for personal and commercial use) as packaged by
-DiceBear; resvg draws it. Face number i of a seed is a pure function of (seed, i): no download, no network, and the
-same pictures on every machine.
+DiceBear and rendered by resvg. Face i of a seed is a pure function of (seed, i): no download, no network, and the same
+images on every machine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dicebear import Avatar, Style
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-# The parts of the artwork, sorted by the attribute they show. Parts that no attribute of CelebA describes honestly
-# (hijab and turban, an eye patch, crossed-out eyes) are left out.
+# The parts of the artwork by the attribute that they show. Parts that no attribute of CelebA describes (hijab and
+# turban, an eye patch, crossed-out eyes) are left out. Order and repetitions decide which face a seed gives.
 _HATS = ["hat", "winterHat02", "winterHat03", "winterHat04", "winterHat1"]
 _BANGS = ["bob", "longButNotTooLong", "miaWallace", "shaggy", "shaggyMullet", "straightAndStrand"]
 _WAVY = ["bigHair", "curly", "curvy", "dreads", "dreads01", "dreads02", "fro", "froBand", "shortCurly", "shortWaved"]
@@ -49,7 +49,7 @@ _HAIR = {
     "Brown_Hair": ["#a55728", "#724133", "#4a312c"],
     "Blond_Hair": ["#b58143", "#d6b370"],
     "Gray_Hair": ["#e8e1e1"],
-    "": ["#c93305"],  # red has no name in CelebA
+    "": ["#c93305"],  # CelebA has no attribute for red hair
 }
 _HAIR_WEIGHTS = [30, 25, 25, 12, 8]
 _PALE_SKIN = "#ffdbb4"
@@ -66,12 +66,19 @@ ATTRIBUTES = (
     *("Wavy_Hair", "Straight_Hair", "Mustache", "No_Beard", "5_o_Clock_Shadow", "Narrow_Eyes", "Arched_Eyebrows"),
     *("Bushy_Eyebrows", "Pale_Skin", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Young"),
 )
-"""The names of the 22 attributes, spelled as in CelebA, in the order of the data set's columns."""
+"""Names of the 22 attributes, spelled as in CelebA, in the order of the dataset's columns."""
 
 
 @dataclass(frozen=True)
 class Face:
-    """What one avatar looks like: DiceBear's options, the crop (x, y, side of a 280 x 280 canvas), mirrored or not."""
+    """Description of one avatar.
+
+    Attributes:
+        options: DiceBear's options.
+        crop: (x, y, side) of the visible square on a canvas of 280 x 280 units.
+        mirrored: Whether the image is mirrored.
+        attributes: 1 or 0 for each of `ATTRIBUTES`.
+    """
 
     options: dict[str, Any]
     crop: tuple[float, float, float]
@@ -79,49 +86,90 @@ class Face:
     attributes: dict[str, int]
 
 
-def choose_face(seed: int, index: int) -> Face:
-    """Choose face number `index` of `seed`: sex first, which steers hair and beard, then everything else."""
-    rng = random.Random(f"{seed}-{index}")
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of one face; None is no such part, and as `top` a bald head."""
+
+    male: bool
+    top: str | None
+    beard: str | None
+    hair_name: str
+    hair_color: str
+    skin: str
+    glasses: str | None
+    mouth: str
+    eyes: str
+    brows: str
+
+
+def _choose_parts(rng: random.Random) -> _Parts:
+    """Choose the sex, which decides about hair and beard, and the other parts of a face.
+
+    The order of the calls of `rng` must not change: it decides which face a seed gives.
+    """
+    # Head; "sides" is a receding hairline.
     male = rng.random() < 0.5
-    # `top` is what is on the head; None is a bald head and "sides" a receding hairline.
     tops: list[tuple[list, int]] = (
         [([None], 9), (["sides"], 9), (_HATS, 20), (_SHORT, 62)] if male else [(_HATS, 20), (_LONG, 72), (_SHORT, 8)]
     )
     top = rng.choice(rng.choices([names for names, _ in tops], [weight for _, weight in tops])[0])
+
+    # Beard and hair.
     beards = [(None, 50), ("beardLight", 14), ("beardMedium", 8), ("beardMajestic", 6)]
     beards += [("moustacheFancy", 11), ("moustacheMagnum", 11)]
     beard = rng.choices([name for name, _ in beards], [weight for _, weight in beards])[0] if male else None
     hair_name = rng.choices(list(_HAIR), _HAIR_WEIGHTS)[0]
     hair_color = rng.choice(_HAIR[hair_name])
+
+    # Face.
     skin = rng.choice(_SKINS)
     glasses = rng.choice(_GLASSES) if rng.random() < 0.3 else None
     mouth = rng.choice(_MOUTHS)
     eyes = rng.choice(_NARROW_EYES if rng.random() < 0.25 else _WIDE_EYES)
     brows = rng.choice(_BROWS)
+    return _Parts(male, top, beard, hair_name, hair_color, skin, glasses, mouth, eyes, brows)
+
+
+def choose_face(seed: int, index: int) -> Face:
+    """Choose face number `index` of `seed`.
+
+    As in `_choose_parts`, the order of the calls of `rng` must not change.
+    """
+    rng = random.Random(f"{seed}-{index}")
+    parts = _choose_parts(rng)
     options = {
-        **_variant("top", top),
-        **_variant("facialHair", beard),
-        **_variant("accessories", glasses),
-        **_variant("mouth", mouth),
-        **_variant("eyes", eyes),
-        **_variant("eyebrows", brows),
+        **_variant("top", parts.top),
+        **_variant("facialHair", parts.beard),
+        **_variant("accessories", parts.glasses),
+        **_variant("mouth", parts.mouth),
+        **_variant("eyes", parts.eyes),
+        **_variant("eyebrows", parts.brows),
         **_variant("clothes", rng.choice(_CLOTHES)),
         "seed": f"{seed}-{index}",
-        "hairColor": [hair_color],
-        "facialHairColor": [hair_color],
-        "skinColor": [skin],
+        "hairColor": [parts.hair_color],
+        "facialHairColor": [parts.hair_color],
+        "skinColor": [parts.skin],
         "clothesColor": [rng.choice(_CLOTH_COLORS)],
         "hatColor": [rng.choice(_HAT_COLORS)],
         "accessoriesColor": [rng.choice(_FRAME_COLORS)],
         "backgroundColor": [rng.choice(_BACKGROUNDS)],
     }
+
+    # The crop shows the head alone; position and size vary by some percent.
     side = 190 * rng.uniform(0.95, 1.05)
     crop = (140 - side / 2 + rng.uniform(-6, 6), 113 - side / 2 + rng.uniform(-6, 6), side)
+    mirrored = rng.random() < 0.5
+    return Face(options, crop, mirrored, _attributes(parts))
+
+
+def _attributes(parts: _Parts) -> dict[str, int]:
+    """Return 1 or 0 for each of `ATTRIBUTES`, by what can be seen: hair under a hat has no color."""
+    top, beard, mouth, eyes, brows = parts.top, parts.beard, parts.mouth, parts.eyes, parts.brows
     hair_visible = top is not None and top not in _HATS
-    gray_visible = hair_name == "Gray_Hair" and (hair_visible or beard is not None)
+    gray_visible = parts.hair_name == "Gray_Hair" and (hair_visible or beard is not None)
     shown = {
-        "Male": male,
-        "Eyeglasses": glasses is not None,
+        "Male": parts.male,
+        "Eyeglasses": parts.glasses is not None,
         "Smiling": mouth in _SMILES,
         "Mouth_Slightly_Open": mouth in _OPEN_MOUTHS,
         "Wearing_Hat": top in _HATS,
@@ -136,16 +184,17 @@ def choose_face(seed: int, index: int) -> Face:
         "Narrow_Eyes": eyes in _NARROW_EYES,
         "Arched_Eyebrows": brows in _ARCHED_BROWS,
         "Bushy_Eyebrows": brows in _BUSHY_BROWS,
-        "Pale_Skin": skin == _PALE_SKIN,
-        **{name: hair_visible and hair_name == name for name in _HAIR if name},
+        "Pale_Skin": parts.skin == _PALE_SKIN,
+        **{name: hair_visible and parts.hair_name == name for name in _HAIR if name},
         "Young": not (gray_visible or top in (None, "sides")),
     }
-    return Face(options, crop, rng.random() < 0.5, {name: int(shown[name]) for name in ATTRIBUTES})
+    return {name: int(shown[name]) for name in ATTRIBUTES}
 
 
 def render_face(face: Face, size: int) -> PILImage.Image:
-    """Draw `face` as an RGB picture of `size` x `size` pixels."""
+    """Render `face` as an RGB image of `size` x `size` pixels."""
     svg = Avatar(_style(), face.options).to_string()
+    # DiceBear cannot crop, but the root's viewBox can. System fonts would make the image depend on the machine.
     x, y, side = face.crop
     svg = re.sub(r'viewBox="[^"]*"', f'viewBox="{x:.3f} {y:.3f} {side:.3f} {side:.3f}"', svg, count=1)
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
@@ -154,9 +203,9 @@ def render_face(face: Face, size: int) -> PILImage.Image:
 
 
 def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | None = None) -> Dataset:
-    """Avatars 0 … `num_images` - 1 of `seed` as a data set: `id`, `image` (`resolution` px square), 22 attributes.
+    """Open avatars 0 … `num_images` - 1 of `seed` as a dataset: `id`, `image` (`resolution` px square), 22 attributes.
 
-    Rendered once in `num_proc` processes and kept in datasets' own cache, like anything `load_dataset` makes.
+    They are rendered once, in `num_proc` processes, and then stay in the cache of `datasets`.
     """
     features = Features({"id": Value("string"), "image": Image()} | {name: Value("int8") for name in ATTRIBUTES})
     return Dataset.from_generator(
@@ -169,16 +218,19 @@ def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | No
 
 
 def _rows(indices: list[int], resolution: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the dataset."""
     for index in indices:
         face = choose_face(seed, index)
         yield {"id": f"avatar-{seed}-{index}", "image": render_face(face, resolution), **face.attributes}
 
 
 def _variant(part: str, name: str | None) -> dict[str, Any]:
+    """Return DiceBear's options for one part: always this variant, or never any."""
     return {f"{part}Probability": 0} if name is None else {f"{part}Variant": [name], f"{part}Probability": 100}
 
 
 @functools.cache
 def _style() -> Style:
+    """Load the artwork."""
     definition = json.loads(files("dicebear_styles").joinpath("avataaars.json").read_text("utf-8"))
     return Style(definition)

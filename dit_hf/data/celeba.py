@@ -1,4 +1,4 @@
-"""The lists of CelebA and CelebA-HQ: attributes, partition and mapping."""
+"""Read the lists of CelebA and CelebA-HQ: attributes, partition and mapping."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pathlib import Path, PurePosixPath
 from .metadata import Table, csv_errors
 
 CELEBA_LISTS = ("list_attr_celeba", "CelebAMask-HQ-attribute-anno", "list_eval_partition")
-CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # which image of CelebA each one of CelebA-HQ was made of
-# Folders of aligned faces, by which they are told from the masks and the images in the wild that come beside them.
+CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # the image of CelebA that each image of CelebA-HQ was made of
+# Folders of aligned faces; masks and unaligned images come in folders beside them.
 CELEBA_FOLDERS = ("img_align_celeba", "img_align_celeba_png", "CelebA-HQ-img")
 CELEBA_PARTITION = {"0": "train", "1": "validation", "2": "test"}
 
 
 def celeba_images(sizes: dict[str, int], left_out: list[tuple[str, str]]) -> dict[str, str]:
-    """The images of CelebA by file name, which is how its lists name them wherever the folder puts them."""
+    """Return the relative path of each image by its file name, which is how CelebA's lists name it.
+
+    Args:
+        sizes: Size of every image of the folder by its relative path.
+        left_out: List to which images with a duplicate number are added.
+    """
+    # Images outside the folders of aligned faces count only if there is no such folder.
     aligned = [name for name in sizes if set(PurePosixPath(name).parts) & set(CELEBA_FOLDERS)]
     paths: dict[str, str] = {}
     stems: set[str] = set()
@@ -30,14 +36,26 @@ def celeba_images(sizes: dict[str, int], left_out: list[tuple[str, str]]) -> dic
 
 
 def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, str]]) -> list[Table]:
-    """The attribute list and the partition; where one is there as .csv and as .txt, the .csv."""
+    """Read the attribute list and the partition; of a list in both formats, the .csv is read.
+
+    Args:
+        folder: The source.
+        names: Relative paths of the lists.
+        left_out: List to which images with a bad or duplicate row are added.
+
+    Returns:
+        One table per list. A bad row is empty.
+    """
     tables = []
+    # In reverse order .txt comes before .csv, which then takes its place.
     chosen = {PurePosixPath(name).stem: name for name in sorted(names, reverse=True)}
     mapping = chosen.pop(CELEBA_HQ_MAPPING, None)
     for stem, name in sorted(chosen.items()):
         header, lines = _celeba_lines(folder / name)
         columns = ["split"] if stem == "list_eval_partition" else header
         table = Table(PurePosixPath(name).name, {})
+
+        # Rows by the image's number, without the extension: lists that name .jpg files come with .png images too.
         for number, (image_id, *values) in lines:
             key = PurePosixPath(image_id).stem
             reason = _celeba_fault(stem, columns, values)
@@ -50,7 +68,9 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
                 if stem == "list_eval_partition":
                     values = [CELEBA_PARTITION[values[0]]]
                 table.rows[key] = {"": image_id, **dict(zip(columns, values, strict=True))}
-        if mapping and stem == "list_eval_partition":  # this one names the images of CelebA
+
+        # The partition names images of CelebA, which the mapping translates to those of CelebA-HQ.
+        if mapping and stem == "list_eval_partition":
             _, lines = _celeba_lines(folder / mapping)
             origins = {index: PurePosixPath(name).stem for _, (index, *_, name) in lines[1:]}
             table.rows = {index: table.rows[key] for index, key in origins.items() if key in table.rows}
@@ -59,18 +79,19 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
 
 
 def _celeba_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Names of the columns, and the numbered rows that are not blank, of a .csv or .txt list."""
+    """Return the column names and the numbered rows, without blank ones, of a .csv or .txt list."""
     with csv_errors(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         rows = list(csv.reader(file)) if path.suffix == ".csv" else [line.split() for line in file]
     numbered = [(number, row) for number, row in enumerate(rows, 1) if row]
     if path.suffix == ".csv":
         return numbered[0][1][1:] if numbered else [], numbered[1:]
-    if numbered and len(numbered[0][1]) == 1:  # the number of rows, the names of the columns, the rows
+    if numbered and len(numbered[0][1]) == 1:  # number of rows, column names, rows
         return numbered[1][1] if numbered[1:] else [], numbered[2:]
     return [], numbered
 
 
 def _celeba_fault(stem: str, columns: list[str], values: list[str]) -> str | None:
+    """Return why a row cannot be used, or None if it can."""
     if len(values) != len(columns):
         return f"{len(values)} values instead of {len(columns)}"
     allowed = CELEBA_PARTITION if stem == "list_eval_partition" else ("-1", "0", "1")

@@ -1,4 +1,4 @@
-"""Sources that `datasets` reads: parquet, webdataset and Arrow shards, saved data sets, and the Hub's."""
+"""Read sources through `datasets`: parquet, webdataset and Arrow shards, saved datasets, and datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -24,36 +24,40 @@ from .image_folder import EXTENSIONS, walk
 from .metadata import METADATA
 from .splits import SPLITS
 
-MAX_PREVIEWS = 10  # so many images may lie beside shards
+MAX_PREVIEWS = 10  # images that may lie beside shards without making the folder one of images
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
 def holds_dataset(folder: Path) -> bool:
-    """Whether a folder is one of `save_to_disk`, or of parquet, webdataset or arrow shards and not of images.
+    """Check whether a folder holds a dataset (of `save_to_disk`, or parquet, webdataset or Arrow shards), not images.
 
-    Few images beside shards are previews, unless there is a list of them.
+    Up to 10 images beside shards are previews, unless there is a list or metadata file of images.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return True
-    pictures, shards = 0, False
+    num_images, has_shards = 0, False
     for name, _ in walk(str(folder), "", set()):
         file = PurePosixPath(name)
         suffix = file.suffix.lower()
-        pictures += suffix in EXTENSIONS
-        if pictures > MAX_PREVIEWS or file.name in METADATA or file.stem in CELEBA_LISTS:
+        num_images += suffix in EXTENSIONS
+        if num_images > MAX_PREVIEWS or file.name in METADATA or file.stem in CELEBA_LISTS:
             return False
-        shards = shards or suffix in _LOADERS
-    return shards
+        has_shards = has_shards or suffix in _LOADERS
+    return has_shards
 
 
 def read_hf_dataset(
     source: str, dataset_config_name: str | None
 ) -> tuple[list[str], Dataset, list[int], dict[str, Column]]:
-    """Read what `datasets` loads: parquet or webdataset shards, a saved data set, or an id of the Hub.
+    """Read parquet, webdataset or Arrow shards, a saved dataset, or a dataset on the Hub.
 
     Returns:
-        Row by row: ids, images (a data set with the undecoded `image` alone) and their sizes in bytes; and the columns
-        that may become conditions, `split` among them.
+        Per row, all splits one after another: ids, images (a dataset with nothing but the undecoded `image`), sizes of
+        the images in bytes, and the columns that may become conditions, with `split` among them.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the source cannot be loaded or has no column of images.
     """
     ids: list[str] = []
     sizes: list[int] = []
@@ -61,9 +65,12 @@ def read_hf_dataset(
     images = []
     loaded = _load(source, dataset_config_name)
     for part_split, part in loaded.items():
+        # Ids and sizes.
         image = _image_column(source, part)
         ids += _ids(str(part_split), part)
         sizes += _image_sizes(part.select_columns(image))
+
+        # Columns; one that a split lacks is None there.
         others = _plain_columns(part.remove_columns(image))
         others.setdefault("split", Column([SPLITS.get(str(part_split).lower(), "train")] * len(part)))
         for name, column in others.items():
@@ -71,17 +78,20 @@ def read_hf_dataset(
             whole.values += column.values
         for name in columns.keys() - others.keys():
             columns[name].values += [None] * len(part)
+
+        # Images, under the same name in all splits.
         part = part.select_columns(image).rename_column(image, "image") if image != "image" else part
         images.append(part.select_columns("image").cast_column("image", Image(decode=False)))
     return ids, concatenate_datasets(images), sizes, columns
 
 
 def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
+    """Load a source as splits."""
     path = Path(source)
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"source {source}: no such folder (a data set of the Hub is spelled OWNER/NAME)")
+        raise FileNotFoundError(f"source {source}: no such folder (a dataset on the Hub is spelled OWNER/NAME)")
     if path.is_file() and path.suffix.lower() not in _LOADERS:
-        raise ValueError(f"source {source}: of files, {', '.join(_LOADERS)} are read; images, by their folder")
+        raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(source)
@@ -89,17 +99,18 @@ def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
             loaded = load_dataset(_LOADERS[path.suffix.lower()], data_files=source)
         else:
             loaded = load_dataset(source, dataset_config_name)
-    except Exception as error:  # readers of files and of the Hub raise anything; what matters is which source it was
+    except Exception as error:  # readers of files and of the Hub raise errors of many classes
         reason = first_line(error)
+        # The text of an error of datasets 5.2, which lists the configurations as Python code.
         if reason == "Config name is missing":
             reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"
-        missing = "" if path.exists() else "no such folder, and as a data set of the Hub: "
+        missing = "" if path.exists() else "no such folder, and as a dataset on the Hub: "
         raise ValueError(f"source {source}: {missing}{reason}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
 
 
 def _image_column(source: str, part: Dataset) -> str:
-    """The column of images: the one called `image`, else the first whose feature is an image."""
+    """Return the column of images: `image`, or else the first column whose feature is an image."""
     names = [name for name, feature in part.features.items() if isinstance(feature, Image)]
     if not names:
         raise ValueError(f"source {source}: no column of images; it has {', '.join(part.column_names)}")
@@ -107,7 +118,7 @@ def _image_column(source: str, part: Dataset) -> str:
 
 
 def _ids(split: str, part: Dataset) -> list[str]:
-    """Webdataset's shard and key; of other data sets the split and the number of the row."""
+    """Return ids: shard and key in a webdataset, split and number of the row in other datasets."""
     if "__key__" in part.column_names:
         shards = [PurePosixPath(str(url)).stem for url in part["__url__"]]
         return [f"{shard}/{key}" for shard, key in zip(shards, part["__key__"], strict=True)]
@@ -115,7 +126,7 @@ def _ids(split: str, part: Dataset) -> list[str]:
 
 
 def _image_sizes(images: Dataset) -> list[int]:
-    """Bytes of each stored image, without reading them; 0 where there are none."""
+    """Return the size of each stored image in bytes, from Arrow's offsets alone; 0 if only a path is stored."""
     (name,) = images.column_names
     sizes: list[int] = []
     for batch in images.with_format("arrow").iter(1000):
@@ -125,16 +136,17 @@ def _image_sizes(images: Dataset) -> list[int]:
 
 
 def _plain_columns(part: Dataset) -> dict[str, Column]:
-    """The columns of numbers, booleans, strings and classes; those inside a struct (webdataset's json) too."""
-    found: dict[str, Column] = {}
+    """Return the columns of numbers, booleans, strings and classes, also from inside a struct (webdataset's json)."""
+    columns: dict[str, Column] = {}
     for name, feature in part.flatten().features.items():
         short = name.rpartition(".")[2]
         if short.startswith("__") or not isinstance(feature, Value | ClassLabel):
             continue
+        # A column `split` counts only if all its values are names of splits.
         values = list(part.flatten()[name])
         if short == "split" and not all(str(value).lower() in SPLITS for value in values):
             continue
         if short == "split":
             values = [SPLITS[str(value).lower()] for value in values]
-        found[short] = Column(values, feature.names if isinstance(feature, ClassLabel) else None)
-    return found
+        columns[short] = Column(values, feature.names if isinstance(feature, ClassLabel) else None)
+    return columns

@@ -1,4 +1,4 @@
-"""Metadata files beside images: `metadata.csv`, `.jsonl` and `.parquet` with a `file_name` column."""
+"""Read metadata files beside images: `metadata.csv`, `.jsonl` and `.parquet` with a `file_name` column."""
 
 from __future__ import annotations
 
@@ -18,16 +18,30 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 @dataclass
 class Table:
-    """The rows of a list: values by column, by the key of the image."""
+    """Rows of a metadata file or list.
+
+    Attributes:
+        name: Name of the file, for messages.
+        rows: Values by column, by the key of the image; under the column "" the key as the file spells it. A row that
+            cannot be used is empty.
+    """
 
     name: str
     rows: dict[str, dict[str, Any]]
 
 
 def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]]) -> Table:
+    """Read the metadata files `names` (relative paths) of `folder` into one table by relative path of the image.
+
+    Rows that cannot be used are added to `left_out` with the reason.
+
+    Raises:
+        ValueError: if a file cannot be read, or a .csv has no `file_name` column.
+    """
     table = Table(", ".join(dict.fromkeys(PurePosixPath(name).name for name in names)), {})
     for name in names:
         for number, row in _metadata_rows(folder / name, name, left_out):
+            # Key: `file_name` is relative to the folder of the metadata file.
             file_name = row.pop("file_name", None)
             if not isinstance(file_name, str) or not file_name:
                 left_out.append((f"{name}:{number}", "a row without file_name"))
@@ -36,6 +50,8 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
             if key in table.rows:
                 left_out.append((key, f"duplicate row: {number} of {name}"))
                 continue
+
+            # Split: an unknown name must not be read as any of the known splits.
             if row.get("split") is not None:
                 split = SPLITS.get(str(row["split"]).lower())
                 if split is None:
@@ -48,13 +64,15 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
 
 
 def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of one metadata file with their numbers, from 1."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet
+        import pyarrow.parquet  # not loaded by `import pyarrow`, and seldom needed
 
         yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
         return
     with csv_errors(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         if path.suffix == ".csv":
+            # DictReader files extra values under the key None, and fills up missing ones with None.
             reader = csv.DictReader(file)
             if "file_name" not in (reader.fieldnames or []):
                 raise ValueError(f"{path} has no column file_name; it has {', '.join(reader.fieldnames or [])}")
@@ -68,18 +86,18 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)
-            except json.JSONDecodeError as error:
-                found = error
-            if isinstance(found, dict):
-                yield number, found
+                parsed = json.loads(line)
+            except json.JSONDecodeError:
+                parsed = None
+            if isinstance(parsed, dict):
+                yield number, parsed
             else:
                 left_out.append((f"{name}:{number}", "not a JSON object"))
 
 
 @contextlib.contextmanager
 def csv_errors(path: Path) -> Iterator[None]:
-    """What csv cannot read, in words."""
+    """Turn errors of the csv module into one line that names the file."""
     try:
         yield
     except csv.Error as error:
@@ -89,21 +107,33 @@ def csv_errors(path: Path) -> Iterator[None]:
 def join_tables(
     keys: dict[str, str], tables: list[Table], left_out: list[tuple[str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """What the tables say of each image (`keys`: the tables' key of each id) that has a good row in all of them."""
+    """Merge the rows of each image that has a usable row in every table.
+
+    Args:
+        keys: The key of each image in the tables, by its id.
+        tables: Tables whose columns are merged; of equal names, the last one counts.
+        left_out: List to which images without a row, and rows without an image, are added.
+
+    Returns:
+        Values by column, by id, in the order of `keys`.
+    """
+    # Rows without an image, once for all tables, unless they are listed for another reason already.
     present = set(keys.values())
     missing: dict[str, tuple[str, list[str]]] = {}
-    told = {name for name, _ in left_out}
+    listed = {name for name, _ in left_out}
     for table in tables:
         for key, row in table.rows.items():
-            if row and key not in present and row[""] not in told:
+            if row and key not in present and row[""] not in listed:
                 missing.setdefault(key, (row[""], []))[1].append(table.name)
     left_out += [(name, f"no such image; it has a row in {' and '.join(files)}") for name, files in missing.values()]
+
+    # Images without a row, and merged rows.
     described: dict[str, dict[str, Any]] = {}
     for image_id, key in keys.items():
         without = [table.name for table in tables if key not in table.rows]
         if without:
             left_out.append((image_id, f"no row in {' and '.join(without)}"))
-        elif all(table.rows[key] for table in tables):  # the fault of a bad row is in the list already
+        elif all(table.rows[key] for table in tables):  # an empty row is in `left_out` already
             merged = {name: value for table in tables for name, value in table.rows[key].items() if name}
             described[image_id] = merged
     return described

@@ -1,4 +1,4 @@
-"""Training, validation and test splits: by folders, by columns, and by the hash of an id."""
+"""Assign images to training, validation and test splits: by folder, by column, or by the hash of the id."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
+# Names of splits in sources, in lower case, as the split that they mean.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -15,14 +16,18 @@ SPLITS = {
 
 
 def splits_by_folder(names: Iterable[str]) -> dict[str, str]:
-    """The split of each image by its first folder; nothing unless all are in the folder of one."""
-    first = {name: PurePosixPath(name).parts[0].lower() for name in names}
-    found = {name: SPLITS[folder] for name, folder in first.items() if folder in SPLITS}
-    return found if len(found) == len(first) else {}
+    """Return the split of each image by its first folder, or nothing unless every first folder names a split."""
+    folders = {name: PurePosixPath(name).parts[0].lower() for name in names}
+    splits = {name: SPLITS[folder] for name, folder in folders.items() if folder in SPLITS}
+    return splits if len(splits) == len(folders) else {}
 
 
 def with_splits(described: dict[str, dict[str, Any]], left_out: list[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """With the splits that folders say where the rows say none; else without the images whose row says none."""
+    """Complete the `split` of rows of metadata, by id of the image.
+
+    If no row has a split, the folders decide. If some rows have one, images without one are left out rather than
+    assigned to a split by guess.
+    """
     if not any(row.get("split") for row in described.values()):
         splits = splits_by_folder(described)
         return {name: row | ({"split": splits[name]} if splits else {}) for name, row in described.items()}
@@ -31,5 +36,5 @@ def with_splits(described: dict[str, dict[str, Any]], left_out: list[tuple[str, 
 
 
 def is_held_out(image_id: str, share: float = 0.02) -> bool:
-    """Whether an image is held out for validation: decided by the hash of its id alone, so by nothing else."""
+    """Check whether an image belongs to the `share` that is held out for validation, by the hash of its id alone."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8]) < share * 2**64

@@ -1,4 +1,4 @@
-"""From a stored image to pixels: decoding, orientation, RGB, crop and resize."""
+"""Turn a stored image into pixels: decoding, orientation, RGB, crop and resize."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ CROPS = ("celeba-178", "celeba-140", "center", "none")
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image becomes `resolution` (height, width) pixels: crop by name, then an antialiased resize.
+    """Crop by name, then antialiased bicubic resize.
 
-    `celeba-178` and `celeba-140` are the centred 178 and 140 px squares of CelebA's aligned 178 x 218 images,
-    `center` is the largest centred box of the resolution's shape, `none` stretches the whole image. What is
-    transparent shows `background`.
+    Attributes:
+        resolution: (height, width) in pixels; None does not resize.
+        crop: `celeba-178` and `celeba-140` are the centered 178 and 140 px squares of CelebA's aligned 178 x 218
+            images, `center` is the largest centered box of the resolution's aspect ratio, `none` stretches the whole
+            image.
+        background: Color behind transparent pixels.
+
+    Raises:
+        ValueError: for an unknown crop.
     """
 
     resolution: tuple[int, int] | None
@@ -31,20 +37,25 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
-            raise ValueError(f"crop={self.crop!r} is unknown; known are {', '.join(CROPS)}")
+            raise ValueError(f"crop={self.crop!r} is unknown; valid names are {', '.join(CROPS)}")
 
     def fit(self, image: PILImage.Image) -> PILImage.Image:
-        """Bring `image` into shape: EXIF orientation, RGB, crop, resize."""
+        """Return `image` turned by its EXIF orientation, as RGB, cropped and resized.
+
+        Raises:
+            ValueError: if the image is smaller than the crop, or its pixels are neither 8 nor 16 bits wide.
+        """
         image = _as_rgb(ImageOps.exif_transpose(image), self.background)
         box = self._box(image.width, image.height)
         if self.resolution is None:
             return image.crop(box)
         height, width = self.resolution
-        if box == (0, 0, width, height):
+        if box == (0, 0, width, height):  # already of this size: a bicubic filter must not touch the pixels
             return image.crop(box)
         return image.resize((width, height), PILImage.Resampling.BICUBIC, box=box)
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom) of the crop of an image of this size."""
         if self.crop.startswith("celeba-"):
             side = int(self.crop.removeprefix("celeba-"))
             if width < side or height < side:
@@ -60,10 +71,10 @@ class Geometry:
 
 
 def parse_resolution(resolution: int | str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width) of `64`, `"64"`, `"64x48"` or `(64, 48)`; None stays None.
+    """Return `64`, `"64"`, `"64x48"` or `(64, 48)` as (height, width) in pixels, and None as None.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: for anything else.
     """
     if resolution is None:
         return None
@@ -78,10 +89,14 @@ def parse_resolution(resolution: int | str | tuple[int, int] | None) -> tuple[in
 
 
 def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
-    """Decode the image of one undecoded row.
+    """Decode the image of a row.
+
+    Args:
+        row: A row with `id`, and the undecoded `image`: a dict of `bytes` and `path`, as `datasets` stores it.
+        geometry: Crop and resolution.
 
     Raises:
-        ValueError: if the image is broken or too small for the crop, with its name and the reason.
+        ValueError: naming id and reason, if the image is broken or too small for the crop.
     """
     stored = row["image"] or {}
     try:
@@ -97,7 +112,7 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong with an image, without the path of a file, which differs from machine to machine."""
+    """Return why an image could not be decoded, without its path, which differs from machine to machine."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, OSError) and error.strerror:
@@ -106,7 +121,8 @@ def _reason(error: Exception) -> str:
 
 
 def _as_rgb(image: PILImage.Image, background: str) -> PILImage.Image:
-    """RGB of 8 bits: of 16 bits the upper 8, what is transparent on `background`."""
+    """Return an image as 8-bit RGB, with transparent pixels on `background`."""
+    # 16 bits (PIL opens some of them as 32): keep the upper 8.
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:

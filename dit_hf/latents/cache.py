@@ -35,9 +35,9 @@ def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
     if not (folder / CACHE_INFO).is_file():
         raise ValueError(f"{folder} is not a latent cache (no {CACHE_INFO}); make one with dit-hf prepare-latents")
     info = read_manifest(folder, CACHE_INFO)
-    found = info["identity"]["format"]
-    if found != FORMAT_VERSION:
-        raise ValueError(f"{folder}: expected a latent cache of format {FORMAT_VERSION}, got format {found}")
+    version = info["identity"]["format"]
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{folder}: expected a latent cache of format {FORMAT_VERSION}, got format {version}")
     return load_from_disk(str(folder)), info
 
 
@@ -58,7 +58,7 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> dict[str, Any]:
-    """Return what two builds must have in common to make the same cache.
+    """Return everything that two builds must share to make the same cache.
 
     Returns:
         `format`; `source` with name, number of images and SHA-256 of its rows; `vae` with name and SHA-256 of its
@@ -130,8 +130,14 @@ def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
-def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str, what: str) -> None:
-    """Compare the identity of `what` `place` holds with that of the cache to build.
+def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str, contents: str) -> None:
+    """Refuse to build a cache where another one is.
+
+    Args:
+        before: Identity of the cache that exists.
+        now: Identity of the cache to build.
+        place: Where it exists, for the error.
+        contents: "a cache" or "an unfinished cache", for the error.
 
     Raises:
         FileExistsError: listing every entry that differs, before and now.
@@ -142,7 +148,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
         if _comparable(before.get(name)) != _comparable(value)
     ]
     if differences:
-        raise FileExistsError(folder_taken(place, f"holds {what} of {'; '.join(differences)}"))
+        raise FileExistsError(folder_taken(place, f"holds {contents} of {'; '.join(differences)}"))
 
 
 def _comparable(value: Any) -> Any:

@@ -210,14 +210,14 @@ def _encode(final: Path, job: Job, spec: CacheSpec, shards: list[int], num_proc:
 
 def _open_partial(partial: Path, spec: CacheSpec) -> None:
     """Begin a build, or check that the unfinished one in `partial` is the same and remove half-written files."""
-    begun, what = partial / "building" / "identity.json", "an unfinished cache"
+    begun = partial / "building" / "identity.json"
     if (partial / CACHE_INFO).is_file():  # complete: it was interrupted before it was put in place
         written = read_manifest(partial, CACHE_INFO)["identity"]
-        check_same_identity(parse_identity(written), spec.identity, str(partial), what)
+        check_same_identity(parse_identity(written), spec.identity, str(partial), "an unfinished cache")
         return
     if begun.is_file():
         written = json.loads(begun.read_text(encoding="utf-8"))
-        check_same_identity(parse_identity(written), spec.identity, str(partial), what)
+        check_same_identity(parse_identity(written), spec.identity, str(partial), "an unfinished cache")
 
     # Only notes of finished shards (.json) and the lock survive; partial files of `write_text` begin with a dot.
     for path in (partial / "building").iterdir():

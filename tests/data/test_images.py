@@ -78,11 +78,11 @@ def test_held_out_share_depends_on_the_id_alone():
     [
         ({"source": "nowhere"}, FileNotFoundError, "no such folder"),
         ({"source": "{empty}"}, FileNotFoundError, "no images"),
-        ({"source": "avatars", "crop": "face"}, ValueError, "known are celeba-178"),
+        ({"source": "avatars", "crop": "face"}, ValueError, "valid names are celeba-178"),
         ({"source": "avatars", "resolution": "big"}, ValueError, "'big' is not a size"),
         ({"source": "avatars", "resolution": 0}, ValueError, "not a size"),
         ({"source": "avatars", "num_images": 0}, ValueError, "num_images=0"),
-        ({"source": "avatars", "split": "test"}, ValueError, "does not come divided"),
+        ({"source": "avatars", "split": "test"}, ValueError, "avatars has no splits"),
     ],
 )
 def test_bad_options_say_what_is_wrong(tmp_path, options, error, message):

@@ -80,7 +80,7 @@ def test_celeba_splits(tmp_path):
         assert rows["id"] == [name for name, of in celeba.splits.items() if of == split]
         assert len(rows) == count
     assert len(open_images(str(tmp_path), split="train", num_images=5)) == 5
-    with pytest.raises(ValueError, match="known are train, validation, test"):
+    with pytest.raises(ValueError, match="valid names are train, validation, test"):
         open_images(str(tmp_path), split="held_out")
 
 
@@ -293,7 +293,7 @@ def two_configurations(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: "someone/nothing", "source someone/nothing: no such folder, and as a data set of the Hub"),
+        (lambda folder: "someone/nothing", "source someone/nothing: no such folder, and as a dataset on the Hub"),
         (lambda folder: (folder / "x.parquet").write_bytes(b"no parquet") and str(folder), "source .*: "),
         (
             lambda folder: Dataset.from_dict({"a": [1]}).to_parquet(folder / "x.parquet") and str(folder),
@@ -304,7 +304,7 @@ def two_configurations(folder):
             lambda folder: (folder / "metadata.csv").write_text(f'file_name,text\na,"{"x" * 200_000}') and str(folder),
             "metadata.csv cannot be read .*is there a quote that is not closed",
         ),
-        (lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"), "images, by their folder"),
+        (lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"), "or the folder of the images"),
         (two_configurations, "name one by --dataset_config_name: large, small"),
     ],
 )
