@@ -1,11 +1,9 @@
-"""`dit-hf sample`: new images, or given ones changed, in every way that the pipelines know."""
+"""`dit-hf sample`: a series of images by any of the pipelines, new ones or from given ones."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +12,8 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 
-from ..data.image_folder import EXTENSIONS
-from ..data.transforms import Geometry, decode_image
-from ..latents.reader import LatentReader
-from ..pipelines.guidance import GuidanceOptions
+from ..pipelines.guidance import GuidanceOptions, build_guidance
 from ..pipelines.interpolation import interpolate_noises
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
@@ -28,10 +22,10 @@ from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..runs import load_pipeline
 from ..storage import disk_errors
 from .generate import generate_images, generators, model_sha256, to_uint8
-from .writer import FILM, SETTINGS, SHEET, Series, write_series
+from .inputs import Inputs, Rows, open_image, read_inputs
+from .writer import GRID, Series, write_series
 
 Mode = Literal["generate", "img2img", "inpaint", "interpolate", "edit"]
-Rows = dict[str, Any] | list[dict[str, Any]] | str | None
 _PIPELINES: dict[str, type[LatentDiTPipeline]] = {
     "generate": LatentDiTPipeline,
     "img2img": LatentDiTImg2ImgPipeline,
@@ -39,7 +33,7 @@ _PIPELINES: dict[str, type[LatentDiTPipeline]] = {
     "interpolate": LatentDiTPipeline,
     "edit": LatentDiTEditPipeline,
 }
-# Options that only some modes have: elsewhere they would do nothing, in silence.
+# Options that only some modes have. In the others they are refused, because they would have no effect.
 _MODES_OF = {
     "image": ("img2img", "inpaint", "interpolate", "edit"),
     "mask_image": ("inpaint",),
@@ -50,8 +44,8 @@ _MODES_OF = {
     "eta": ("generate", "img2img", "inpaint"),
     "scheduler": ("generate", "img2img", "inpaint", "interpolate"),
 }
-# The stock schedulers that sample every model, with what they need beside the config: by timesteps, Heun's first step
-# spans nearly all of the noise levels.
+# The stock schedulers that sample every model, with the settings that they need besides the config. Heun needs
+# exponential sigmas: evenly spaced by timestep, its first step spans nearly all of the noise levels.
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {},
     "DEISMultistepScheduler": {},
@@ -60,7 +54,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "HeunDiscreteScheduler": {"use_exponential_sigmas": True},
     "UniPCMultistepScheduler": {},
 }
-_NEEDED = {"img2img": ("image",), "inpaint": ("image", "mask_image"), "edit": ("image", "edit")}
+_REQUIRED = {"img2img": ("image",), "inpaint": ("image", "mask_image"), "edit": ("image", "edit")}
+# Options that may be a path of this machine.
 _PATHS = ("model", "image", "mask_image", "guidance_model", "attributes", "edit")
 
 
@@ -87,36 +82,36 @@ def sample(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     output_format: Literal["folder", "npz"] = "folder",
 ) -> Path:
-    """Draw images: new ones, from given ones, between noises or images, or with attributes changed.
+    """Generate images: new ones, from given ones, between noises or images, or with edited attributes.
 
-    Under `accelerate launch` every rank draws its part. Image i is a function of the seed and i, and a call that was
-    killed goes on where it was when it is given again.
+    Under `accelerate launch` every rank generates its share. Image i is a function of the seed and i, and the same
+    call given again after a kill resumes where it was.
 
     Args:
-        model: The folder of a run, of one of its checkpoints or of a pipeline, or an id of the Hub.
-        output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and perhaps `film.gif` go.
+        model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
+        output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and for films `film.gif` go.
         mode: `generate`, `img2img`, `inpaint`, `interpolate` or `edit`.
-        num_images: How many; without it 16, or one for each image or edit. With `interpolate`, the noises to pass.
-        attributes: What to ask for (with `edit`, what the images have), as JSON (`'{"Smiling": true}'` or a list of
-            these), a JSON file of it, or a latent cache, whose rows are taken in order. Image i gets row i, from the
-            beginning again after the last.
-        image: An image or a folder of them, in the order of their names.
-        mask_image: A mask (white is painted anew, what is transparent is kept), or a folder with one for each image,
-            in the order of their names.
-        strength: How far from the image, 0 to 1; without it the pipeline's default.
-        edit: What to change, spelled like `attributes`.
-        edit_strength: How much, 1 being as much as the pipeline's guidance.
-        num_frames: From one noise or image to the next, both included; 16 without it.
-        num_inference_steps: Denoising steps; without it the pipeline's default.
-        guidance_scale: Without it the pipeline's own.
-        guidance_model: A weaker model of the same conditions, from which guidance leads away (autoguidance).
+        num_images: Number of images, by default 16, or one for each image or edit; with `interpolate` that of the noises.
+        attributes: The requested attributes (with `edit`, those of the images), as JSON (`'{"Smiling": true}'` or a
+            list of these), a JSON file, or a latent cache, whose rows are taken in order. Image i gets row i, starting
+            over after the last.
+        image: An image or a folder of them, sorted by name.
+        mask_image: A mask (white is inpainted, transparent parts are kept), or a folder with one for each image,
+            sorted by name.
+        strength: How far from the image, 0 to 1; by default the pipeline's own.
+        edit: The attributes to change, spelled like `attributes`.
+        edit_strength: How much to change them, 1 being as much as the pipeline's guidance.
+        num_frames: Frames from one noise or image to the next, both included; 16 by default.
+        num_inference_steps: Denoising steps; by default the pipeline's own.
+        guidance_scale: By default the pipeline's own.
+        guidance_model: A weaker model of the same conditions, from which guidance steers away (autoguidance).
         eta: 0 is deterministic, 1 as noisy as DDPM.
         options: Further options of the pipeline's call, as JSON: `guidance_rescale`, `attribute_weights`,
             `negative_attributes`, `jump_n_sample`, ...
-        scheduler: A diffusers scheduler by its class, e.g. `UniPCMultistepScheduler`; without it the pipeline's.
-        seed: Of the series.
+        scheduler: A diffusers scheduler by its class, e.g. `UniPCMultistepScheduler`; by default the pipeline's own.
+        seed: Seed of the series.
         batch_size: Images at once.
-        dtype: What is computed in.
+        dtype: Precision of the computation.
         output_format: `folder` of PNG files, each with its settings in it, or one `npz` (`arr_0`, uint8
             [images, height, width, 3]).
 
@@ -124,54 +119,88 @@ def sample(
         FileExistsError: if `output_dir` holds images of other settings.
         ValueError: for options that do not fit together, unknown attributes, or no such model or image.
     """
-    settings = {name: value for name, value in locals().items() if name != "output_dir" and value is not None}
+    # The order of `settings.json`.
+    settings = {
+        "model": model,
+        "mode": mode,
+        "num_images": num_images,
+        "attributes": attributes,
+        "image": image,
+        "mask_image": mask_image,
+        "strength": strength,
+        "edit": edit,
+        "edit_strength": edit_strength,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_model": guidance_model,
+        "eta": eta,
+        "options": options,
+        "scheduler": scheduler,
+        "seed": seed,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "output_format": output_format,
+    }
+    return _sample(Path(output_dir), {name: value for name, value in settings.items() if value is not None})
+
+
+def _sample(folder: Path, settings: dict[str, Any]) -> Path:
+    """Generate the series that `settings`, the arguments of `sample` that are not None, describe."""
+    # 1. Check the options before anything is loaded.
+    mode, batch_size = settings["mode"], settings["batch_size"]
     _check(settings, mode)
+
+    # 2. Load the models. The timeout is that of the slowest rank's whole share, for which the others wait at the end.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    pipeline = _open_pipeline(model, mode, scheduler, dtype, state.device)
-    call = _options_of_call(pipeline, settings)
+    precision = settings["dtype"]
+    pipeline = _open_pipeline(settings["model"], mode, settings.get("scheduler"), precision, state.device)
+    call = _call_options(pipeline, settings)
+    # Now and not later: a film between images replaces the scheduler, which is part of the hash.
     hashes = {"model_sha256": model_sha256(pipeline)}
-    if guidance_model is not None:
-        weaker = _open_pipeline(guidance_model, "generate", None, dtype, state.device)
-        call["guidance_transformer"], hashes["guidance_model_sha256"] = weaker.transformer, model_sha256(weaker)
-    images, masks = _image_files(image), _image_files(mask_image)
-    if len(masks) > 1 and len(masks) != len(images):
-        raise ValueError(f"{mask_image} holds {len(masks)} masks for {len(images)} images; want one, or one for each")
-    edits = _read_rows("edit", edit, pipeline, num_images)
-    count = num_images or max(len(images), len(edits or [])) or 16
-    rows = _read_rows("attributes", attributes, pipeline, count)
-    for asked in (rows, edits):
-        pipeline.encode_attributes(asked)  # an unknown name is told before any work
-    if mode == "generate":
-        series = _new_images(pipeline, count, rows, seed, call)
-    elif mode == "interpolate":
-        series = _film(pipeline, images, num_images or 2, num_frames or 16, rows, seed, call, batch_size)
-    else:
-        lists = {"image": images, "mask_image": masks, "attributes": rows, "edit": edits}
-        series = _changed_images(pipeline, count, {k: v for k, v in lists.items() if v}, seed, call)
-    hashes["inputs_sha256"] = _inputs_sha256(rows, edits, [*images, *masks])
-    folder = Path(output_dir)
+    if "guidance_model" in settings:
+        weaker = _open_pipeline(settings["guidance_model"], "generate", None, precision, state.device)
+        call["guidance_transformer"] = weaker.transformer
+        hashes["guidance_model_sha256"] = model_sha256(weaker)
+
+    # 3. Read the inputs and describe the series.
+    inputs = read_inputs(settings, pipeline)
+    series = _describe_series(pipeline, inputs, settings, call)
+    hashes["inputs_sha256"] = inputs.sha256()
+
+    # 4. Generate what is missing.
+    as_npz = settings["output_format"] == "npz"
     try:
         with disk_errors(f"output_dir {folder}"):
-            write_series(folder, series, _portable(settings) | hashes, batch_size, output_format == "npz", state)
+            write_series(folder, series, _portable(settings) | hashes, batch_size, as_npz, state)
     except torch.OutOfMemoryError as error:
         raise OSError(f"the GPU's memory is too small for --batch_size {batch_size}; give a smaller one") from error
     if state.is_main_process:
-        print(f"{folder}: {series.num_images} images; {folder / SHEET} shows the first", flush=True)
+        print(f"{folder}: {series.num_images} images; {folder / GRID} shows the first", flush=True)
     return folder
 
 
 def _check(settings: dict[str, Any], mode: str) -> None:
-    """Refuse options that do not fit the mode, before any work."""
+    """Refuse options that do not fit the mode or are out of their range.
+
+    Raises:
+        ValueError: naming the option and what is expected.
+    """
+    # 1. Options of other modes, and missing ones.
     for name, modes in _MODES_OF.items():
         if name in settings and mode not in modes:
             raise ValueError(f"--{name} is for --mode {' or '.join(modes)}, not {mode}")
-    missing = [f"--{name}" for name in _NEEDED.get(mode, ()) if name not in settings]
+    missing = [f"--{name}" for name in _REQUIRED.get(mode, ()) if name not in settings]
     if missing:
         raise ValueError(f"--mode {mode} needs {' and '.join(missing)}")
+
+    # 2. A film between images has one noise for each of them, and is generated by the DDIM that found the noises.
     if mode == "interpolate" and "image" in settings:
         for name in ("num_images", "scheduler"):
             if name in settings:
                 raise ValueError(f"--{name} is for films between noises; between images each is a stop, by DDIM")
+
+    # 3. Ranges.
     for name, least in (("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("seed", 0)):
         if settings.get(name, least) < least:
             raise ValueError(f"--{name} {settings[name]} must be at least {least}")
@@ -183,10 +212,11 @@ def _check(settings: dict[str, Any], mode: str) -> None:
 def _open_pipeline(
     model: str, mode: str, scheduler: str | None, dtype: str, device: torch.device
 ) -> LatentDiTPipeline:
+    """Load the pipeline of a mode, with one of `SCHEDULERS` or its own."""
     loaded = load_pipeline(model, device, dtype=getattr(torch, dtype))
     if scheduler is not None:
         if scheduler not in SCHEDULERS:
-            raise ValueError(f"--scheduler {scheduler} is unknown; known are {', '.join(SCHEDULERS)}")
+            raise ValueError(f"--scheduler {scheduler} is unknown; valid names are {', '.join(SCHEDULERS)}")
         settings = SCHEDULERS[scheduler]
         loaded.scheduler = getattr(diffusers, scheduler).from_config(loaded.scheduler.config, **settings)
     pipeline = _PIPELINES[mode](**loaded.components)
@@ -194,143 +224,139 @@ def _open_pipeline(
     return pipeline
 
 
-def _options_of_call(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> dict[str, Any]:
-    """The options that go to the pipeline's call as they are."""
+def _call_options(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of the pipeline's call that are the same for all batches.
+
+    Raises:
+        ValueError: for a name in `--options` that the call does not have, or a value that is not a number.
+    """
+    # 1. `--options` takes all arguments of the call, except those that have an option or are decided here.
     names = ("strength", "edit_strength", "num_inference_steps", "guidance_scale", "eta")
-    options = settings.get("options", {})
     managed = {"self", "image", "mask_image", "attributes", "edit", "generator", "latents", "batch_size", *names}
     managed |= {"num_images_per_prompt", "output_type", "return_dict", "guidance_options", "guidance_transformer"}
     managed |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-    own, guidance = (inspect.signature(f).parameters for f in (type(pipeline).__call__, pipeline._prepare_guidance))
-    known = (own.keys() | GuidanceOptions.__annotations__) - managed
-    unknown = sorted(options.keys() - known)
+    arguments = inspect.signature(type(pipeline).__call__).parameters
+    valid = (arguments.keys() | GuidanceOptions.__annotations__) - managed
+    options = settings.get("options", {})
+    unknown = sorted(options.keys() - valid)
     if unknown:
-        raise ValueError(f"--options {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+        raise ValueError(f"--options {', '.join(unknown)}: valid names are {', '.join(sorted(valid))}")
+
+    # 2. Numbers, by their defaults; those of `GuidanceOptions` are in the function that takes them.
+    defaults = {**inspect.signature(build_guidance).parameters, **arguments}
     for name, value in options.items():
-        if isinstance({**guidance, **own}[name].default, float) and not isinstance(value, int | float):
-            raise ValueError(f"--options {name}: {value!r} is no number")
+        if isinstance(defaults[name].default, float) and not isinstance(value, int | float):
+            raise ValueError(f"--options {name}: expected a number, got {value!r}")
     return {name: settings[name] for name in names if name in settings} | options
 
 
-def _new_images(
-    pipeline: LatentDiTPipeline, count: int, rows: list[dict] | None, seed: int, call: dict[str, Any]
+def _describe_series(
+    pipeline: LatentDiTPipeline, inputs: Inputs, settings: dict[str, Any], call: dict[str, Any]
 ) -> Series:
-    return Series(
-        count,
-        lambda images: generate_images(pipeline, images, rows, seed, **call),
-        lambda image: {"attributes": rows[image % len(rows)]} if rows else {},
-    )
+    """Return the series of a mode."""
+    mode, seed = settings["mode"], settings["seed"]
+    if mode == "generate":
+        return _new_images(pipeline, inputs, seed, call)
+    if mode == "interpolate":
+        num_noises, num_frames = settings.get("num_images") or 2, settings.get("num_frames") or 16
+        return _film(pipeline, inputs, num_noises, num_frames, seed, call, settings["batch_size"])
+    return _edited_images(pipeline, inputs, seed, call)
 
 
-def _changed_images(
-    pipeline: LatentDiTPipeline, count: int, lists: dict[str, list], seed: int, call: dict[str, Any]
-) -> Series:
-    """Image i is made of the image, mask, row and edit i, each list beginning again after its last."""
+def _new_images(pipeline: LatentDiTPipeline, inputs: Inputs, seed: int, call: dict[str, Any]) -> Series:
+    """Return a series of new images; image i has row i of the attributes, starting over after the last."""
+    rows = inputs.rows
 
-    def draw_images(images: range) -> np.ndarray:
+    def generate(images: range) -> np.ndarray:
+        return generate_images(pipeline, images, rows, seed, **call)
+
+    def metadata(image: int) -> dict[str, Any]:
+        return {"attributes": rows[image % len(rows)]} if rows else {}
+
+    return Series(inputs.num_images, generate, metadata)
+
+
+def _edited_images(pipeline: LatentDiTPipeline, inputs: Inputs, seed: int, call: dict[str, Any]) -> Series:
+    """Return a series of image i with mask, row and edit i, each list starting over after its last."""
+    given: dict[str, list[Any] | None] = {
+        "image": inputs.images,
+        "mask_image": inputs.masks,
+        "attributes": inputs.rows,
+        "edit": inputs.edits,
+    }
+    lists = {name: values for name, values in given.items() if values}
+    caller: Any = pipeline  # the call of each pipeline has other arguments
+
+    def generate(images: range) -> np.ndarray:
         chosen: dict[str, list] = {name: [values[i % len(values)] for i in images] for name, values in lists.items()}
-        if masks := chosen.get("mask_image"):
-            chosen["mask_image"] = [_open_image(path, "black").convert("L") for path in masks]
-        chosen["image"] = [_open_image(path) for path in chosen["image"]]
-        if not isinstance(pipeline, LatentDiTEditPipeline):  # which draws no noise
+        chosen["image"] = [open_image(path) for path in chosen["image"]]
+        if "mask_image" in chosen:
+            chosen["mask_image"] = [open_image(path, "black").convert("L") for path in chosen["mask_image"]]
+        # An edit samples no noise, and its call takes no generator.
+        if not isinstance(pipeline, LatentDiTEditPipeline):
             chosen["generator"] = generators(seed, images)
-        changed: Any = pipeline  # each of diffusers' pipelines has a call of its own
-        return to_uint8(changed(**chosen, **call, output_type="pt", return_dict=False)[0])
+        return to_uint8(caller(**chosen, **call, output_type="pt", return_dict=False)[0])
 
-    def facts(image: int) -> dict[str, Any]:
+    def metadata(image: int) -> dict[str, Any]:
         own = {name: values[image % len(values)] for name, values in lists.items()}
         return {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
 
-    return Series(count, draw_images, facts)
+    return Series(inputs.num_images, generate, metadata)
 
 
 def _film(
     pipeline: LatentDiTPipeline,
-    pictures: list[Path],
+    inputs: Inputs,
     num_noises: int,
     num_frames: int,
-    rows: list[dict] | None,
     seed: int,
     call: dict[str, Any],
     batch_size: int,
 ) -> Series:
-    """Frames from noise to noise, or from image to image over the noises that give them."""
+    """Return the frames from noise to noise, or from image to image by way of the noises that generate them.
+
+    Raises:
+        ValueError: for several rows of attributes, or less than two noises, images or frames.
+    """
+    # 1. Check the inputs.
+    rows, paths = inputs.rows, inputs.images
     if rows is not None and len(rows) > 1:
         raise ValueError("--mode interpolate takes one row of attributes, for all frames")
-    stops, attributes = len(pictures) or num_noises, rows[0] if rows else None
-    if stops < 2 or num_frames < 2:
+    attributes = rows[0] if rows else None
+    num_stops = len(paths) or num_noises
+    if num_stops < 2 or num_frames < 2:
         raise ValueError(
-            f"--mode interpolate needs two noises or images and two frames; these are {stops} and {num_frames}"
+            f"--mode interpolate needs two noises or images and two frames, got {num_stops} and {num_frames}"
         )
-    if pictures:
+
+    # 2. Noises that were found by inversion return the images only by the steps that were inverted.
+    if paths:
         call = {"num_inference_steps": 50, "guidance_scale": 1.0, **call}
         inverting = LatentDiTEditPipeline(**pipeline.components)
-        # The noises give the images back by the steps that they are found by.
         pipeline.scheduler = inverting.reversible_scheduler()
 
-    @functools.cache
-    def frames() -> torch.Tensor:
-        """All noises; of images they are sought when the first frame is drawn."""
-        parts = [range(start, min(start + batch_size, stops)) for start in range(0, stops, batch_size)]
-        if not pictures:
-            noises = [pipeline.sample_noise(len(part), generators(seed, part)) for part in parts]
-        else:
-            given = [[_open_image(pictures[i]) for i in part] for part in parts]
-            noises = [inverting.invert(part, attributes, call["num_inference_steps"]) for part in given]
-        return interpolate_noises(torch.cat(noises), num_frames)
+    def stops(part: range) -> torch.Tensor:
+        if not paths:
+            return pipeline.sample_noise(len(part), generators(seed, part))
+        images = [open_image(paths[i]) for i in part]
+        return inverting.invert(images, attributes, call["num_inference_steps"])
 
-    def draw_frames(images: range) -> np.ndarray:
-        noises = frames()[images.start : images.stop]
-        (pixels,) = pipeline(attributes, len(images), latents=noises, output_type="pt", return_dict=False, **call)
+    # 3. The noises of all frames, once a process, and only when the first frame is generated: an inversion takes time
+    #    that a finished series does not need.
+    @functools.cache
+    def noises() -> torch.Tensor:
+        parts = [range(start, min(start + batch_size, num_stops)) for start in range(0, num_stops, batch_size)]
+        return interpolate_noises(torch.cat([stops(part) for part in parts]), num_frames)
+
+    def generate(images: range) -> np.ndarray:
+        latents = noises()[images.start : images.stop]
+        (pixels,) = pipeline(attributes, len(images), latents=latents, output_type="pt", return_dict=False, **call)
         return to_uint8(pixels)
 
-    return Series((stops - 1) * (num_frames - 1) + 1, draw_frames, lambda image: {}, is_film=True)
-
-
-def _read_rows(
-    option: str, given: Rows, pipeline: LatentDiTPipeline, count: int | None
-) -> list[dict[str, Any]] | None:
-    """Rows of attributes from JSON, a JSON file, or the first `count` of a latent cache (None is its first)."""
-    if isinstance(given, str):
-        if Path(given).is_dir():
-            known = list(pipeline.transformer.config.conditions or {})
-            return LatentReader(given, conditions=known).attributes(count or 1, pipeline.config.condition_labels)
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--{option} {given}: neither JSON, nor a file of it, nor a latent cache") from error
-    rows = [given] if isinstance(given, dict) else given
-    if rows is not None and not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-        raise ValueError(f'--{option} {given!r}: expected a dict like {{"Smiling": true}}, or a list of them')
-    return rows
-
-
-def _image_files(given: str | None) -> list[Path]:
-    """An image, or those of a folder in the order of their names; of what `sample` wrote the numbered ones."""
-    if given is None:
-        return []
-    path = Path(given)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    left_out = {SHEET, FILM} if (path / SETTINGS).is_file() else set()
-    files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
-    found = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS]
-    if not found:
-        raise ValueError(f"{path}: no image there ({', '.join(EXTENSIONS)})")
-    return found
-
-
-def _open_image(path: Path, background: str = "white") -> Image.Image:
-    """As images are read for a latent cache, which are on white; a mask of strokes on nothing is on black."""
-    return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none", background))
-
-
-def _inputs_sha256(rows: list[dict] | None, edits: list[dict] | None, pictures: list[Path]) -> str:
-    """Of what a series is drawn from besides the model: attributes, and names and sizes of images."""
-    files = [(path.name, path.stat().st_size) for path in pictures]
-    return hashlib.sha256(json.dumps([rows, edits, files]).encode()).hexdigest()
+    return Series((num_stops - 1) * (num_frames - 1) + 1, generate, lambda image: {}, is_film=True)
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with what lies on this machine by its own name alone."""
+    """Return settings in which a path of this machine is only the name of its file or folder."""
     texts = {name: settings[name] for name in _PATHS if isinstance(settings.get(name), str)}
     return settings | {name: Path(text).resolve().name for name, text in texts.items() if Path(text).exists()}

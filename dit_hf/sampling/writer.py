@@ -20,73 +20,89 @@ from ..storage import is_missing_or_empty, new_file, write_text
 from .generate import batches
 
 SETTINGS = "settings.json"
-SHEET, FILM = "sheet.png", "film.gif"
+GRID = "sheet.png"
+FILM = "film.gif"
 NPZ = "samples.npz"
-GRID_SIZE = 64
+NUM_GRID_IMAGES = 64
 
 
 @dataclass
 class Series:
-    """Images to draw.
+    """A series of images to generate.
 
     Attributes:
-        num_images: How many.
-        draw: Numbers of images to uint8 [len, height, width, 3].
-        facts: Number of an image to what its file says of it alone.
-        is_film: Whether they are the frames of one, which is saved as a GIF too.
+        num_images: Their number.
+        generate: Generates the images of some numbers, uint8 [len, height, width, 3].
+        metadata: Returns the metadata that only the file of the image of a number has.
+        is_film: True if they are the frames of a film, which is also saved as a GIF.
     """
 
     num_images: int
-    draw: Callable[[range], np.ndarray]
-    facts: Callable[[int], dict[str, Any]]
+    generate: Callable[[range], np.ndarray]
+    metadata: Callable[[int], dict[str, Any]]
     is_film: bool = False
 
 
 def write_series(
     folder: Path, series: Series, settings: dict[str, Any], batch_size: int, as_npz: bool, state: PartialState
 ) -> None:
-    """Draw what is missing of a series, on all ranks, and then what is made of the whole.
+    """Generate the missing images of a series on all ranks, then write the image grid and the film.
 
     Args:
         folder: Where the files go.
         series: The images.
-        settings: What decides about all of them: kept in the folder and in every PNG, and the same for a call that
-            goes on.
-        batch_size: Images drawn at once.
-        as_npz: One `samples.npz` (`arr_0`) instead of PNG files.
-        state: Of the ranks.
+        settings: All that decides the images. It is stored in the folder and in every PNG, and must be the same in a
+            call that resumes the series.
+        batch_size: Images generated at once.
+        as_npz: True writes one `samples.npz` (`arr_0`) instead of PNG files.
+        state: The ranks.
 
     Raises:
         FileExistsError: if the folder holds images of other settings, or something else.
     """
+    # 1. The folder, before any rank writes into it.
     if state.is_main_process:
         _open_folder(folder, settings)
     state.wait_for_everyone()
+
+    # 2. The batches of this rank. A finished npz needs none: its batches have been deleted.
     if not (folder / NPZ).is_file():
-        mine = batches(series.num_images, batch_size, state.process_index, state.num_processes)
-        with tqdm(total=sum(map(len, mine)), desc="drawing", unit="images", disable=not state.is_main_process) as bar:
-            for images in mine:
-                (_draw_batch if as_npz else _draw_images)(folder, series, images, settings)
-                bar.update(len(images))
+        own = batches(series.num_images, batch_size, state.process_index, state.num_processes)
+        write_batch = _write_array if as_npz else _write_images
+        with tqdm(
+            total=sum(map(len, own)), desc="generating", unit="images", disable=not state.is_main_process
+        ) as progress:
+            for images in own:
+                write_batch(folder, series, images, settings)
+                progress.update(len(images))
+
+    # 3. What takes the images of all ranks.
     state.wait_for_everyone()
     if state.is_main_process:
-        first = _join_batches(folder, series, batch_size) if as_npz else _read_images(folder, GRID_SIZE)
-        save_grid(make_grid(first, columns=min(8, len(first)), min_side=96), folder / SHEET)
+        first = _join_batches(folder, series, batch_size) if as_npz else _read_images(folder, NUM_GRID_IMAGES)
+        save_grid(make_grid(first, columns=min(8, len(first)), min_side=96), folder / GRID)
         if series.is_film and not as_npz:
             save_gif(_read_images(folder, series.num_images), folder / FILM)
+
+    # 4. No rank leaves, and perhaps ends the process group, before the files are complete.
     state.wait_for_everyone()
 
 
 def save_gif(frames: list[Image.Image], path: Path, duration: int = 80) -> None:
-    """An endless GIF that goes there and back; `duration` is a frame's, in milliseconds."""
+    """Save frames as an endless GIF that plays them forth and back, `duration` milliseconds each."""
     first, *others = [*frames, *frames[-2:0:-1]]
     _save(path, lambda file: first.save(file, "gif", save_all=True, append_images=others, duration=duration, loop=0))
 
 
 def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin a series, or check that one of which something is drawn is the same."""
-    path, text = folder / SETTINGS, json.dumps(settings, indent=2) + "\n"
-    if path.is_file() and any(_is_drawn(drawn.name) for drawn in folder.iterdir()):
+    """Begin a series, or check that the one in the folder has the same settings.
+
+    Settings without an image do not count: the call that wrote them failed before its first batch.
+    """
+    path = folder / SETTINGS
+    text = json.dumps(settings, indent=2) + "\n"
+    if path.is_file() and any(_is_output(file.name) for file in folder.iterdir()):
+        # Both through JSON, which turns tuples into lists.
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
@@ -98,45 +114,49 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     write_text(path, text)
 
 
-def _is_drawn(name: str) -> bool:
+def _is_output(name: str) -> bool:
+    """Check whether a file of this name holds images of a series."""
     return name == NPZ or (name[0].isdigit() and name.endswith(".png")) or name.startswith(".images-")
 
 
-def _draw_images(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
-    """A batch as PNG files, each with its settings in it, unless they are there."""
+def _write_images(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
+    """Generate a batch as PNG files, each with its settings as metadata, unless all of them are there."""
     paths = [folder / f"{image:05}.png" for image in images]
     if all(path.is_file() for path in paths):
         return
-    for image, path, pixels in zip(images, paths, series.draw(images), strict=True):
+    for image, path, pixels in zip(images, paths, series.generate(images), strict=True):
         info = PngImagePlugin.PngInfo()
-        info.add_text("dit_hf", json.dumps({**settings, "image_number": image, **series.facts(image)}))
+        info.add_text("dit_hf", json.dumps({**settings, "image_number": image, **series.metadata(image)}))
         _save(path, functools.partial(Image.fromarray(pixels).save, format="png", pnginfo=info))
 
 
-def _draw_batch(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
-    """A batch as one array, which the npz is made of, unless it is there."""
+def _write_array(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
+    """Generate a batch as one array, from which the npz is made, unless it is there."""
     path = _batch_path(folder, images)
     if not path.is_file():
-        pixels = series.draw(images)
+        pixels = series.generate(images)
         _save(path, lambda file: np.save(file, pixels))
 
 
 def _join_batches(folder: Path, series: Series, batch_size: int) -> list[Image.Image]:
-    """Make the npz, batch after batch so that only one is in memory; returns its first images."""
+    """Write the npz, batch by batch so that only one is in memory, and return the first images for the grid."""
     paths = [_batch_path(folder, images) for images in batches(series.num_images, batch_size)]
     if not (folder / NPZ).is_file():
         _save(folder / NPZ, lambda file: _write_npz(file, paths, series.num_images))
+    # Only after the npz is in its place: a kill in between loses nothing, and the next call deletes them.
     for path in paths:
         path.unlink(missing_ok=True)
+    # The first images alone, from the beginning of the array in the archive.
     with zipfile.ZipFile(folder / NPZ) as archive, archive.open("arr_0.npy") as array:
         np.lib.format.read_magic(array)
         shape, _, dtype = np.lib.format.read_array_header_1_0(array)
-        count = min(GRID_SIZE, shape[0])
+        count = min(NUM_GRID_IMAGES, shape[0])
         pixels = np.frombuffer(array.read(count * int(np.prod(shape[1:]))), dtype).reshape(count, *shape[1:])
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def _write_npz(file: Any, paths: list[Path], num_images: int) -> None:
+    """Write an npz as `numpy.savez` would, without holding the whole array in memory."""
     with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
         shape = (num_images, *np.load(paths[0], mmap_mode="r").shape[1:])
         np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -145,19 +165,21 @@ def _write_npz(file: Any, paths: list[Path], num_images: int) -> None:
 
 
 def _read_images(folder: Path, count: int) -> list[Image.Image]:
+    """Return the first `count` images of a folder, those that are there."""
     paths = [path for image in range(count) if (path := folder / f"{image:05}.png").is_file()]
     images = []
     for path in paths:
         with Image.open(path) as image:
-            images.append(image.convert("RGB"))  # and the file is closed
+            images.append(image.convert("RGB"))  # reads it, so that the file can be closed
     return images
 
 
 def _batch_path(folder: Path, images: range) -> Path:
+    """Return where a batch of an npz waits for the others; hidden, because it is not for users."""
     return folder / f".images-{images.start:07}.npy"
 
 
 def _save(path: Path, write: Callable[[Any], Any]) -> None:
-    """Have `write` write the file at `path`, in one step."""
+    """Save a file by `write(file)`, in one step: under another name first, then renamed."""
     with new_file(path) as partial, open(partial, "wb") as file:
         write(file)

@@ -258,7 +258,7 @@ def test_classes_of_a_cache_are_asked_for_by_their_names(cats_and_owls, tmp_path
     labels = tiny_pipeline().config.condition_labels
     assert {row["class"] for row in reader.attributes(6)} == {0, 1}
     assert {row["class"] for row in reader.attributes(6, labels)} == {0, labels["class"].index("owl")}
-    with pytest.raises(ValueError, match="class='owl' is unknown to the model; known are cat, dog"):
+    with pytest.raises(ValueError, match="class='owl' is unknown to the model; valid names are cat, dog"):
         reader.attributes(6, {"class": ["cat", "dog"]})
 
 
@@ -279,9 +279,9 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
         ({"attributes": {"Tall": True}}, "valid names are Smiling, class"),
         ({"attributes": "nowhere.json"}, "nowhere.json: neither JSON"),
         ({"attributes": []}, "expected a dict"),
-        ({"scheduler": "Euler"}, "known are .*DPMSolverMultistepScheduler"),
-        ({"options": {"guidance_rescal": 1}}, "known are .*guidance_rescale"),
-        ({"options": {"guidance_rescale": "x"}}, "--options guidance_rescale: 'x' is no number"),
+        ({"scheduler": "Euler"}, "valid names are .*DPMSolverMultistepScheduler"),
+        ({"options": {"guidance_rescal": 1}}, "valid names are .*guidance_rescale"),
+        ({"options": {"guidance_rescale": "x"}}, "--options guidance_rescale: expected a number, got 'x'"),
         ({"num_images": 0}, "at least 1"),
         ({"seed": -1}, "--seed -1 must be at least 0"),
         ({"mode": "interpolate", "attributes": [{}, {}]}, "one row of attributes"),

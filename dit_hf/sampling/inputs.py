@@ -1,0 +1,113 @@
+"""The inputs of `dit-hf sample`: rows of attributes, images and masks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data.image_folder import EXTENSIONS
+from ..data.transforms import Geometry, decode_image
+from ..latents.reader import LatentReader
+from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .writer import FILM, GRID, SETTINGS
+
+Rows = dict[str, Any] | list[dict[str, Any]] | str | None
+DEFAULT_NUM_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a series.
+
+    Attributes:
+        images: Paths of the given images.
+        masks: Paths of their masks.
+        rows: Requested attributes (in mode `edit` those that the images have); None is unconditional.
+        edits: Attributes to change.
+        num_images: Number of images to generate in the modes other than `interpolate`.
+    """
+
+    images: list[Path]
+    masks: list[Path]
+    rows: list[dict[str, Any]] | None
+    edits: list[dict[str, Any]] | None
+    num_images: int
+
+    def sha256(self) -> str:
+        """Return a hash of attributes and of names and sizes of images, by which a resumed series is compared."""
+        files = [(path.name, path.stat().st_size) for path in (*self.images, *self.masks)]
+        return hashlib.sha256(json.dumps([self.rows, self.edits, files]).encode()).hexdigest()
+
+
+def read_inputs(settings: dict[str, Any], pipeline: LatentDiTPipeline) -> Inputs:
+    """Read the inputs that the settings name.
+
+    Args:
+        settings: The arguments of `sample` by name, without those that are None.
+        pipeline: The one that is to generate the images, which decides what attributes are valid.
+
+    Raises:
+        ValueError: for images that do not exist, numbers that do not fit, or attributes that the model does not have.
+    """
+    # 1. Images and masks.
+    images, masks = _image_files(settings.get("image")), _image_files(settings.get("mask_image"))
+    if len(masks) > 1 and len(masks) != len(images):
+        counts = f"{len(masks)} masks for {len(images)} images"
+        raise ValueError(f"{settings['mask_image']} holds {counts}; expected one, or one for each")
+
+    # 2. Edits before attributes, because their number decides how many rows a latent cache is read for.
+    num_images = settings.get("num_images")
+    edits = _read_rows("edit", settings.get("edit"), pipeline, num_images)
+    count = num_images or max(len(images), len(edits or [])) or DEFAULT_NUM_IMAGES
+    rows = _read_rows("attributes", settings.get("attributes"), pipeline, count)
+
+    # 3. Names and values are checked here, before any work.
+    for requested in (rows, edits):
+        pipeline.encode_attributes(requested)
+    return Inputs(images, masks, rows, edits, count)
+
+
+def open_image(path: Path, background: str = "white") -> Image.Image:
+    """Open an image as for a latent cache: upright, transparency on white; for a mask of strokes it is on black."""
+    return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none", background))
+
+
+def _read_rows(
+    option: str, given: Rows, pipeline: LatentDiTPipeline, count: int | None
+) -> list[dict[str, Any]] | None:
+    """Return rows of attributes from JSON, a JSON file, or the first `count` of a latent cache (None is its first)."""
+    if isinstance(given, str):
+        # A folder is a latent cache; JSON itself has been parsed by the command line, so that the rest is a file.
+        if Path(given).is_dir():
+            conditions = list(pipeline.transformer.config.conditions or {})
+            return LatentReader(given, conditions=conditions).attributes(count or 1, pipeline.config.condition_labels)
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--{option} {given}: neither JSON, nor a JSON file, nor a latent cache") from error
+    rows = [given] if isinstance(given, dict) else given
+    if rows is not None and not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(f'--{option} {given!r}: expected a dict like {{"Smiling": true}}, or a list of them')
+    return rows
+
+
+def _image_files(given: str | None) -> list[Path]:
+    """Return the path of an image, or those of a folder sorted by name.
+
+    Of a folder that `sample` wrote they are the generated images, without the image grid and the film.
+    """
+    if given is None:
+        return []
+    path = Path(given)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    left_out = {GRID, FILM} if (path / SETTINGS).is_file() else set()
+    files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
+    images = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS]
+    if not images:
+        raise ValueError(f"{path}: no image there ({', '.join(EXTENSIONS)})")
+    return images
