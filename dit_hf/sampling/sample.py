@@ -91,7 +91,7 @@ def sample(
         model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
         output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and for films `film.gif` go.
         mode: `generate`, `img2img`, `inpaint`, `interpolate` or `edit`.
-        num_images: Number of images, by default 16, or one for each image or edit; with `interpolate` that of the noises.
+        num_images: Number of images (with `interpolate`, of noises); by default 16, or one for each image or edit.
         attributes: The requested attributes (with `edit`, those of the images), as JSON (`'{"Smiling": true}'` or a
             list of these), a JSON file, or a latent cache, whose rows are taken in order. Image i gets row i, starting
             over after the last.
