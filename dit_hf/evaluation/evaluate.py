@@ -402,10 +402,8 @@ def _report_folder(model: str, output_dir: str | None) -> Path:
 
 def _output_resolution(pipeline: LatentDiTPipeline) -> str:
     """Return the size of a pipeline's images, `HxW` in pixels."""
-    size = pipeline.transformer.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    factor = pipeline.image_processor.config.vae_scale_factor
-    return f"{height * factor}x{width * factor}"
+    height, width = pipeline.resolution
+    return f"{height}x{width}"
 
 
 def _open_images(
