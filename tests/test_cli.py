@@ -1,3 +1,5 @@
+"""The command line: help, errors in one line with exit codes, and whole commands."""
+
 import os
 import subprocess
 import sys

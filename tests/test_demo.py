@@ -1,3 +1,5 @@
+"""The demo, from the wheel in an empty environment."""
+
 import os
 import subprocess
 import sys
@@ -11,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_wheel_in_an_empty_environment_runs_the_demo_in_an_empty_folder(tmp_path):
-    """What a user does: install the wheel, run the demo, load its pipeline; and a second call says it is done."""
+    """Install the wheel, run the demo, load its pipeline; a second call reports that the demo is finished."""
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"

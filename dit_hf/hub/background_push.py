@@ -1,4 +1,4 @@
-"""Pushing while a run goes on: nothing that goes wrong with the Hub, or on the way there, stops it."""
+"""Pushes in the background of a run: no failure of the Hub or of the connection stops the training."""
 
 from __future__ import annotations
 
@@ -15,52 +15,53 @@ from .push import upload
 
 
 class BackgroundPush:
-    """Sends a run's repository in a thread; a push that fails is said, and the next one takes its place.
+    """Pusher of a run's repository in a thread; a failed push is logged, and the next push replaces it.
 
     Args:
-        repo_id: The repository (`OWNER/NAME`).
-        private: Whether a new one is private.
+        repo_id: The repository, `OWNER/NAME`.
+        private: Whether a new repository is private.
         revision: The branch; None is main.
-        say: Is given one line for each push that succeeds or fails.
+        log: Called with one line for each push that succeeds or fails.
     """
 
-    def __init__(self, repo_id: str, private: bool, revision: str | None, say: Callable[[str], None]):
-        self.repo_id, self.private, self.revision, self.say = repo_id, private, revision, say
+    def __init__(self, repo_id: str, private: bool, revision: str | None, log: Callable[[str], None]):
+        self.repo_id, self.private, self.revision, self.log = repo_id, private, revision, log
         self._thread: threading.Thread | None = None
-        disable_progress_bars()  # the run has one of its own
+        disable_progress_bars()  # the Hub's bars would break the training's own
 
-    def begin(self, folder: Path, what: str, write: Callable[[Path], None]) -> None:
-        """Have `write` fill `folder` now, and send it in the background; not while one is still on its way.
+    def begin(self, folder: Path, title: str, write: Callable[[Path], None]) -> None:
+        """Write the repository now and upload it in the background, unless the previous push is still running.
 
         Args:
-            folder: Where it is kept until it has been sent.
-            what: What to call it in the line that is said.
-            write: Is given an empty folder.
+            folder: Holds the repository until it has been uploaded.
+            title: Name of the push in the log.
+            write: Fills an empty folder with the repository.
         """
         if self._thread is not None and self._thread.is_alive():
-            self.say(f"{what} is not pushed: the push before it is still on its way")
+            self.log(f"{title} is not pushed: the previous push is still running")
             return
+        # Written before the thread starts: the next training step changes the weights.
         try:
             with new_folder(folder) as partial:
                 write(partial)
         except (OSError, SafetensorError) as error:
-            self._failed(what, error)
+            self._log_failure(title, error)
             return
-        self._thread = threading.Thread(target=self._send, args=(folder, what), daemon=True)
+        self._thread = threading.Thread(target=self._upload, args=(folder, title), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is on its way any more."""
+        """Wait for the running push to end."""
         if self._thread is not None:
             self._thread.join()
 
-    def _send(self, folder: Path, what: str) -> None:
+    def _upload(self, folder: Path, title: str) -> None:
         try:
-            self.say(f"{what} is now {upload(folder, self.repo_id, self.private, self.revision)}")
+            self.log(f"{title} is now {upload(folder, self.repo_id, self.private, self.revision)}")
         except (OSError, ValueError) as error:
-            self._failed(what, error)
+            self._log_failure(title, error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _failed(self, what: str, error: Exception) -> None:
-        self.say(f"{what} was not pushed: {error}; the run goes on, and `dit-hf push` shares what it exports")
+    def _log_failure(self, title: str, error: Exception) -> None:
+        self.log(f"{title} was not pushed: {error}; training continues, and `dit-hf push` shares the exported model")

@@ -1,4 +1,4 @@
-"""The model card: what a model is, how to load it, what it was trained on and how good it is, as the Hub reads it."""
+"""The model card: how to load a model, its training, figures, data and limits, with metadata that the Hub reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.sources import AVATARS
 from ..latents.vae import weights_sha256
-from ..pipelines.guidance import AttributeValue
+from ..pipelines.attributes import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder
 from ..storage import shipped_file, write_text
@@ -30,23 +30,24 @@ def write_card(
     training: dict[str, Any] | None = None,
     license: str | None = None,
     datasets: list[str] | None = None,
-    **shown: Any,
+    **template_values: Any,
 ) -> None:
-    """Fill the card's template, `model_card.md`, as `folder`'s README.md.
+    """Fill the template `model_card.md` and write it as `folder`'s README.md.
 
     Args:
-        folder: Where it goes; `evaluation/evaluation.json` there gives it its figures.
-        pipeline: What it describes.
-        name: Its title.
+        folder: The card's folder; figures are those of `evaluation/evaluation.json` in it.
+        pipeline: The model.
+        name: Title of the card.
         source: What the snippets load: a Hub id, or a folder beside the card.
-        training: What is known of the run (`exported_summary`); None is nothing.
+        training: Summary of the run, see `exported_summary`; None if it is unknown.
         license: See `card_data`.
         datasets: See `card_data`.
-        shown: `sheet` and `curve`, files beside the card; `revision`, which the snippets load; and `builtin`, what
-            there is to say of an export to diffusers' own pipeline.
+        template_values: `sheet` and `curve`, image files beside the card; `revision`, which the snippets load; and
+            `builtin`, the entries of an export to diffusers' own pipeline, see `BuiltinExport.card_entries`.
     """
-    training, results = training or {}, eval_results(RunFolder(folder).evaluation / EVALUATION_REPORT, pipeline)
-    facts = {
+    training = training or {}
+    results = eval_results(RunFolder(folder).evaluation / EVALUATION_REPORT, pipeline)
+    values = {
         "name": name,
         "source": source,
         "parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
@@ -57,11 +58,12 @@ def write_card(
         "results": [(r.metric_name or r.metric_type, r.metric_value, _protocol(r)) for r in results],
         "celeba": CELEBA if is_celeba(training) else None,
         "avatars": training.get("source") == AVATARS,
+        # The template tests these, so they must be defined.
         **dict.fromkeys(("sheet", "curve", "revision", "builtin")),
-        **shown,
+        **template_values,
     }
     data = card_data(name, training, results, license, datasets)
-    card = ModelCard.from_template(data, template_path=str(shipped_file("model_card.md")), **facts)
+    card = ModelCard.from_template(data, template_path=str(shipped_file("model_card.md")), **values)
     write_text(folder / "README.md", str(card))
 
 
@@ -72,15 +74,16 @@ def card_data(
     license: str | None = None,
     datasets: list[str] | None = None,
 ) -> ModelCardData:
-    """The metadata, in the Hub's words (https://huggingface.co/docs/hub/model-cards).
+    """Return the card's metadata, with the keys of https://huggingface.co/docs/hub/model-cards.
 
     Args:
-        name: The model's, in the `model-index`.
-        training: What is known of the run.
+        name: Name of the model in the `model-index`.
+        training: Summary of the run; {} if it is unknown.
         results: Figures for the `model-index`.
-        license: One of the Hub's identifiers; None is what the data's terms leave, `unknown` where they are not known.
-        datasets: Ids on the Hub; None is the one it was trained on, if it came from there.
+        license: One of the Hub's identifiers; None derives it from the training data, `unknown` if its terms are.
+        datasets: Ids on the Hub; None is the training data, if it came from the Hub.
     """
+    # Terms: avatars are free, CelebA is for research, and of any other data nothing is certain.
     source, base = training.get("source"), training.get("base_model")
     terms: dict[str, Any] = {"license": license or ("apache-2.0" if source == AVATARS else "unknown")}
     if license is None and is_celeba(training):
@@ -99,24 +102,25 @@ def card_data(
 
 
 def write_run_card(run: Path, pipeline: LatentDiTPipeline, training: dict[str, Any]) -> None:
-    """Write the README.md of a run's folder; to be called again where there are new figures."""
+    """Write the README.md of a run's folder; call it again after an evaluation."""
     write_card(run, pipeline, run.name, "pipeline", training, **RunFolder(run).card_images())
 
 
 def model_index(report: dict[str, Any]) -> list[EvalResult]:
-    """The entries of a model card's `model-index`, of what `evaluation.json` holds."""
+    """Return the entries of a card's `model-index` for the content of an `evaluation.json`."""
     protocol, figures = report["protocol"], report["figures"]
-    pictures = protocol["reference"]
+    reference = protocol["reference"]
+    # Every metric carries the whole protocol, since the Hub shows each by itself.
     floor = {name: column.get("frechet_distance") for name, column in report["floor"].items()}
     shared: dict[str, Any] = {
         "task_type": "unconditional-image-generation",
-        "dataset_type": pictures["source"],
-        "dataset_name": f"{pictures['source']}, {pictures['pictures']:,} images of {pictures['resolution']} px",
-        "dataset_split": pictures["split"],
+        "dataset_type": reference["source"],
+        "dataset_name": f"{reference['source']}, {reference['pictures']:,} images of {reference['resolution']} px",
+        "dataset_split": reference["split"],
         "metric_config": protocol["features"]["name"],
         "metric_args": {"num_samples": figures["num_samples"]}
         | {name: protocol[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
-        | {"reference_sha256": pictures["pixels_sha256"], "floor": floor},
+        | {"reference_sha256": reference["pixels_sha256"], "floor": floor},
     }
     values = {
         report["name"]: figures["frechet_distance"],
@@ -126,6 +130,7 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
     }
     if report["attributes"]:
         values["attributes found"] = report["attributes"]["accuracy"]
+    # The Hub's metric type `fid` is reserved for Inception's features.
     kinds = {report["name"]: "fid" if protocol["features"]["name"].startswith("inception") else "frechet-distance"}
     return [
         EvalResult(
@@ -139,10 +144,11 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
 
 
 def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
-    """The figures of an evaluation's report for the card's `model-index`; none where it is of other weights."""
+    """Return the `model-index` entries of a report, or none if it is missing or belongs to other weights."""
     if not report.is_file():
         return []
     content = json.loads(report.read_text(encoding="utf-8"))
+    # A model that was evaluated in half precision is compared in half precision.
     dtype = getattr(torch, content["protocol"]["dtype"])
     if content["model"]["transformer_sha256"] != weights_sha256(pipeline.transformer, dtype):
         return []
@@ -150,19 +156,23 @@ def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
 
 
 def is_celeba(training: dict[str, Any]) -> bool:
-    """Whether the images are CelebA's or CelebA-HQ's, whose terms allow non-commercial research only."""
+    """Check whether the training data is CelebA or CelebA-HQ, whose terms allow non-commercial research only.
+
+    The name of the source, the crop and a column's name are taken as signs, but not of avatars, which share columns.
+    """
     source, crop = str(training.get("source", "")).lower(), str(training.get("crop", ""))
-    drawn = source == AVATARS
-    return not drawn and ("celeb" in source or "celeba" in crop or "5_o_Clock_Shadow" in training.get("columns", []))
+    if source == AVATARS:
+        return False
+    return "celeb" in source or "celeba" in crop or "5_o_Clock_Shadow" in training.get("columns", [])
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether it reads like `OWNER/NAME`."""
+    """Check whether `name` has the form `OWNER/NAME`."""
     return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]:
-    """Something that the pipeline can be asked for; nothing, if it is unconditional."""
+    """Return attributes that the pipeline accepts, a value of its first condition; {} if it is unconditional."""
     for name, values in (pipeline.transformer.config.conditions or {}).items():
         labels = pipeline.config.condition_labels.get(name)
         return {name: labels[0] if labels else True if values == 2 else 0}
@@ -170,16 +180,16 @@ def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]
 
 
 def _literal(attributes: dict[str, AttributeValue]) -> str:
-    """As it is written in a program; empty if nothing is asked for."""
+    """Return attributes as Python code; '' if there are none."""
     items = [f"{json.dumps(k)}: {json.dumps(v) if isinstance(v, str) else v}" for k, v in attributes.items()]
     return f"{{{', '.join(items)}}}" if items else ""
 
 
 def _protocol(result: EvalResult) -> str:
-    """How a figure was got, in one line."""
+    """Return the protocol of a figure in one line."""
     args = dict(result.metric_args or {})
     floor = {f"floor ({name})": value and f"{value:.4g}" for name, value in args.pop("floor", {}).items()}
     reference = args.pop("reference_sha256", None)
-    facts = {"reference": result.dataset_name, "sha256": reference and f"{reference[:12]}…"}
-    facts |= {"features": result.metric_config, **args, **floor}
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
+    entries = {"reference": result.dataset_name, "sha256": reference and f"{reference[:12]}…"}
+    entries |= {"features": result.metric_config, **args, **floor}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in entries.items() if value is not None)

@@ -1,4 +1,4 @@
-"""`dit-hf convert`: DiTs of other makers as pipelines of ours."""
+"""`dit-hf convert`: turn DiTs of facebookresearch/DiT and diffusers into pipelines of dit_hf."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from ..storage import disk_errors, first_line, is_missing_or_empty, new_folder
 
-GUIDANCE_SCALE = 4.0  # what both sample with unless told
+GUIDANCE_SCALE = 4.0  # the default of both
 
-# Names of facebookresearch/DiT and of diffusers for ours; in `{}` is the number of the block.
+# Our names of modules to those of facebookresearch/DiT and of diffusers; `{}` is the number of the block.
 FACEBOOKRESEARCH = {
     "proj_in": "x_embedder.proj",
     "time_embedding.linear_1": "t_embedder.mlp.0",
@@ -48,7 +48,7 @@ DIFFUSERS = {
     "modulation_out": "proj_out_1",
     "proj_out": "proj_out_2",
 }
-# Of these diffusers has one in every block.
+# Modules of which diffusers has a copy in every block.
 DIFFUSERS_EMBEDDER = {
     "time_embedding.linear_1": "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1",
     "time_embedding.linear_2": "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_2",
@@ -59,20 +59,21 @@ DIFFUSERS_EMBEDDER = {
 def convert(
     source: str, output_dir: str, vae: str = "stabilityai/sd-vae-ft-ema", num_attention_heads: int | None = None
 ) -> None:
-    """Make a pipeline of a facebookresearch/DiT checkpoint (a file) or a diffusers DiT pipeline (a folder or Hub id).
+    """Convert a facebookresearch/DiT checkpoint (a file) or a diffusers DiT pipeline (a folder or Hub id).
 
-    It is sampled with the noise levels it was trained on. Of a checkpoint the averaged weights are taken; a learned
-    sigma stays in the model and is not used. Guidance leads all channels, where facebookresearch/DiT leads three.
+    The pipeline samples with the noise levels that the model was trained on. Of a checkpoint the EMA weights are
+    converted; a learned sigma stays in the model and is not used. Guidance applies to all latent channels, where
+    facebookresearch/DiT applies it to three.
 
     Args:
         source: `DiT-XL-2-256x256.pt`, a checkpoint of that code's training, or e.g. `facebook/DiT-XL-2-256`.
         output_dir: the pipeline's folder.
-        vae: of a checkpoint, which has none: a Hub id, a folder, or `avatar`.
-        num_attention_heads: of a checkpoint whose width is none of the paper's.
+        vae: for a checkpoint, which contains none: a Hub id, a folder, or `avatar`.
+        num_attention_heads: for a checkpoint whose width is not one of the paper's.
 
     Raises:
         FileExistsError: if the folder is not empty.
-        ValueError: if the source is no such model.
+        ValueError: if the source is not such a model.
         OSError: if the folder cannot be written or the disk is full.
     """
     folder = Path(output_dir)
@@ -89,22 +90,27 @@ def convert(
 
 
 def from_checkpoint(path: Path, vae: str, num_attention_heads: int | None = None) -> LatentDiTPipeline:
-    """The pipeline of a checkpoint of facebookresearch/DiT; see `convert`.
+    """Build the pipeline of a facebookresearch/DiT checkpoint; see `convert`.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the file is not such a checkpoint.
     """
     weights = _read_checkpoint(path)
     missing = {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"} - set(weights)
     if missing:
-        raise ValueError(f"{path} is no checkpoint of facebookresearch/DiT: it has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {', '.join(sorted(missing))}")
+
+    # Every size can be read off the weights' shapes, except for the number of heads.
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    known = {s["num_attention_heads"] * s["attention_head_dim"]: s["num_attention_heads"] for s in _paper_sizes()}
-    heads = num_attention_heads or known.get(width)
+    grid = math.isqrt(weights["pos_embed"].shape[1])
+    heads_by_width = {
+        s["num_attention_heads"] * s["attention_head_dim"]: s["num_attention_heads"] for s in _paper_sizes()
+    }
+    heads = num_attention_heads or heads_by_width.get(width)
     if heads is None or width % heads:
-        raise ValueError(f"{path} has width {width}; give --num_attention_heads, which its weights do not tell")
+        raise ValueError(f"{path} has width {width}; give --num_attention_heads, which the weights do not contain")
     transformer = LatentDiTTransformer2DModel(
-        sample_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
+        sample_size=grid * patch,
         patch_size=patch,
         in_channels=channels,
         out_channels=weights["final_layer.linear.weight"].shape[0] // patch**2,
@@ -114,45 +120,43 @@ def from_checkpoint(path: Path, vae: str, num_attention_heads: int | None = None
         mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
         conditions={"class": len(weights["y_embedder.embedding_table.weight"]) - 1},
     )
-    positions = transformer._positions(*(math.isqrt(weights["pos_embed"].shape[1]),) * 2, weights["pos_embed"])
+
+    # Ours are computed, theirs are stored: with other positions the pipeline would silently generate noise.
+    positions = transformer._positions(grid, grid, weights["pos_embed"])  # [tokens, dim]
     if not torch.allclose(positions, weights["pos_embed"][0], atol=1e-4):
         raise ValueError(f"{path} has other positions than facebookresearch/DiT's")
+
+    # Split the joint projection of queries, keys and values.
     for i in range(transformer.config.num_layers):
         for kind in ("weight", "bias"):
             parts = weights.pop(f"blocks.{i}.attn.qkv.{kind}").chunk(3)
             weights |= {f"blocks.{i}.attn.{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)}
-    split = {f"transformer_blocks.{{}}.attn.to_{name}": f"blocks.{{}}.attn.{name}" for name in "qkv"}
-    load_renamed(transformer, weights, FACEBOOKRESEARCH | split, str(path))
-    # Ho et al.'s linear schedule (https://arxiv.org/abs/2006.11239), which DiT is trained with.
+    projections = {f"transformer_blocks.{{}}.attn.to_{name}": f"blocks.{{}}.attn.{name}" for name in "qkv"}
+    load_renamed(transformer, weights, FACEBOOKRESEARCH | projections, str(path))
+
+    # The linear schedule of Ho et al. (https://arxiv.org/abs/2006.11239), which DiT is trained with.
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
     scheduler = CosineLatentScheduler(1000, prediction_type="epsilon", trained_betas=betas)
     return LatentDiTPipeline(transformer.eval(), scheduler, load_vae(vae, "cpu"), guidance_scale=GUIDANCE_SCALE)
 
 
 def from_diffusers(source: str) -> LatentDiTPipeline:
-    """The pipeline of one of diffusers' DiT pipelines; see `convert`.
+    """Build the pipeline of a diffusers `DiTPipeline`; see `convert`.
 
     Raises:
-        ValueError: if it is none, or one that ours cannot be.
+        ValueError: if it is not one, or has parts that our transformer lacks.
     """
     try:
         other = DiffusionPipeline.from_pretrained(source)
         labels = DiffusionPipeline.load_config(source).get("id2label") or {}
-    except Exception as error:  # no such folder, no network, a damaged file: each raises its own
+    except Exception as error:  # no such folder, no network, a damaged file: each has its own exception
         reason = first_line(error)
-        raise ValueError(f"{source}: no file, and no pipeline could be loaded from there ({reason})") from error
+        raise ValueError(f"{source}: not a file, and no pipeline could be loaded from there ({reason})") from error
     if not isinstance(other, DiTPipeline):
-        raise ValueError(f"{source}: {type(other).__name__} is no DiTPipeline")
+        raise ValueError(f"{source}: expected a DiTPipeline, got {type(other).__name__}")
     config, weights = other.transformer.config, other.transformer.state_dict()
-    fixed = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
-    for name, value in fixed.items():
-        if config[name] != value:
-            raise ValueError(f"{source}: its transformer has {name}={config[name]!r}, ours has {value!r}")
-    for pattern in DIFFUSERS_EMBEDDER.values():
-        same = [tensor for name, tensor in weights.items() if _matches(name, pattern)]
-        count = len(same) // config.num_layers
-        if any(not torch.equal(tensor, same[i % count]) for i, tensor in enumerate(same)):
-            raise ValueError(f"{source}: {pattern.partition('norm1.')[2]} differs from block to block; ours has one")
+    _check_convertible(source, config, weights)
+
     transformer = LatentDiTTransformer2DModel(
         sample_size=config.sample_size,
         patch_size=config.patch_size,
@@ -164,38 +168,62 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
         conditions={"class": config.num_embeds_ada_norm},
         timestep_freq_shift=1.0,
     )
-    first = {name: pattern.format(0) for name, pattern in DIFFUSERS_EMBEDDER.items()}
-    load_renamed(transformer, weights, DIFFUSERS | first, source)
+    first_block = {name: pattern.format(0) for name, pattern in DIFFUSERS_EMBEDDER.items()}
+    load_renamed(transformer, weights, DIFFUSERS | first_block, source)
+
+    # The schedule as a table, whatever formula it came from.
     schedule = other.scheduler
     scheduler = CosineLatentScheduler(
         len(schedule.betas),
         prediction_type=schedule.config.prediction_type,
         trained_betas=schedule.betas.double().tolist(),
     )
+    # Keys of the labels are strings in JSON and numbers in a pipeline that was not saved.
     names = [labels.get(str(i), labels.get(i)) for i in range(config.num_embeds_ada_norm)]
     options: dict[str, Any] = {} if None in names else {"condition_labels": {"class": names}}
     return LatentDiTPipeline(transformer.eval(), scheduler, other.vae, guidance_scale=GUIDANCE_SCALE, **options)
 
 
+def _check_convertible(source: str, config: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse a diffusers transformer with options that ours lacks, or with embedders that differ between blocks."""
+    fixed_options = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
+    for name, value in fixed_options.items():
+        if config[name] != value:
+            raise ValueError(f"{source}: expected a transformer with {name}={value!r}, got {config[name]!r}")
+    for pattern in DIFFUSERS_EMBEDDER.values():
+        # Weights come block by block, each with the same `count` tensors.
+        tensors = [tensor for name, tensor in weights.items() if _matches(name, pattern)]
+        count = len(tensors) // config.num_layers
+        if any(not torch.equal(tensor, tensors[i % count]) for i, tensor in enumerate(tensors)):
+            raise ValueError(f"{source}: {pattern.partition('norm1.')[2]} differs from block to block; ours has one")
+
+
 def load_renamed(
     transformer: LatentDiTTransformer2DModel, weights: dict[str, torch.Tensor], names: dict[str, str], source: str
 ) -> None:
-    """Give the transformer the weights that `names` calls otherwise.
+    """Load weights under other names into `transformer`.
+
+    Args:
+        transformer: Gets the weights, as float32.
+        weights: State dict under the other names.
+        names: Our names of modules to the other ones; see `FACEBOOKRESEARCH`.
+        source: Name of the model, for errors.
 
     Raises:
-        ValueError: if one is missing or has another shape.
+        ValueError: if one is missing or has another size.
     """
     renamed = {}
     for name, tensor in transformer.state_dict().items():
-        other = theirs(name, names)
+        other = translate_name(name, names)
         if other not in weights or weights[other].numel() != tensor.numel():
-            raise ValueError(f"{source}: {other} is not there, or not {tuple(tensor.shape)}")
+            raise ValueError(f"{source}: {other} is missing or does not have the shape {tuple(tensor.shape)}")
+        # A linear layer here may be a convolution there.
         renamed[name] = weights[other].reshape(tensor.shape).float()
     transformer.load_state_dict(renamed)
 
 
-def theirs(name: str, names: dict[str, str]) -> str:
-    """What a weight of ours is called elsewhere."""
+def translate_name(name: str, names: dict[str, str]) -> str:
+    """Return the other name of one of our weights, e.g. `blocks.3.mlp.fc1.bias`; see `FACEBOOKRESEARCH`."""
     module, _, kind = name.rpartition(".")
     parts = module.split(".")
     block = parts[1] if parts[0] == "transformer_blocks" else ""
@@ -204,23 +232,30 @@ def theirs(name: str, names: dict[str, str]) -> str:
 
 
 def _paper_sizes() -> list[dict[str, int]]:
+    """Return the presets that the paper defines, S/2 to XL/2."""
     return [sizes for name, sizes in PRESETS.items() if name.endswith("/2")]
 
 
 def _matches(name: str, pattern: str) -> bool:
+    """Check whether a weight belongs to the module of `pattern` in any block."""
     before, _, after = pattern.partition("{}")
     return name.startswith(before) and after + "." in name
 
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a file, averaged ones if there are; nothing but tensors and plain values is unpickled."""
+    """Read the weights of a file, the EMA's if it has them; only tensors and plain values are unpickled.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        # Checkpoints of the training hold their command line's options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = first_line(error)
-        raise ValueError(f"{path}: no weights can be read from there ({reason})") from error
+        raise ValueError(f"{path}: no weights can be read from it ({reason})") from error
     weights: Any = content.get("ema", content.get("model", content)) if isinstance(content, dict) else {}
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

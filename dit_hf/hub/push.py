@@ -1,4 +1,4 @@
-"""`dit-hf push`: a model as a repository that everyone can load, in a folder or on the Hub."""
+"""`dit-hf push`: write a model as a repository that everyone can load, to a folder or to the Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..devices import default_device
 from ..image_grid import make_grid, save_grid
-from ..pipelines.guidance import Attributes
+from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import (
     CARD,
@@ -28,6 +28,7 @@ from ..runs import (
     LOSS_CURVE,
     SETTINGS_PLOT,
     RunFolder,
+    checkpoint_summary,
     exported_summary,
     find_run,
     is_checkpoint,
@@ -41,9 +42,9 @@ from .to_diffusers import BuiltinExport, to_builtin
 
 GRID_SIZE = 8
 _EVALUATION = (EVALUATION_REPORT, EVALUATION_PLOT, SETTINGS_PLOT)
-# What a push replaces as a whole: weights that are not part of it any more go.
+# Folders that a push replaces as a whole, so that no shard of earlier weights is left.
 _FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
-_PICTURES = {"sheet": "samples.png", "curve": LOSS_CURVE}
+_CARD_IMAGES = {"sheet": "samples.png", "curve": LOSS_CURVE}
 _FILES = (
     CARD,
     "model_index.json",
@@ -51,9 +52,9 @@ _FILES = (
     LOG,
     CONFIG,
     EXPORT,
-    *_PICTURES.values(),
+    *_CARD_IMAGES.values(),
 )
-_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # that file managers leave
+_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # left by file managers
 
 
 def push(
@@ -73,46 +74,48 @@ def push(
 
     Args:
         model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
-        repo_id: the repository (`OWNER/NAME`); it is made if it is not there.
+        repo_id: the repository (`OWNER/NAME`), which is created if it does not exist.
         output_dir: write the repository to this folder (too).
-        builtin: as diffusers' own `DiTPipeline`, which loads without dit_hf and without code of ours.
-        attributes: what `builtin` is to draw of a model with several conditions, e.g. '{"Smiling": true}'.
-        private: make the repository private if it is a new one.
-        revision: push to this branch, which is made if it is not there.
-        license: one of the Hub's identifiers, e.g. `apache-2.0`; by default what the data's terms leave.
-        datasets: ids of the data on the Hub.
-        max_shard_size: weights are stored in files of at most this size.
-        overwrite: write over what is there even if it is another model, or, on the Hub, none. A folder with anything
-            else in it than a push has written is left alone.
+        builtin: as diffusers' own `DiTPipeline`, which loads without dit_hf and without remote code.
+        attributes: for `builtin`, what a model with several conditions generates, e.g. '{"Smiling": true}'.
+        private: make a new repository private.
+        revision: push to this branch, which is created if it does not exist.
+        license: one of the Hub's identifiers, e.g. `apache-2.0`; by default derived from the training data.
+        datasets: ids of the training data on the Hub.
+        max_shard_size: largest size of a file of weights.
+        overwrite: replace another model, or, on the Hub, any other content. A folder that holds files which no push
+            has written is never replaced.
 
     Raises:
-        FileExistsError: if the folder or the repository holds something else and `overwrite` was not asked for, or
-            the folder what no push has written.
-        ValueError: if there is no such model, it does not fit `builtin`, or the Hub does not take it.
+        FileExistsError: if the folder or the repository holds something else and `overwrite` is not set, or the folder
+            holds files that no push has written.
+        ValueError: if there is no such model, it does not fit `builtin`, or the Hub refuses it.
         OSError: if the disk is full, or the Hub cannot be reached.
     """
+    # Refuse before the model is loaded.
     if repo_id is None and output_dir is None:
         raise ValueError("where to? Name a repository (dit-hf push MODEL OWNER/NAME) or a folder (--output_dir)")
     if attributes is not None and not builtin:
-        raise ValueError("--attributes is for --builtin; other exports can be asked for any attributes")
+        raise ValueError("--attributes is for --builtin; other exports generate any attributes")
     folder = Path(output_dir) if output_dir is not None else None
     if folder is not None and folder.exists():
         _check_folder(folder, overwrite)
-    pipeline = load_pipeline(model, "cpu")
-    shown: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
-    if is_checkpoint(model):
-        from ..runs import checkpoint_summary
 
-        shown["training"] = checkpoint_summary(Path(model))
+    pipeline = load_pipeline(model, "cpu")
+    card_options: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
+    if is_checkpoint(model):
+        card_options["training"] = checkpoint_summary(Path(model))
+
     with contextlib.ExitStack() as stack:
+        # A push to the Hub alone is written to a temporary folder.
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
         with disk_errors(str(folder)), new_folder(folder) as partial:
             name = (repo_id or str(folder)).rsplit("/", 1)[-1]
             export = to_builtin(pipeline, attributes) if builtin else None
-            write_repository(partial, pipeline, model, name, repo_id or ".", max_shard_size, export, **shown)
+            write_repository(partial, pipeline, model, name, repo_id or ".", max_shard_size, export, **card_options)
             if license is None and not (partial / EXPORT).is_file():
-                print("what it was trained on is not known: name its terms by --license", flush=True)
+                print("the training data is unknown: name its terms by --license", flush=True)
         if output_dir is not None:
             print(f"{folder} holds the repository", flush=True)
         if repo_id is not None:
@@ -128,58 +131,64 @@ def write_repository(
     max_shard_size: str = "5GB",
     export: BuiltinExport | None = None,
     training: dict[str, Any] | None = None,
-    **shown: Any,
+    **card_options: Any,
 ) -> None:
-    """Fill `folder` with what is pushed: no optimizer state, and no path of this machine.
+    """Fill `folder` with the repository: no optimizer state, and no path of this machine.
 
     Args:
-        folder: An empty one.
+        folder: An empty folder.
         pipeline: The model.
-        model: Where it came from; if that is a run, its recipe, log, curve, image grid and evaluation are taken too.
-        name: The card's title.
+        model: Where it came from; if that is a run, its recipe, log, curve, image grid and evaluation are copied.
+        name: Title of the card.
         source: What the card's snippets load.
-        max_shard_size: Of the files of weights.
-        export: A [`BuiltinExport`] that is saved instead.
-        training: What the card says of the training; None is what the run has written down.
-        shown: Further options of `write_card`.
+        max_shard_size: Largest size of a file of weights.
+        export: A [`BuiltinExport`] to save instead of `pipeline`.
+        training: Summary of the training for the card; None is the one that the run has stored.
+        card_options: Further options of `write_card`.
     """
     saved = pipeline if export is None else export.pipeline
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
+
+    # The summary travels with the model, so that a push of the pushed model still has it.
     run = find_run(model)
-    training = training if training is not None else exported_summary(run or _local_folder(model))
-    if training:  # for who pushes it on
+    training = training if training is not None else exported_summary(run or _metadata_folder(model))
+    if training:
         write_text(folder / EXPORT, json.dumps({"training": training}, indent=2) + "\n")
-        if run is not None and not is_checkpoint(model):  # whose log, image grid and figures are not the run's last
-            shown |= _copy_run(run, folder)
+        # Log, image grid and figures describe the run's last step, not an earlier checkpoint.
+        if run is not None and not is_checkpoint(model):
+            card_options |= _copy_run(run, folder)
+
+    # An image grid: of the export, of the run, or generated now.
     if export is not None:
-        shown |= {"builtin": export.facts(), "sheet": _PICTURES["sheet"]}
-        save_grid(make_grid(export.draw(GRID_SIZE), 4, min_side=96), folder / _PICTURES["sheet"])
-    elif "sheet" not in shown and pipeline.vae is not None:
-        _save_example_grid(pipeline, folder / _PICTURES["sheet"])
-        shown["sheet"] = _PICTURES["sheet"]
-    write_card(folder, pipeline, name, source, training, **shown)
+        card_options |= {"builtin": export.card_entries(), "sheet": _CARD_IMAGES["sheet"]}
+        save_grid(make_grid(export.generate(GRID_SIZE), 4, min_side=96), folder / _CARD_IMAGES["sheet"])
+    elif "sheet" not in card_options and pipeline.vae is not None:
+        _save_example_grid(pipeline, folder / _CARD_IMAGES["sheet"])
+        card_options["sheet"] = _CARD_IMAGES["sheet"]
+    write_card(folder, pipeline, name, source, training, **card_options)
 
 
 def upload(
     folder: Path, repo_id: str, private: bool = False, revision: str | None = None, overwrite: bool = False
 ) -> str:
-    """Make `folder` the newest commit of a model repository, see [`upload_folder`]; returns its address.
+    """Upload `folder` as the newest commit of a model repository, see [`upload_folder`], and return its address.
 
     Raises:
-        FileExistsError: if the repository holds another model, or none, and `overwrite` is False.
+        FileExistsError: if the repository holds another model or other content, and `overwrite` is False.
     """
 
     def check(api: HfApi) -> None:
         if not overwrite:
             _check_same_model(api, folder, repo_id, revision)
 
+    # Earlier shards of the weights go; the uploaded ones stay.
     stale = [f"{name}/*" for name in _FOLDERS]
     message = "Upload a model by dit_hf"
     return upload_folder(folder, repo_id, "model", message, private, revision, delete_patterns=stale, check=check)
 
 
-def _local_folder(model: str) -> Path:
-    """The folder that `model` is, or, of a Hub id, one that holds what its repository says of the run."""
+def _metadata_folder(model: str) -> Path:
+    """Return the folder of `model`; for a Hub id, a local folder with the summary that its repository holds."""
     if Path(model).is_dir():
         return Path(model)
     with contextlib.suppress(EntryNotFoundError):
@@ -188,14 +197,15 @@ def _local_folder(model: str) -> Path:
 
 
 def _copy_run(run: Path, folder: Path) -> dict[str, str]:
-    """Copy what a run tells of itself; returns what the card shows of it."""
-    pictures = RunFolder(run).card_images()
-    for what, name in pictures.items():
-        shutil.copyfile(run / name, folder / _PICTURES[what])
+    """Copy images, log, recipe and evaluation of a run, and return the card's options for the images."""
+    images = RunFolder(run).card_images()
+    for option, name in images.items():
+        shutil.copyfile(run / name, folder / _CARD_IMAGES[option])
     shutil.copyfile(run / LOG, folder / LOG)
     recipe = without_paths(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
     write_text(folder / CONFIG, yaml.safe_dump(recipe, sort_keys=False))
-    for name in _EVALUATION:  # and not the image grid of nearest images, which are others' to share
+    # Not the grid of nearest neighbours: it shows training images, which are not ours to share.
+    for name in _EVALUATION:
         path = RunFolder(run).evaluation / name
         if path.is_file():
             RunFolder(folder).evaluation.mkdir(exist_ok=True)
@@ -204,11 +214,11 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     if report.is_file():
         content = without_paths(json.loads(report.read_text(encoding="utf-8")))
         write_text(report, json.dumps(content, indent=2) + "\n")
-    return {what: _PICTURES[what] for what in pictures}
+    return {option: _CARD_IMAGES[option] for option in images}
 
 
 def without_paths(value: Any) -> Any:
-    """The value with every text that is a path out of the working folder shortened to its last part."""
+    """Return `value` with every string that is a path outside the working folder shortened to its last part."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -219,7 +229,7 @@ def without_paths(value: Any) -> Any:
 
 
 def _save_example_grid(pipeline: LatentDiTPipeline, path: Path) -> None:
-    """An image grid of what the pipeline draws when asked for something, and when asked for nothing."""
+    """Generate and save an image grid: example attributes and unconditional images in turn."""
     pipeline.to(default_device())
     example = example_attributes(pipeline)
     rows: list[Attributes] = [example, {}] if example else [{}]
@@ -229,28 +239,39 @@ def _save_example_grid(pipeline: LatentDiTPipeline, path: Path) -> None:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Whether it is empty, or may be replaced: with `overwrite`, and if all in it was pushed there."""
+    """Refuse a folder that holds files of others, or, without `overwrite`, an earlier push.
+
+    Raises:
+        FileExistsError: naming up to three such files.
+    """
     names = sorted(path.name for path in folder.iterdir())
     others = [name for name in names if name not in (*_FOLDERS, *_FILES, *_SYSTEM_FILES)]
     if others:
-        raise FileExistsError(f"output_dir {folder} holds {', '.join(others[:3])}, from no push; name a new folder")
+        raise FileExistsError(
+            f"output_dir {folder} holds {', '.join(others[:3])}, which no push has written; name a new folder"
+        )
     if names and not overwrite:
         raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
 
 
 def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
-    """Whether the repository holds nothing yet, or this very model: one of the same architecture and conditions."""
+    """Refuse a repository that holds anything but a model of the same architecture and conditions.
+
+    Raises:
+        FileExistsError: if it holds another model, or something else.
+    """
     files = api.list_repo_files(repo_id, revision=revision)
     if set(files) <= {".gitattributes"}:
         return
     name = "transformer/config.json"
     if name in files:
-        there = json.loads(Path(api.hf_hub_download(repo_id, name, revision=revision)).read_text(encoding="utf-8"))
-        here = json.loads((folder / name).read_text(encoding="utf-8"))
-        if {**there, "_diffusers_version": None} == {**here, "_diffusers_version": None}:
+        remote = json.loads(Path(api.hf_hub_download(repo_id, name, revision=revision)).read_text(encoding="utf-8"))
+        local = json.loads((folder / name).read_text(encoding="utf-8"))
+        # The same model saved by another version of diffusers is the same model.
+        if {**remote, "_diffusers_version": None} == {**local, "_diffusers_version": None}:
             return
-    what = "another model" if "model_index.json" in files else "something else"
+    content = "another model" if "model_index.json" in files else "something else"
     raise FileExistsError(
-        f"{repo_id}{f' (branch {revision})' if revision else ''} holds {what} already; name another repository or "
+        f"{repo_id}{f' (branch {revision})' if revision else ''} holds {content} already; name another repository or "
         "another --revision, or give --overwrite true"
     )

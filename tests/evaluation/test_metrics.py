@@ -1,4 +1,4 @@
-"""Each figure beside its definition, written down anew, and beside known answers."""
+"""Each figure against its definition, implemented independently, and against known answers."""
 
 import numpy as np
 import pytest
@@ -19,14 +19,14 @@ from dit_hf.evaluation.metrics import (
 
 
 def sample(count, dim, seed, scale=1.0, shift=0.0):
-    """Correlated features whose spread falls from axis to axis."""
+    """Return correlated features whose spread decreases from axis to axis."""
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).normal(size=(dim, dim)) * np.geomspace(1, 0.1, dim)
     return rng.normal(size=(count, dim)) @ mixing * scale + shift
 
 
 def by_scipy(first, second):
-    """The formula as pytorch-fid and numpy's users write it."""
+    """Return the distance by the formula of pytorch-fid."""
     means = [side.mean(0) for side in (first, second)]
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (first, second)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
@@ -40,7 +40,7 @@ def test_frechet_distance_is_scipys(dim):
 
 
 def test_frechet_distance_of_known_normal_distributions_has_a_closed_form():
-    """Of covariances with common axes it is the distance of means and of the roots of the eigenvalues."""
+    """For covariances with common axes it is the distance of the means and of the roots of the eigenvalues."""
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(512, 64)))[0]
     ones, others, shift = rng.uniform(0.1, 2, 64), rng.uniform(0.1, 2, 64), rng.normal(size=512)
@@ -55,7 +55,7 @@ def test_frechet_distance_of_known_normal_distributions_has_a_closed_form():
 
 @pytest.mark.parametrize(("few", "many"), [(20, 30), (20, 300), (300, 20)])
 def test_frechet_distance_with_fewer_samples_than_dimensions(few, many):
-    """In numpy, by the eigenvalues of a product that is as small as the samples are."""
+    """The reference is numpy's eigenvalues of a product whose size is the smaller number of samples."""
     first, second = sample(few, 64, 0), sample(many, 64, 1, 1.2, 0.3)
     one, other = (side - side.mean(0) for side in (first, second))
     between = (one @ other.T) / np.sqrt((few - 1) * (many - 1))
@@ -67,8 +67,8 @@ def test_frechet_distance_with_fewer_samples_than_dimensions(few, many):
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
 
 
-class Passing(nn.Module):
-    """Features to features, as torchmetrics takes a network."""
+class IdentityNet(nn.Module):
+    """The identity as a feature network for torchmetrics."""
 
     num_features = 16
 
@@ -80,7 +80,7 @@ def test_frechet_distance_is_torchmetrics():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     first, second = sample(200, 16, 0), sample(300, 16, 1, 0.8)
-    metric = FrechetInceptionDistance(feature=Passing()).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=IdentityNet()).set_dtype(torch.float64)
     metric.update(torch.tensor(first), real=True)
     metric.update(torch.tensor(second), real=False)
     assert frechet_distance(first, second) == pytest.approx(metric.compute().item(), rel=1e-6)
@@ -100,7 +100,7 @@ def test_kernel_distance_is_its_definition():
     assert deviation == pytest.approx(0, abs=1e-9)  # every subset is the whole
 
 
-def test_kernel_distance_of_more_pictures_than_a_subset_repeats_itself_and_is_unbiased():
+def test_kernel_distance_of_more_images_than_a_subset_is_deterministic_and_unbiased():
     first, second = sample(1500, 4, 0), sample(1200, 4, 1)
     value, deviation = kernel_distance(first, second, seed=3)
     assert (value, deviation) == kernel_distance(first, second, seed=3)
@@ -108,7 +108,7 @@ def test_kernel_distance_of_more_pictures_than_a_subset_repeats_itself_and_is_un
     assert abs(value) < 3 * deviation
 
 
-def test_precision_and_recall_are_a_brute_force_versions():
+def test_precision_and_recall_match_a_brute_force_version():
     features, reference = sample(60, 3, 0, 0.7), sample(80, 3, 1)
 
     def share(points, centres):
@@ -121,12 +121,12 @@ def test_precision_and_recall_are_a_brute_force_versions():
                     break
         return inside / len(points)
 
-    found = precision_and_recall(features, reference)
-    assert found == pytest.approx((share(features, reference), share(reference, features)))
-    assert found[0] > found[1]  # a narrower set covers less than it is covered by
+    precision, recall = precision_and_recall(features, reference)
+    assert (precision, recall) == pytest.approx((share(features, reference), share(reference, features)))
+    assert precision > recall  # a narrower set covers less than it is covered by
 
 
-def test_precision_falls_with_what_is_wrong_and_recall_with_what_is_missing():
+def test_precision_falls_with_wrong_images_and_recall_with_missing_ones():
     reference = sample(300, 3, 0)
     wrong = np.concatenate([sample(150, 3, 1), sample(150, 3, 2) + 50])
     missing = np.repeat(sample(3, 3, 3), 100, 0) + 1e-3 * sample(300, 3, 4)
@@ -134,7 +134,7 @@ def test_precision_falls_with_what_is_wrong_and_recall_with_what_is_missing():
     assert precision_and_recall(missing, reference)[1] < 0.1
 
 
-def test_nearest_is_numpys_and_a_picture_is_not_its_own():
+def test_nearest_matches_numpy_and_an_image_is_not_its_own_neighbour():
     features, reference = sample(20, 5, 0), sample(30, 5, 1)
     table = np.linalg.norm(features[:, None] - reference[None], axis=2)
     distances, rows = nearest(features, reference)
@@ -158,7 +158,7 @@ def test_the_standard_error_is_the_spread_of_independent_sets():
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
 
 
-def test_few_pictures_make_the_distance_too_high_and_extrapolation_takes_that_back():
+def test_few_images_make_the_distance_too_high_and_extrapolation_corrects_it():
     """Two sets of one distribution, of which the true distance is 0."""
     reference = Gaussian.of(sample(20_000, 16, 0))
 
@@ -170,16 +170,16 @@ def test_few_pictures_make_the_distance_too_high_and_extrapolation_takes_that_ba
     assert abs(better) < raw / 4
 
 
-def test_measure_has_an_interval_around_the_value_and_says_how_many():
+def test_measure_returns_an_interval_around_the_value_and_the_counts():
     reference = sample(500, 8, 0)
-    found = measure(sample(100, 8, 1, 1.3), reference, Gaussian.of(reference))
-    low, high = found["interval_95"]
-    assert low < found["frechet_distance"] < high
-    assert found["extrapolated"] < found["frechet_distance"]
-    assert found["num_samples"] == 100
+    figures = measure(sample(100, 8, 1, 1.3), reference, Gaussian.of(reference))
+    low, high = figures["interval_95"]
+    assert low < figures["frechet_distance"] < high
+    assert figures["extrapolated"] < figures["frechet_distance"]
+    assert figures["num_samples"] == 100
 
 
-def test_what_has_no_covariance_is_one_line():
+def test_features_without_a_covariance_are_refused():
     with pytest.raises(ValueError, match="at least two"):
         Gaussian.of(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="not finite"):

@@ -1,4 +1,4 @@
-"""A run that shares itself while it goes on, and is not harmed by a Hub that does not work."""
+"""Pushes in the background of a run, which no failure of the Hub disturbs."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def sharing(config, folder, **options):
     return changed(config, train={"output_dir": str(folder), **options})
 
 
-def test_a_run_is_pushed_on_its_way_and_at_its_end(hub, config, tmp_path, capsys):
+def test_a_run_is_pushed_during_training_and_at_its_end(hub, config, tmp_path, capsys):
     commits = []
     stored = hub.stored
 
@@ -35,9 +35,9 @@ def test_a_run_is_pushed_on_its_way_and_at_its_end(hub, config, tmp_path, capsys
 
     hub.stored = Watched(stored)
     run = train(sharing(config, tmp_path / "run", hub_private_repo=True))
-    said = capsys.readouterr().out
-    assert f"step 4 is now {hub.endpoint}/you/faces" in said
-    assert f"step 8 is now {hub.endpoint}/you/faces" in said
+    output = capsys.readouterr().out
+    assert f"step 4 is now {hub.endpoint}/you/faces" in output
+    assert f"step 8 is now {hub.endpoint}/you/faces" in output
     assert len(commits) == 2
     assert not (commits[0] == commits[1]).all()
     assert hub.private["you/faces"]
@@ -52,38 +52,40 @@ def test_a_run_is_pushed_on_its_way_and_at_its_end(hub, config, tmp_path, capsys
         assert str(tmp_path).encode() not in content, name
 
 
-@pytest.mark.parametrize("trouble", ["connection", "token", "content"])
-def test_trouble_with_the_hub_is_said_and_changes_nothing_of_the_run(
-    hub, config, tmp_path, capsys, monkeypatch, trouble
+@pytest.mark.parametrize("failure", ["connection", "token", "content"])
+def test_a_failure_of_the_hub_is_logged_and_changes_nothing_of_the_run(
+    hub, config, tmp_path, capsys, monkeypatch, failure
 ):
     quiet = train(changed(config, train={"output_dir": str(tmp_path / "quiet")}))
-    if trouble == "connection":
+    if failure == "connection":
         hub.broken = {"POST */commit/*"}
-    elif trouble == "token":
+    elif failure == "token":
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     else:
         hub.repositories["you/faces"] = {"notes.md": b"mine"}
     capsys.readouterr()
     run = train(sharing(config, tmp_path / "loud"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "was not pushed" in line]
-    reason = {"connection": "you/faces: ", "token": "log in with", "content": "holds something else already"}[trouble]
+    reason = {"connection": "you/faces: ", "token": "log in with", "content": "holds something else already"}[failure]
     assert len(lines) == 2  # of step 4, and again at the end
     assert all(reason in line for line in lines)
     assert_same_bits(quiet / "checkpoint-8", run / "checkpoint-8")
-    ours, others = comparable(quiet), comparable(run)
-    assert [row["loss"] for row in ours if row["step"] == "8"] == [row["loss"] for row in others if row["step"] == "8"]
+    undisturbed, disturbed = comparable(quiet), comparable(run)
+    assert [row["loss"] for row in undisturbed if row["step"] == "8"] == [
+        row["loss"] for row in disturbed if row["step"] == "8"
+    ]
     assert (run / "pipeline" / "model_index.json").is_file()
-    if trouble == "content":
+    if failure == "content":
         assert hub.repositories["you/faces"] == {"notes.md": b"mine"}
-    elif trouble == "connection":  # the same run, called again, sends what it has
+    elif failure == "connection":  # the same run, called again, pushes its exported model
         hub.broken = set()
         train(sharing(config, tmp_path / "loud", resume_from_checkpoint="latest"))
         assert "model_index.json" in hub.repositories["you/faces"]
 
 
-def test_a_push_on_its_way_is_not_overtaken_and_a_full_disk_is_said(hub, tmp_path, monkeypatch):
-    said, gate = [], threading.Event()
-    push = BackgroundPush("you/faces", False, None, said.append)
+def test_a_running_push_is_not_overtaken_and_a_full_disk_is_logged(hub, tmp_path, monkeypatch):
+    lines, gate = [], threading.Event()
+    push = BackgroundPush("you/faces", False, None, lines.append)
 
     def slow(folder, *options):
         gate.wait()
@@ -95,14 +97,14 @@ def test_a_push_on_its_way_is_not_overtaken_and_a_full_disk_is_said(hub, tmp_pat
     push.begin(tmp_path / ".push", "step 2", write)
     gate.set()
     push.wait()
-    assert said == ["step 2 is not pushed: the push before it is still on its way", "step 1 is now there"]
+    assert lines == ["step 2 is not pushed: the previous push is still running", "step 1 is now there"]
 
     def full(folder):
         raise OSError(28, "No space left on device")
 
     push.begin(tmp_path / ".push", "step 3", full)
     push.wait()
-    assert said[-1].startswith("step 3 was not pushed: [Errno 28] No space left on device; the run goes on")
+    assert lines[-1].startswith("step 3 was not pushed: [Errno 28] No space left on device; training continues")
 
 
 def test_a_repository_must_be_named(config):
@@ -112,7 +114,7 @@ def test_a_repository_must_be_named(config):
 
 @pytest.mark.slow
 def test_a_run_killed_while_it_pushes_leaves_the_repository_whole(hub, config, tmp_path):
-    """Either all of a push is there or nothing; the run goes on and pushes again."""
+    """The repository has all of a push or nothing; the resumed run pushes again."""
     config = sharing(config, tmp_path / "run", push_to_hub_steps=2, max_train_steps=200, checkpointing_steps=2)
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     command = [sys.executable, "-m", "dit_hf", "train", "--config", str(tmp_path / "recipe.yaml")]

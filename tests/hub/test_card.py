@@ -1,4 +1,4 @@
-"""The card: metadata in the Hub's words, figures with their protocol, terms of the data."""
+"""The model card: valid metadata, figures with their protocol, terms of the data."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import yaml
 from conftest import tiny_pipeline
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
-from test_push import snippets
+from repositories import read_snippets
 
 from dit_hf import LatentDiTPipeline
 from dit_hf.cli import main
@@ -19,7 +19,7 @@ from dit_hf.latents.vae import weights_sha256
 from dit_hf.runs import exported_summary, find_run, load_pipeline
 from dit_hf.training.trainer import train
 
-# What the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
+# The keys that the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
 KEYS = {
     *("library_name", "license", "license_name", "license_link", "pipeline_tag", "tags", "datasets"),
     *("base_model", "base_model_relation", "model-index"),
@@ -46,7 +46,7 @@ FIGURES = {"frechet_distance": 12.5, "kid": 0.01, "precision": 0.75, "recall": 0
 
 
 def report(pipeline):
-    """What `dit-hf evaluate` writes, shortened."""
+    """Return a short version of a report of `dit-hf evaluate`."""
     reference = {"source": "celeba", "pictures": 1000, "resolution": "256", "split": "validation"}
     protocol = {"num_samples": 512, "num_inference_steps": 25, "guidance_scale": 2.0, "seed": 0, "dtype": "float32"}
     protocol |= {"features": {"name": "efficientnet-lite0"}, "reference": reference | {"pixels_sha256": "ab"}}
@@ -119,41 +119,41 @@ def test_terms_and_data_sets(training, options, expected):
 
 
 @pytest.mark.parametrize(
-    ("training", "says", "says_not"),
+    ("training", "expected", "unexpected"),
     [
         (TRAINING, ["non-commercial research only", "real people", "of 20", "up to 50 held-out"], ["Avataaars"]),
         ({**TRAINING, "source": "avatars", "crop": "none"}, ["Avataaars"], ["non-commercial", "annotators"]),
-        ({}, ["said where they come from", "not measured"], ["## Training", "images of `"]),
+        ({}, ["at their source", "not measured"], ["## Training", "images of `"]),
     ],
 )
-def test_what_the_card_says_of_the_data(tmp_path, training, says, says_not):
+def test_the_card_describes_the_data(tmp_path, training, expected, unexpected):
     write_card(tmp_path, tiny_pipeline(), "faces", "you/faces", training)
     text = (tmp_path / "README.md").read_text()
-    assert all(phrase in text for phrase in says)
-    assert not any(phrase in text for phrase in says_not)
+    assert all(phrase in text for phrase in expected)
+    assert not any(phrase in text for phrase in unexpected)
     assert "{{" not in text
     assert "None" not in text
 
 
-def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp_path, monkeypatch, capsys):
+def test_the_snippets_of_a_run_and_of_a_repository_run_unchanged(config, tmp_path, monkeypatch, capsys):
     config.data.conditions = ["Male", "Smiling"]
     run = train(config)
     write_repository(tmp_path / "repository", load_pipeline(str(run), "cpu"), str(run), "faces", ".")
     for folder, sheet in ((run, "samples/step-8.png"), (tmp_path / "repository", "samples.png")):
         monkeypatch.chdir(folder)
         text = (folder / "README.md").read_text()
-        for code in snippets(text):
+        for code in read_snippets(text):
             names: dict = {}
             exec(code, names)
             assert Image.open("image.png").size == (16, 16)
             assert type(names["pipe"]).__name__ == "LatentDiTPipeline"
         assert f"![samples]({sheet})" in text
-        for picture in re.findall(r"!\[\w+\]\(([^)]*)\)", text):
-            Image.open(folder / picture).verify()
+        for image in re.findall(r"!\[\w+\]\(([^)]*)\)", text):
+            Image.open(folder / image).verify()
         assert 'pipe({"Male": True}, num_inference_steps=25)' in text
         assert re.search(r"\| steps \| 8 \|", text)
         assert "| optimizer | torch AdamW (fused) |" in text
-        # The recipe that is shown can be trained.
+        # The recipe in the card is a valid one.
         (tmp_path / "again.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
         capsys.readouterr()
         with pytest.raises(SystemExit, match="0"):
@@ -163,7 +163,7 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_as_they_stand(config, tmp
         assert all(read[section].items() >= values.items() for section, values in config.resume_keys().items())
 
 
-def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
+def test_the_evaluation_is_copied_without_paths_and_neighbours(config, tmp_path):
     run = train(config)
     pipeline = load_pipeline(str(run), "cpu")
     write_evaluation(run, pipeline)
@@ -176,7 +176,7 @@ def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     assert "| FD-512 | 12.5 |" in (tmp_path / "out" / "README.md").read_text()
     write_run_card(run, pipeline, exported_summary(run))
     assert "| FD-512 | 12.5 |" in (run / "README.md").read_text()
-    # Of weights in half precision too; but figures of other weights are none of this model's.
+    # Figures of half precision belong to the model too, those of other weights do not.
     half = load_pipeline(str(run), "cpu", dtype=torch.bfloat16)
     measured = report(half) | {"protocol": report(half)["protocol"] | {"dtype": "bfloat16"}}
     (run / "evaluation" / "evaluation.json").write_text(json.dumps(measured))
@@ -187,9 +187,9 @@ def test_the_evaluation_travels_but_no_path_does(config, tmp_path):
     assert "not measured" in (run / "README.md").read_text()
 
 
-def test_small_parts():
-    told = {"a": ["/home/me/x", "b/c", 1], "d": "../up", "e": "~/f"}
-    assert without_paths(told) == {"a": ["x", "b/c", 1], "d": "up", "e": "f"}
+def test_paths_hub_ids_and_examples():
+    report_with_paths = {"a": ["/home/me/x", "b/c", 1], "d": "../up", "e": "~/f"}
+    assert without_paths(report_with_paths) == {"a": ["x", "b/c", 1], "d": "up", "e": "f"}
     assert all(is_hub_id(name) for name in ("a/b", "you/x-1.0"))
     assert not any(is_hub_id(name) for name in ("a/b/c", "/a", "./a", "a", None))
     pipeline = tiny_pipeline()

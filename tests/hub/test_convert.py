@@ -1,4 +1,4 @@
-"""The ways in and out, against small forwards of both other DiTs, written here from their papers' and docs' words."""
+"""`dit-hf convert` against small forward passes of both other DiTs, written here from their papers and docs."""
 
 import argparse
 import json
@@ -66,9 +66,9 @@ def research_forward(w, x, t, y):
         return (value - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
 
     grid, out = SIZE // PATCH, []
-    for picture, time, label in zip(x, t, y, strict=True):
+    for image, time, label in zip(x, t, y, strict=True):
         patches = [
-            picture[:, PATCH * r : PATCH * (r + 1), PATCH * c : PATCH * (c + 1)].flatten()
+            image[:, PATCH * r : PATCH * (r + 1), PATCH * c : PATCH * (c + 1)].flatten()
             for r in range(grid)
             for c in range(grid)
         ]
@@ -92,12 +92,12 @@ def research_forward(w, x, t, y):
             h = h + gate_mlp * linear(f"{block}.mlp.fc2", inner)
         shift, scale = linear("final_layer.adaLN_modulation.1", condition).chunk(2)
         h = linear("final_layer.linear", norm(h, shift, scale))
-        picture = torch.empty(h.shape[-1] // PATCH**2, SIZE, SIZE)
+        image = torch.empty(h.shape[-1] // PATCH**2, SIZE, SIZE)
         for number, token in enumerate(h):
             r, c = divmod(number, grid)
             tile = token.reshape(PATCH, PATCH, -1).permute(2, 0, 1)
-            picture[:, PATCH * r : PATCH * (r + 1), PATCH * c : PATCH * (c + 1)] = tile
-        out.append(picture)
+            image[:, PATCH * r : PATCH * (r + 1), PATCH * c : PATCH * (c + 1)] = tile
+        out.append(image)
     return torch.stack(out)
 
 
@@ -156,7 +156,7 @@ def random_diffusers(seed=0, classes=CLASSES):
 
 
 def diffusers_forward(transformer, x, t, y):
-    """That network in facebookresearch's words: other names, and other frequencies of the timesteps."""
+    """Run diffusers' network through `research_forward`: other names, and other frequencies of the timesteps."""
     theirs, w = transformer.state_dict(), {}
     names = {"x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2"}
     names |= {"final_layer.adaLN_modulation.1": "proj_out_1"}
@@ -183,7 +183,7 @@ def diffusers_forward(transformer, x, t, y):
             weight, bias = (theirs[f"{embedder}.timestep_embedder.linear_{layer}.{k}"] for k in ("weight", "bias"))
             hidden = weight @ (functional.silu(hidden) if layer == 2 else hidden) + bias
         embedded.append(hidden + table[label])
-    # Through the table alone: one label an image, and a timestep's embedding that is zero.
+    # Pass the embedding in through the table: one label an image, and a zero embedding of the timestep.
     w["y_embedder.embedding_table.weight"] = torch.stack(embedded)
     w |= {"t_embedder.mlp.0.weight": torch.zeros(WIDTH, 256), "t_embedder.mlp.0.bias": torch.zeros(WIDTH)}
     w |= {"t_embedder.mlp.2.weight": torch.zeros(WIDTH, WIDTH), "t_embedder.mlp.2.bias": torch.zeros(WIDTH)}
@@ -211,23 +211,23 @@ def test_a_pipeline_of_diffusers_gives_the_same_outputs_and_keeps_its_labels(tmp
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, other.scheduler.alphas_cumprod, rtol=1e-4, atol=0)
 
 
-def test_what_is_no_dit_is_refused_in_one_line(tmp_path, vae_folder, capsys):
+def test_other_files_are_refused_in_one_line(tmp_path, vae_folder, capsys):
     other = random_diffusers(seed=1)
     other.transformer.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias.data += 1
     other.save_pretrained(tmp_path / "diverged")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save(research_weights(), tmp_path / "odd.pt")
     torch.save({**research_weights(), "pos_embed": torch.zeros(1, 16, WIDTH)}, tmp_path / "positions.pt")
-    torch.save({"ema": os.system}, tmp_path / "code.pt")  # no plain value
+    torch.save({"ema": os.system}, tmp_path / "code.pt")  # not a plain value
     (tmp_path / "text.pt").write_text("no weights")
     for source, options, message in (
         ("diverged", [], "timestep_embedder.linear_1 differs from block to block"),
-        ("other.pt", [], "no checkpoint of facebookresearch/DiT: it has no pos_embed"),
+        ("other.pt", [], "not a checkpoint of facebookresearch/DiT: it has no pos_embed"),
         ("odd.pt", [], "has width 24; give --num_attention_heads"),
         ("positions.pt", ["--num_attention_heads", "2"], "has other positions"),
         ("code.pt", [], "no weights can be read"),
         ("text.pt", [], "no weights can be read"),
-        ("nowhere", [], "no file, and no pipeline could be loaded"),
+        ("nowhere", [], "not a file, and no pipeline could be loaded"),
         (str(vae_folder), [], "no pipeline could be loaded"),
     ):
         arguments = ["--output_dir", str(tmp_path / "out"), "--vae", str(vae_folder), *options]
@@ -238,8 +238,7 @@ def test_what_is_no_dit_is_refused_in_one_line(tmp_path, vae_folder, capsys):
         assert not (tmp_path / "out").exists()
 
 
-def test_there_and_back_again(tmp_path):
-    """What was converted, exported as diffusers' own pipeline, is what it was."""
+def test_conversion_and_export_give_the_original_weights(tmp_path):
     other = random_diffusers(classes=1000)
     other.save_pretrained(tmp_path / "theirs")
     assert main(["convert", str(tmp_path / "theirs"), "--output_dir", str(tmp_path / "ours")]) == 0

@@ -1,43 +1,24 @@
-"""One folder that loads with dit_hf and without it."""
+"""The layout of a saved pipeline, which loads with dit_hf and without it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import torch
 from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline
+from repositories import assert_no_leaks, run_without_dit_hf
 
 from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTPipeline
 
-# A process in which dit_hf cannot be imported, even if it is installed.
-WITHOUT = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "dit_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
-"""
-DRAW = "num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type='np').images"
+CALL = "num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type='np').images"
 
 
-def draw(pipeline):
+def generate(pipeline):
     options = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
     return pipeline({"class": "cat", "Smiling": True}, **options).images
 
 
-def run_without(code, *args, **environment):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, "-c", WITHOUT + code, *map(str, args)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_without_dit_hf_it_loads_draws_the_same_and_saves_a_folder_that_both_load(tmp_path):
+def test_without_dit_hf_it_loads_generates_the_same_and_saves_a_folder_that_both_load(tmp_path):
     pipeline = tiny_pipeline(latents_mean=[1.0, 2.0, 3.0, 4.0])
     pipeline.save_pretrained(tmp_path / "first")
     code = f"""
@@ -47,30 +28,21 @@ first, second, images = sys.argv[1:]
 for _ in range(2):
     pipe = DiffusionPipeline.from_pretrained(first, custom_pipeline="pipeline", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe({{"class": "cat", "Smiling": True}}, {DRAW}
+    generated = pipe({{"class": "cat", "Smiling": True}}, {CALL}
     pipe.save_pretrained(second)
     first, second = second, second + "-again"
-numpy.save(images, drawn)
+numpy.save(images, generated)
 assert not any(name.partition(".")[0] == "dit_hf" for name in sys.modules)
 """
-    run_without(code, tmp_path / "first", tmp_path / "second", tmp_path / "images.npy")
-    assert np.array_equal(np.load(tmp_path / "images.npy"), draw(pipeline))
+    run_without_dit_hf(code, tmp_path / "first", tmp_path / "second", tmp_path / "images.npy")
+    assert np.array_equal(np.load(tmp_path / "images.npy"), generate(pipeline))
     for name in ("second", "second-again"):
         loaded = DiffusionPipeline.from_pretrained(tmp_path / name)
         assert type(loaded) is LatentDiTPipeline
-        assert np.array_equal(draw(loaded), draw(pipeline))
+        assert np.array_equal(generate(loaded), generate(pipeline))
         for file in ("model_index.json", "pipeline.py"):
             assert (tmp_path / name / file).read_text() == (tmp_path / "first" / file).read_text()
     assert_no_leaks(tmp_path)
-
-
-def assert_no_leaks(folder):
-    """No file tells where it was made, or by whom."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".npy":
-            content = path.read_bytes()
-            for secret in (str(folder), os.getcwd(), "hf_test", os.path.expanduser("~") + "/"):
-                assert secret.encode() not in content, f"{path} has {secret}"
 
 
 def test_other_pipelines_save_the_base_layout(tmp_path):
@@ -87,5 +59,5 @@ def test_its_own_code_does_not_replace_the_packages_classes(tmp_path):
     pipeline.save_pretrained(tmp_path)
     own = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="pipeline", trust_remote_code=True)
     own.set_progress_bar_config(disable=True)
-    assert np.array_equal(draw(own), draw(pipeline))
+    assert np.array_equal(generate(own), generate(pipeline))
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is LatentDiTPipeline

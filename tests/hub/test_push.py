@@ -1,8 +1,7 @@
-"""Pushed to a small Hub from one process, loaded in others."""
+"""`dit-hf push`, to a folder and to a small Hub of our own, and loading what it wrote in other processes."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import yaml
 from conftest import tiny_pipeline
 from huggingface_hub import ModelCard, constants
 from local_hub import running_hub
+from repositories import HIDE_DIT_HF, assert_no_leaks, read_snippets
 from safetensors import safe_open
-from test_layout import WITHOUT, assert_no_leaks
 
 from dit_hf.cli import main
 from dit_hf.latents.vae import weights_sha256
@@ -33,13 +32,13 @@ def run(config):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A pipeline that has a form of diffusers' own, too."""
+    """A pipeline that fits diffusers' own, too."""
     tiny_pipeline(rotary=False).save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
 
 
 def push(capsys, *args):
-    """Exit code, and the last line of what was said."""
+    """Return the exit code and the last line of the output."""
     code = main(["push", *map(str, args)])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
@@ -47,8 +46,8 @@ def push(capsys, *args):
 
 
 def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys):
-    code, said = push(capsys, run, "--output_dir", tmp_path / "out")
-    assert (code, said) == (0, f"{tmp_path / 'out'} holds the repository")
+    code, line = push(capsys, run, "--output_dir", tmp_path / "out")
+    assert (code, line) == (0, f"{tmp_path / 'out'} holds the repository")
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {
         *("README.md", "samples.png", "loss_curve.png", "training_log.csv", "config.yaml", "export.json"),
@@ -59,13 +58,13 @@ def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys)
     assert_no_leaks(tmp_path / "out")
     assert str(tmp_path) not in (tmp_path / "out" / "config.yaml").read_text()
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["latents"] == "latents"
-    code, said = push(capsys, run, "--output_dir", tmp_path / "out")
+    code, line = push(capsys, run, "--output_dir", tmp_path / "out")
     assert code == 1
-    assert "is not empty; name a new folder, or give --overwrite true" in said
+    assert "is not empty; name a new folder, or give --overwrite true" in line
     assert push(capsys, run, "--output_dir", tmp_path / "out", "--overwrite")[0] == 0
 
 
-def test_what_was_pushed_of_a_run_is_a_pipeline_like_any_other(run, tmp_path, capsys):
+def test_a_pushed_run_is_a_pipeline_like_any_other(run, tmp_path, capsys):
     assert push(capsys, run, "--output_dir", tmp_path / "out")[0] == 0
     pushed, own = load_pipeline(str(tmp_path / "out"), "cpu"), load_pipeline(str(run), "cpu")
     assert weights_sha256(pushed.transformer) == weights_sha256(own.transformer)
@@ -75,28 +74,28 @@ def test_what_was_pushed_of_a_run_is_a_pipeline_like_any_other(run, tmp_path, ca
     assert "| images seen | 64 |" in cards[1].text
 
 
-def test_of_a_model_of_unknown_data_the_terms_are_asked_for(folder, tmp_path, capsys):
+def test_a_model_of_unknown_data_needs_a_license(folder, tmp_path, capsys):
     for number, options in enumerate([(), ("--license", "mit")]):
         assert main(["push", str(folder), "--output_dir", str(tmp_path / str(number)), *options]) == 0
-        said = "what it was trained on is not known: name its terms by --license" in capsys.readouterr().out
-        assert said == (not options)
+        reminded = "the training data is unknown: name its terms by --license" in capsys.readouterr().out
+        assert reminded == (not options)
 
 
-def test_a_folder_with_something_else_in_it_is_never_written_over(folder, tmp_path, capsys):
+def test_a_folder_with_other_content_is_never_replaced(folder, tmp_path, capsys):
     (tmp_path / "out" / ".git").mkdir(parents=True)
-    code, said = push(capsys, folder, "--output_dir", tmp_path / "out", "--overwrite")
+    code, line = push(capsys, folder, "--output_dir", tmp_path / "out", "--overwrite")
     assert code == 1
-    assert "holds .git, from no push; name a new folder" in said
+    assert "holds .git, which no push has written; name a new folder" in line
     assert (tmp_path / "out" / ".git").is_dir()
 
 
-def test_a_checkpoint_is_pushed_as_what_it_is(run, tmp_path, capsys):
+def test_a_pushed_checkpoint_is_described_as_a_checkpoint(run, tmp_path, capsys):
     assert push(capsys, run / "checkpoint-4", "--output_dir", tmp_path / "out")[0] == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| steps | 4 of 8 |" in text
     assert "| images seen | 32 |" in text
     validation = json.loads((run / "checkpoint-4" / "state.json").read_text())["validation_loss"]
-    assert f"| validation loss, of these weights | {validation:.4f} " in text
+    assert f"| validation loss of these weights | {validation:.4f} " in text
     assert not (tmp_path / "out" / "training_log.csv").exists()
     assert (tmp_path / "out" / "samples.png").is_file()
     assert_no_leaks(tmp_path / "out")
@@ -124,56 +123,56 @@ def test_options_of_the_repository(hub, folder, capsys):
     assert card.text.count('revision="new"') == 2
 
 
-def test_a_push_that_is_cut_changes_nothing_and_goes_on_where_it_was(hub, folder, capsys):
+def test_a_push_that_is_interrupted_changes_nothing_and_is_resumed(hub, folder, capsys):
     hub.broken = {"POST */commit/*"}
-    code, said = push(capsys, folder, "you/faces")
+    code, line = push(capsys, folder, "you/faces")
     assert code == 1
-    assert said.startswith("dit-hf push: error: you/faces: ")
-    assert said.endswith("nothing was changed there, and a second call sends only what is missing")
+    assert line.startswith("dit-hf push: error: you/faces: ")
+    assert line.endswith("nothing was changed there, and a second call sends only what is missing")
     assert set(hub.repositories["you/faces"]) == {".gitattributes"}
-    assert len(hub.stored) == 3  # two files of weights and the image grid have arrived
-    assert sum(request.startswith("PUT") for request in hub.requests) == 3  # and were sent once, in three attempts
+    assert len(hub.stored) == 3  # two files of weights and the image grid have been uploaded
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3  # and were sent once in three attempts
     hub.broken, hub.requests = set(), []
     assert push(capsys, folder, "you/faces")[0] == 0
     assert not any(request.startswith("PUT") for request in hub.requests)
     assert "model_index.json" in hub.repositories["you/faces"]
 
 
-def test_what_the_hub_refuses_is_one_line(hub, folder, capsys, monkeypatch):
+def test_a_refusal_of_the_hub_is_one_line(hub, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    code, said = push(capsys, folder, "you/faces")
-    assert (code, said) == (1, "dit-hf push: error: you/faces: no valid token; log in with `hf auth login`")
+    code, line = push(capsys, folder, "you/faces")
+    assert (code, line) == (1, "dit-hf push: error: you/faces: no valid token; log in with `hf auth login`")
     monkeypatch.delenv("HF_TOKEN")
-    assert push(capsys, folder, "you/faces") == (code, said)
+    assert push(capsys, folder, "you/faces") == (code, line)
     assert hub.repositories == {}
-    code, said = push(capsys, folder, "no such/name!")
+    code, line = push(capsys, folder, "no such/name!")
     assert code == 1
-    assert "no such/name!" in said
-    code, said = push(capsys, folder)
+    assert "no such/name!" in line
+    code, line = push(capsys, folder)
     assert code == 1
-    assert "where to?" in said
-    code, said = push(capsys, folder, "you/faces", "--attributes", '{"Smiling": true}')
+    assert "where to?" in line
+    code, line = push(capsys, folder, "you/faces", "--attributes", '{"Smiling": true}')
     assert code == 1
-    assert "--attributes is for --builtin" in said
+    assert "--attributes is for --builtin" in line
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert push(capsys, folder, "you/faces")[0] == 1
 
 
-def test_other_content_is_not_overwritten_unasked(hub, folder, tmp_path, capsys):
+def test_other_content_is_not_overwritten_by_default(hub, folder, tmp_path, capsys):
     hub.repositories["you/notes"] = {"README.md": b"mine", "transformer/config.json": b"{}"}
-    code, said = push(capsys, folder, "you/notes")
+    code, line = push(capsys, folder, "you/notes")
     assert code == 1
-    assert "you/notes holds something else already" in said
+    assert "you/notes holds something else already" in line
     assert hub.repositories["you/notes"] == {"README.md": b"mine", "transformer/config.json": b"{}"}
-    # The same model may come again, leaving nothing of what it was; another may not.
+    # A push of the same model replaces all of the earlier one; another model is refused.
     assert push(capsys, folder, "you/faces", "--max_shard_size", "60KB")[0] == 0
     assert push(capsys, folder, "you/faces")[0] == 0
     assert not any("-of-" in name for name in hub.repositories["you/faces"])
     before = dict(hub.repositories["you/faces"])
     row = ["--builtin", "--attributes", '{"Smiling": true}']
-    code, said = push(capsys, folder, "you/faces", *row)
+    code, line = push(capsys, folder, "you/faces", *row)
     assert code == 1
-    assert "you/faces holds another model already; name another repository or another --revision" in said
+    assert "you/faces holds another model already; name another repository or another --revision" in line
     assert hub.repositories["you/faces"] == before
     assert push(capsys, folder, "you/faces", *row, "--overwrite")[0] == 0
     assert json.loads(hub.repositories["you/faces"]["model_index.json"])["_class_name"] == "DiTPipeline"
@@ -191,13 +190,9 @@ def test_a_full_disk_is_one_line(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def snippets(card):
-    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-
-
 @pytest.mark.slow
 def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, tmp_path):
-    """With dit_hf, without it, and as diffusers' own; each by running the snippet of the card as it stands."""
+    """With dit_hf, without it, and as diffusers' own pipeline, each by running a snippet of the card unchanged."""
     row = {"Male": True}
     with running_hub() as hub:
         environment = {**os.environ, **hub.environment()}
@@ -216,7 +211,7 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
         python(code, tmp_path / "push", "push", run, "you/faces")
         python(code, tmp_path / "push", "push", run, "you/own", "--builtin", "--attributes", json.dumps(row))
         cards = {name: files["README.md"].decode() for name, files in hub.repositories.items()}
-        # Pushed on, it keeps what its repository says of the run, and may say nothing.
+        # A push of the pushed model keeps the summary of its run, if the repository has one.
         for name, license in (("faces", "apache-2.0"), ("bare", "unknown")):
             python(code, tmp_path / "on", "push", f"you/{name}", "--output_dir", tmp_path / "on" / name)
             card = ModelCard.load(tmp_path / "on" / name / "README.md", ignore_metadata_errors=False)
@@ -225,22 +220,22 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
             pushed = hub.repositories["you/faces"]
             hub.repositories["you/bare"] = {path: pushed[path] for path in pushed if path != "export.json"}
         # Each snippet, and then the pixels of its pipeline.
-        draw = "options = {'num_inference_steps': 4, 'guidance_scale': 2.0, 'output_type': 'np'}\n"
-        draw += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"
-        draw += "drawn = pipe(ASKED, generator=torch.Generator().manual_seed(0), **options).images\n"
-        draw += "numpy.save('pixels.npy', drawn)\n"
-        plain, remote = snippets(cards["you/faces"])
-        (own,) = snippets(cards["you/own"])
-        python(plain + draw.replace("ASKED", str(row)), tmp_path / "with")
-        python(WITHOUT + remote + draw.replace("ASKED", str(row)), tmp_path / "without")
-        python(WITHOUT + own + draw.replace("ASKED", "[0]"), tmp_path / "own")
+        generate = "options = {'num_inference_steps': 4, 'guidance_scale': 2.0, 'output_type': 'np'}\n"
+        generate += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"
+        generate += "images = pipe(REQUESTED, generator=torch.Generator().manual_seed(0), **options).images\n"
+        generate += "numpy.save('pixels.npy', images)\n"
+        plain, remote = read_snippets(cards["you/faces"])
+        (own,) = read_snippets(cards["you/own"])
+        python(plain + generate.replace("REQUESTED", str(row)), tmp_path / "with")
+        python(HIDE_DIT_HF + remote + generate.replace("REQUESTED", str(row)), tmp_path / "without")
+        python(HIDE_DIT_HF + own + generate.replace("REQUESTED", "[0]"), tmp_path / "own")
     for name in ("with", "without", "own"):
         assert (tmp_path / name / "image.png").is_file()
     pipeline, generator = load_pipeline(str(run), "cpu"), torch.Generator().manual_seed(0)
-    here = pipeline(row, generator=generator, num_inference_steps=4, guidance_scale=2.0, output_type="np").images
-    assert np.array_equal(np.load(tmp_path / "with" / "pixels.npy"), here)
-    assert np.array_equal(np.load(tmp_path / "without" / "pixels.npy"), here)
-    difference = np.abs(np.load(tmp_path / "own" / "pixels.npy") - here).max()
+    expected = pipeline(row, generator=generator, num_inference_steps=4, guidance_scale=2.0, output_type="np").images
+    assert np.array_equal(np.load(tmp_path / "with" / "pixels.npy"), expected)
+    assert np.array_equal(np.load(tmp_path / "without" / "pixels.npy"), expected)
+    difference = np.abs(np.load(tmp_path / "own" / "pixels.npy") - expected).max()
     assert difference < 0.05
     for files in hub.repositories.values():
         for name, content in files.items():

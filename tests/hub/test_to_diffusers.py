@@ -1,4 +1,4 @@
-"""The export that is diffusers' own."""
+"""The export to diffusers' own pipeline."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def pipeline(conditions, steps=500, vae=None, options=None, **transformer):
 
 
 def outputs(made, export, rows, labels):
-    """Of both transformers for the same noisy latents."""
+    """Return the outputs of both transformers for the same noisy latents."""
     noisy, timesteps = torch.randn(len(rows), 4, 8, 8), torch.arange(len(rows)) * 7
     with torch.no_grad():
         ours = made.transformer(noisy, timesteps, made.encode_attributes(rows)).sample
@@ -88,7 +88,7 @@ def test_statistics_are_folded_into_both_ends_of_a_copy_of_the_vae(convs):
 
 
 def test_other_frequencies_of_the_timesteps_are_fitted():
-    """Exactly where the model is as wide as there are timesteps, nearly else."""
+    """Exactly if the model is as wide as there are timesteps, closely otherwise."""
     exact = to_builtin(pipeline({"class": 3}, steps=20, timestep_freq_shift=0.0))
     assert exact.difference < 1e-5
     made = pipeline({"class": 3}, timestep_freq_shift=0.0)
@@ -110,13 +110,13 @@ def test_other_frequencies_of_the_timesteps_are_fitted():
         ({"position_base_size": 4}, None, "stretched over 4x4 latents"),
         ({"qk_norm": "rms_norm"}, None, "no qk_norm='rms_norm'"),
         ({"mlp_ratio": 2.0}, None, "no mlp_ratio=2.0"),
-        ({"conditions": {"Smiling": 2, "Male": 2}}, None, "several conditions; name what it is to draw"),
+        ({"conditions": {"Smiling": 2, "Male": 2}}, None, "several conditions; choose their values"),
         ({"conditions": {"class": 1001}}, None, "more than 1000 classes"),
         ({"conditions": None}, {"Smiling": True}, "unconditional"),
         ({}, {"Smiling": True}, "'Smiling' is unknown"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_reason(options, attributes, message):
+def test_a_model_that_does_not_fit_is_refused_with_the_reason(options, attributes, message):
     options = {"conditions": {"class": 3}, **options}
     with pytest.raises(ValueError, match=message):
         to_builtin(pipeline(**options), attributes)

@@ -52,7 +52,7 @@ def test_at_another_resolution_positions_are_stretched(config, earlier, vae_fold
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")
     assert (pipeline.transformer.config.sample_size, pipeline.transformer.config.position_base_size) == (16, 8)
     assert pipeline({"Smiling": True}, num_inference_steps=2).images[0].size == (32, 32)
-    assert f"began with the weights of | {earlier.name}" in (run / "README.md").read_text()
+    assert f"initialized from | {earlier.name}" in (run / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -100,5 +100,5 @@ def test_the_model_that_a_run_started_from_need_not_exist_when_it_resumes(config
     earlier.rename(tmp_path / "moved")
     run = train(changed(config, train={"max_train_steps": 8, "resume_from_checkpoint": "latest"}))
     assert (run / "checkpoint-8").is_dir()
-    assert f"| began with the weights of | {earlier.name} |" in (run / "README.md").read_text()
+    assert f"| initialized from | {earlier.name} |" in (run / "README.md").read_text()
     assert str(earlier.parent) not in (run / "README.md").read_text()

@@ -1,0 +1,39 @@
+"""Helpers for tests of repositories: processes without dit_hf, the snippets of a card, a search for private data."""
+
+import os
+import re
+import subprocess
+import sys
+
+# Code that makes `import dit_hf` fail in a process, even if it is installed.
+HIDE_DIT_HF = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dit_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def run_without_dit_hf(code, *args, **environment):
+    """Run code in a process that cannot import dit_hf, offline, and return its stdout."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-c", HIDE_DIT_HF + code, *map(str, args)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_snippets(card):
+    """Return the Python snippets of a model card."""
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def assert_no_leaks(folder):
+    """Check that no file contains a path of this machine or a token."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".npy":
+            content = path.read_bytes()
+            for secret in (str(folder), os.getcwd(), "hf_test", os.path.expanduser("~") + "/"):
+                assert secret.encode() not in content, f"{path} has {secret}"
