@@ -1,4 +1,4 @@
-"""The app's page: the model's attributes on the left; new images, changed ones and painted ones on the right."""
+"""The app's page: the attributes on the left, and on the right the tabs that generate, edit and inpaint images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..storage import first_line
 from .studio import Control, Settings, Studio, read_image, union
 
 NUM_IMAGES, MAX_IMAGES = 8, 16
-# Images are shown to be painted on at this size at least; the pixels of a small one are too few for a brush.
+# The side of an image to be inpainted on the page, in pixels; a small image has too few pixels for a brush.
 CANVAS = 512
 GENERATE, CHANGE, INPAINT = "generate", "change", "inpaint"
-VARY, EDIT = "Draw again", "Change attributes"
+VARY, EDIT = "Image to image", "Edit attributes"
 ACCENT = "#e0457b"
 
-# All fonts are the machine's own, so that the page needs no network.
+# Fonts of the system only, so that the page needs no network.
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
 CSS = """
@@ -52,7 +52,7 @@ Data = dict[Any, Any]
 
 @dataclass
 class Panel:
-    """The controls on the left, which serve every tab."""
+    """The controls on the left, which all tabs share."""
 
     studio: Studio
     attributes: dict[str, gr.Radio | gr.Dropdown]
@@ -64,16 +64,16 @@ class Panel:
 
     @property
     def inputs(self) -> set[Any]:
-        """What an event that draws needs of the panel."""
+        """The components of the panel that an event needs to generate images."""
         return {*self.attributes.values(), self.num_images, self.seed, self.new_seed, self.steps, self.guidance}
 
-    def asked(self, data: Data) -> dict[str, AttributeValue]:
-        """The attributes that are not left open."""
-        chosen = [(control, data[self.attributes[control.name]]) for control in self.studio.controls]
-        return {control.name: control.values[number][1] for control, number in chosen if number}
+    def requested(self, data: Data) -> dict[str, AttributeValue]:
+        """Return the requested attributes, those that are not left open."""
+        choices = [(control, data[self.attributes[control.name]]) for control in self.studio.controls]
+        return {control.name: control.values[number][1] for control, number in choices if number}
 
     def settings(self, data: Data) -> Settings:
-        """How to sample; the seed is a new one where that is wished for."""
+        """Return the settings of sampling, with a random seed if "Randomize seed" is on or there is none."""
         seed = data[self.seed]
         if seed is None or data[self.new_seed]:
             seed = random.randrange(2**31)
@@ -81,39 +81,42 @@ class Panel:
 
 
 def build_page(studio: Studio, name: str) -> gr.Blocks:
-    """The page of a model called `name`."""
+    """Build the page of a model called `name`."""
     with gr.Blocks(title=f"dit_hf: {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# {name}\nPictures from a latent Diffusion Transformer", elem_classes="title")
+        gr.Markdown(f"# {name}\nImages from a latent Diffusion Transformer", elem_classes="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 panel = _panel(studio)
             with gr.Column(scale=5, min_width=420), gr.Tabs(selected=GENERATE) as tabs:
-                with gr.Tab("New images", id=GENERATE):
-                    to_change, to_inpaint, drawn, selected = _generate_tab(panel)
-                with gr.Tab("Change an image", id=CHANGE):
-                    upload = _change_tab(panel)
-                with gr.Tab("Paint anew", id=INPAINT):
+                with gr.Tab("Generate", id=GENERATE):
+                    to_edit, to_inpaint, generated, selected = _generate_tab(panel)
+                with gr.Tab("Edit", id=CHANGE):
+                    upload = _edit_tab(panel)
+                with gr.Tab("Inpaint", id=INPAINT):
                     editor = _inpaint_tab(panel)
 
-        def chosen(gallery: list[tuple[str, str]] | None, index: int) -> Image.Image:
+        # The buttons below the gallery hand the selected image to another tab. They are connected here, because the
+        # components of all tabs exist only now.
+        def selected_image(gallery: list[tuple[str, str]] | None, index: int) -> Image.Image:
             with _readable():
                 if not gallery:
-                    raise ValueError("draw some images first, then choose one")
+                    raise ValueError("generate some images first, then select one")
+                # A new series may be shorter than the one in which an image was selected.
                 return read_image(gallery[min(index, len(gallery) - 1)][0])
 
-        def change(gallery: list[tuple[str, str]] | None, index: int) -> tuple[gr.Tabs, Image.Image]:
-            return gr.Tabs(selected=CHANGE), chosen(gallery, index)
+        def edit(gallery: list[tuple[str, str]] | None, index: int) -> tuple[gr.Tabs, Image.Image]:
+            return gr.Tabs(selected=CHANGE), selected_image(gallery, index)
 
         def inpaint(gallery: list[tuple[str, str]] | None, index: int) -> tuple[gr.Tabs, Image.Image]:
-            return gr.Tabs(selected=INPAINT), _canvas(studio, chosen(gallery, index))
+            return gr.Tabs(selected=INPAINT), _canvas(studio, selected_image(gallery, index))
 
-        to_change.click(change, [drawn, selected], [tabs, upload])
-        to_inpaint.click(inpaint, [drawn, selected], [tabs, editor])
+        to_edit.click(edit, [generated, selected], [tabs, upload])
+        to_inpaint.click(inpaint, [generated, selected], [tabs, editor])
     return page
 
 
 def look() -> dict[str, Any]:
-    """Theme and styles, as options of `gr.Blocks.launch`."""
+    """Return theme and styles as options of `gr.Blocks.launch`."""
     theme = gr.themes.Soft(primary_hue="rose", neutral_hue="slate", font=FONT, font_mono=MONO).set(
         body_background_fill="*neutral_50",
         block_border_width="1px",
@@ -135,6 +138,8 @@ def look() -> dict[str, Any]:
 
 
 def _panel(studio: Studio) -> Panel:
+    """Build the controls on the left."""
+    # 1. Attributes, one accordion a group; only the first group is open, or the page would be very long.
     attributes: dict[str, gr.Radio | gr.Dropdown] = {}
     if studio.controls:
         with gr.Row():
@@ -146,24 +151,27 @@ def _panel(studio: Studio) -> Panel:
                 for control in studio.controls:
                     if control.group == group:
                         attributes[control.name] = _choice(control)
+
+    # 2. Settings of sampling. An unconditional model has no guidance.
     with gr.Accordion("Sampling"):
-        num_images = gr.Slider(1, MAX_IMAGES, NUM_IMAGES, step=1, label="Pictures")
+        num_images = gr.Slider(1, MAX_IMAGES, NUM_IMAGES, step=1, label="Images")
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
-            new_seed = gr.Checkbox(True, label="New each time", min_width=110)
+            new_seed = gr.Checkbox(True, label="Randomize seed", min_width=110)
         steps = gr.Slider(1, min(100, studio.num_levels), min(25, studio.num_levels), step=1, label="Steps")
         highest = max(8.0, 2 * studio.guidance_scale)
         guidance = gr.Slider(
             *(1.0, highest, studio.guidance_scale), step=0.1, label="Guidance", visible=bool(studio.controls)
         )
     panel = Panel(studio, attributes, num_images, seed, new_seed, steps, guidance)
+
+    # 3. The summary of the requested attributes, and the button that clears them.
     if attributes:
 
         def summarize(data: Data) -> str:
-            asked = panel.asked(data)
-            return _summary(
-                [_words(control, asked[control.name]) for control in studio.controls if control.name in asked]
-            )
+            requested = panel.requested(data)
+            controls = [control for control in studio.controls if control.name in requested]
+            return _summary([_describe(control, requested[control.name]) for control in controls])
 
         choices = list(attributes.values())
         gr.on(
@@ -174,49 +182,55 @@ def _panel(studio: Studio) -> Panel:
 
 
 def _choice(control: Control) -> gr.Radio | gr.Dropdown:
-    words = [(word, number) for number, (word, _) in enumerate(control.values)]
-    kind = gr.Radio if len(words) <= 3 else gr.Dropdown
-    return kind(words, value=0, label=control.label, elem_classes="choice")
+    """Return the component of a control, with the index of the choice as its value; many choices are a list."""
+    choices = [(label, number) for number, (label, _) in enumerate(control.values)]
+    kind = gr.Radio if len(choices) <= 3 else gr.Dropdown
+    return kind(choices, value=0, label=control.label, elem_classes="choice")
 
 
-def _words(control: Control, value: AttributeValue) -> str:
+def _describe(control: Control, value: AttributeValue) -> str:
+    """Describe a requested attribute for the summary, e.g. `not Smiling`."""
     if isinstance(value, bool):
         return control.label if value else f"not {control.label}"
-    return f"{control.label}: {next(word for word, known in control.values if known == value)}"
+    return f"{control.label}: {next(label for label, choice in control.values if choice == value)}"
 
 
-def _summary(words: list[str]) -> str:
-    return f"**Asked for:** {', '.join(words) or 'anything'}"
+def _summary(attributes: list[str]) -> str:
+    """Return the line above the attributes."""
+    return f"**Requested:** {', '.join(attributes) or 'any'}"
 
 
 def _generate_tab(panel: Panel) -> tuple[gr.Button, gr.Button, gr.Gallery, gr.State]:
-    button = gr.Button("Draw", variant="primary", elem_id="draw")
+    """Build the tab of new images; return its buttons to edit and inpaint, its gallery and the selected index."""
+    button = gr.Button("Generate", variant="primary", elem_id="draw")
     gallery = _gallery("drawn", columns=4)
     with gr.Row():
-        to_change = gr.Button("Change the chosen one", size="sm")
-        to_inpaint = gr.Button("Paint on the chosen one", size="sm")
+        to_edit = gr.Button("Edit the selected image", size="sm")
+        to_inpaint = gr.Button("Inpaint the selected image", size="sm")
     selected = gr.State(0)
 
-    def draw(data: Data, progress: gr.Progress = gr.Progress()) -> tuple[list[Image.Image], int, int]:  # noqa: B008
+    def generate(data: Data, progress: gr.Progress = gr.Progress()) -> tuple[list[Image.Image], int, int]:  # noqa: B008
         with _readable():
             settings = panel.settings(data)
-            return panel.studio.generate(panel.asked(data), settings, _steps(progress)), settings.seed, 0
+            images = panel.studio.generate(panel.requested(data), settings, _steps(progress))
+            return images, settings.seed, 0  # the first image is selected
 
     def select(event: gr.SelectData) -> int:
         return event.index
 
-    _on_click(button, draw, panel.inputs, [gallery, panel.seed, selected])
+    _on_click(button, generate, panel.inputs, [gallery, panel.seed, selected])
     gallery.select(select, None, selected, queue=False, show_progress="hidden")
-    return to_change, to_inpaint, gallery, selected
+    return to_edit, to_inpaint, gallery, selected
 
 
-def _change_tab(panel: Panel) -> gr.Image:
+def _edit_tab(panel: Panel) -> gr.Image:
+    """Build the tab of image to image and attribute edits; return its upload."""
     studio = panel.studio
-    gr.Markdown("An image drawn again out of noise, or with the attributes on the left changed.", elem_classes="hint")
+    gr.Markdown("Vary an image, or edit those of its attributes that are set on the left.", elem_classes="hint")
     with gr.Row():
         with gr.Column(scale=2):
             upload = _upload(studio)
-            how = gr.Radio(
+            mode = gr.Radio(
                 [VARY, EDIT],
                 value=VARY,
                 show_label=False,
@@ -226,36 +240,42 @@ def _change_tab(panel: Panel) -> gr.Image:
             )
             strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="1 keeps nothing of the image")
             amount = gr.Slider(
-                *(0.1, 3, 1), step=0.1, label="Amount", info="of what is asked for on the left", visible=False
+                *(0.1, 3, 1),
+                step=0.1,
+                label="Amount",
+                info="of the attributes on the left",
+                visible=False,
             )
-            button = gr.Button("Change", variant="primary", elem_id="change")
+            button = gr.Button("Generate", variant="primary", elem_id="change")
         with gr.Column(scale=3):
             gallery = _gallery("changed", columns=3)
 
-    def switch(how: str) -> tuple[gr.Slider, gr.Slider]:
-        return gr.Slider(visible=how == VARY), gr.Slider(visible=how == EDIT)
+    def switch(mode: str) -> tuple[gr.Slider, gr.Slider]:
+        return gr.Slider(visible=mode == VARY), gr.Slider(visible=mode == EDIT)
 
-    def change(data: Data, progress: gr.Progress = gr.Progress()) -> tuple[list[tuple[Image.Image, str]], int]:  # noqa: B008
+    def edit(data: Data, progress: gr.Progress = gr.Progress()) -> tuple[list[tuple[Image.Image, str]], int]:  # noqa: B008
         with _readable():
             if data[upload] is None:
-                raise ValueError("upload an image first, or draw one and choose it")
+                raise ValueError("upload an image first, or generate one and select it")
             image = read_image(data[upload])
-            settings, asked, on_step = panel.settings(data), panel.asked(data), _steps(progress)
-            if data[how] == EDIT:
-                progress(0, desc="finding the noise that gives this image")
-                images = studio.edit(image, asked, data[amount], settings, on_step)
+            settings, requested, on_step = panel.settings(data), panel.requested(data), _steps(progress)
+            if data[mode] == EDIT:
+                # An inversion has no steps of its own to show.
+                progress(0, desc="inverting the image to noise")
+                images = studio.edit(image, requested, data[amount], settings, on_step)
             else:
-                images = studio.vary(image, asked, data[strength], settings, on_step)
+                images = studio.vary(image, requested, data[strength], settings, on_step)
             return [(studio.fit(image), "before"), *((one, "after") for one in images)], settings.seed
 
-    how.change(switch, how, [strength, amount], queue=False, show_progress="hidden")
-    _on_click(button, change, {*panel.inputs, upload, how, strength, amount}, [gallery, panel.seed])
+    mode.change(switch, mode, [strength, amount], queue=False, show_progress="hidden")
+    _on_click(button, edit, {*panel.inputs, upload, mode, strength, amount}, [gallery, panel.seed])
     return upload
 
 
 def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
+    """Build the tab of inpainting; return its editor."""
     studio = panel.studio
-    gr.Markdown("Paint over the part of an image that is to be drawn anew; the rest stays.", elem_classes="hint")
+    gr.Markdown("Paint over the part of an image that is to be inpainted; the rest stays.", elem_classes="hint")
     with gr.Row():
         with gr.Column(scale=3):
             editor = gr.ImageEditor(
@@ -270,7 +290,7 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
                 canvas_size=(CANVAS, CANVAS),
                 height=CANVAS + 60,
             )
-            button = gr.Button("Paint anew", variant="primary", elem_id="inpaint")
+            button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
         with gr.Column(scale=2):
             gallery = _gallery("painted", columns=2)
 
@@ -283,10 +303,11 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
             value = data[editor] or {}
             image = value.get("background")
             if image is None:
-                raise ValueError("there is no image to paint on: upload a PNG or JPEG, or draw one and choose it")
-            settings, mask = panel.settings(data), union(value["layers"], image.size)
-            asked, image = panel.asked(data), image.convert("RGB")
-            return studio.inpaint(image, mask, asked, settings, _steps(progress)), settings.seed
+                raise ValueError("there is no image to inpaint: upload a PNG or JPEG, or generate one and select it")
+            mask = union(value["layers"], image.size)
+            settings, requested = panel.settings(data), panel.requested(data)
+            images = studio.inpaint(image.convert("RGB"), mask, requested, settings, _steps(progress))
+            return images, settings.seed
 
     editor.upload(upload, editor, editor, show_progress="hidden")
     _on_click(button, inpaint, {*panel.inputs, editor}, [gallery, panel.seed])
@@ -294,7 +315,7 @@ def _inpaint_tab(panel: Panel) -> gr.ImageEditor:
 
 
 def _upload(studio: Studio) -> gr.Image:
-    """Where an image is uploaded; shown as the model sees it."""
+    """Return an upload that shows an image as the model gets it, and refuses broken files with a message."""
     upload = gr.Image(
         type="filepath",
         image_mode=None,
@@ -304,32 +325,34 @@ def _upload(studio: Studio) -> gr.Image:
         height=320,
         elem_id="upload",
     )
-    opened = upload.preprocess
+    original = upload.preprocess
 
     def preprocess(payload: Any) -> Any:
         try:
-            return opened(payload)
+            return original(payload)
         except Exception as error:  # broken bytes make decoders raise anything
             name = getattr(payload, "orig_name", None) or "this file"
-            raise _message(f"{name} is no image that can be opened; take a PNG or JPEG") from error
+            raise _message(f"{name} cannot be opened as an image; take a PNG or JPEG") from error
 
     def fit(path: str) -> Image.Image:
         with _readable():
             return studio.fit(read_image(path))
 
-    upload.preprocess = preprocess  # type: ignore[method-assign]  # it is called before any of the page's own code is
+    # gradio opens the file before it calls any function of the page, so that only here its errors can be caught.
+    upload.preprocess = preprocess  # type: ignore[method-assign]
     upload.upload(fit, upload, upload, show_progress="hidden").failure(lambda: None, None, upload)
     return upload
 
 
 def _canvas(studio: Studio, image: Image.Image) -> Image.Image:
-    """What the model sees of an image, large enough to be painted on."""
+    """Return an image as the model gets it, enlarged for painting."""
     image = studio.fit(image)
     factor = CANVAS / max(image.size)
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
 
 
 def _gallery(label: str, columns: int) -> gr.Gallery:
+    """Return a gallery of results with buttons to download them; `label` is its id too."""
     return gr.Gallery(
         label=label,
         show_label=False,
@@ -343,21 +366,24 @@ def _gallery(label: str, columns: int) -> gr.Gallery:
     )
 
 
-def _on_click(button: gr.Button, draw: Callable, inputs: set[Any], outputs: list[Any]) -> None:
-    """One image at a time: the four pipelines share a scheduler."""
-    button.click(draw, inputs, outputs, concurrency_limit=1, concurrency_id="model", show_progress_on=outputs[:1])
+def _on_click(button: gr.Button, generate: Callable, inputs: set[Any], outputs: list[Any]) -> None:
+    """Connect a button to a function that uses the model."""
+    # One call at a time over all buttons and users, because the four pipelines share a scheduler.
+    button.click(generate, inputs, outputs, concurrency_limit=1, concurrency_id="model", show_progress_on=outputs[:1])
 
 
 def _steps(progress: gr.Progress) -> Callable[[int, int], None]:
+    """Return a function that shows the steps of the model as progress."""
+
     def on_step(step: int, total: int) -> None:
-        progress((step, total), desc="drawing", unit="steps")
+        progress((step, total), desc="generating", unit="steps")
 
     return on_step
 
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Errors as one line on the page."""
+    """Show errors as one line on the page."""
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -365,4 +391,5 @@ def _readable() -> Iterator[None]:
 
 
 def _message(text: str) -> gr.Error:
+    """Return an error that the page shows and the log does not."""
     return gr.Error(text, print_exception=False)

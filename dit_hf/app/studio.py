@@ -1,4 +1,4 @@
-"""What the app does with a model: images drawn, varied, changed and painted anew, and the controls it offers."""
+"""The model behind the app: it generates, varies, edits and inpaints images, and describes its controls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..sampling.generate import generators
 
 OPEN = "any"
-# Where CelebA's attributes stand on the page; what is not among them comes last.
+# The groups of CelebA's attributes on the page, in this order; other conditions come last.
 GROUPS = {
     "Face": (
         *("Smiling", "Mouth_Slightly_Open", "Male", "Young", "Attractive", "Pale_Skin", "Rosy_Cheeks", "Narrow_Eyes"),
@@ -29,7 +29,7 @@ GROUPS = {
         "Receding_Hairline",
     ),
     "Beard": ("Mustache", "Goatee", "Sideburns", "5_o_Clock_Shadow", "No_Beard"),
-    "Worn": (
+    "Accessories": (
         *("Eyeglasses", "Wearing_Hat", "Wearing_Earrings", "Wearing_Necklace", "Wearing_Necktie", "Wearing_Lipstick"),
         "Heavy_Makeup",
     ),
@@ -41,12 +41,12 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Control:
-    """One condition of the model as the page offers it.
+    """The control of one condition of the model.
 
     Args:
-        name: The condition.
-        group: The heading it stands under.
-        values: What can be chosen, each with the word that stands for it; the first leaves it open.
+        name: The name of the condition.
+        group: The heading on the page.
+        values: Label and value of each choice; the first is the null condition.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Control:
 
     @property
     def label(self) -> str:
-        """The name as people write it."""
+        """The name with spaces."""
         return self.name.replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are sampled: see the arguments of [`LatentDiTPipeline`] and `sampling.generators`."""
+    """Settings of sampling; see the arguments of [`LatentDiTPipeline`] and `sampling.generate.generators`."""
 
     num_images: int = 4
     seed: int = 0
@@ -73,7 +73,7 @@ class Studio:
     """The four pipelines of one model. Image i of a call is a function of the seed and i.
 
     Args:
-        pipeline: The model; the others are made of its parts.
+        pipeline: The model; the other pipelines share its components.
 
     Raises:
         ValueError: if the pipeline has no VAE.
@@ -82,6 +82,8 @@ class Studio:
     def __init__(self, pipeline: LatentDiTPipeline):
         if pipeline.vae is None:
             raise ValueError("this pipeline has no vae, without which there are no images")
+
+        # 1. One pipeline a mode; the page shows their progress itself.
         parts = pipeline.components
         self.text2img = LatentDiTPipeline(**parts)
         self.img2img = LatentDiTImg2ImgPipeline(**parts)
@@ -89,77 +91,81 @@ class Studio:
         self.editing = LatentDiTEditPipeline(**parts)
         for one in (self.text2img, self.img2img, self.inpainting, self.editing):
             one.set_progress_bar_config(disable=True)
+
+        # 2. Defaults and bounds of the page's sliders.
         self.guidance_scale = float(pipeline.config.guidance_scale)
         self.num_levels = int(pipeline.scheduler.config.num_train_timesteps)
-        size, factor = pipeline.transformer.config.sample_size, pipeline.image_processor.config.vae_scale_factor
-        height, width = (size, size) if isinstance(size, int) else size
-        self.resolution = (height * factor, width * factor)
+        self.resolution = pipeline.resolution
+
+        # 3. The controls, in the order of `GROUPS`; conditions that are not in there keep the model's order.
         labels = pipeline.config.condition_labels
         conditions = pipeline.transformer.config.conditions or {}
         self.controls = [_control(name, count, labels.get(name)) for name, count in conditions.items()]
-        order = [*GROUPS, OTHERS]
-        known = [name for names in GROUPS.values() for name in names]
+        groups = [*GROUPS, OTHERS]
+        celeba_names = [name for names in GROUPS.values() for name in names]
         self.controls.sort(
             key=lambda control: (
-                order.index(control.group),
-                known.index(control.name) if control.name in known else len(known),
+                groups.index(control.group),
+                celeba_names.index(control.name) if control.name in celeba_names else len(celeba_names),
             )
         )
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """What the model sees of an image: its centre, at the model's size."""
+        """Return an image as the model gets it: its centre, at the model's size."""
         return Geometry(self.resolution, "center").fit(image)
 
-    def generate(self, asked: Attributes, settings: Settings, on_step: OnStep) -> list[Image.Image]:
-        """New images."""
-        return self.text2img(asked or None, settings.num_images, **_options(settings, on_step))[0]
+    def generate(self, attributes: Attributes, settings: Settings, on_step: OnStep) -> list[Image.Image]:
+        """Generate new images."""
+        return self.text2img(attributes or None, settings.num_images, **_options(settings, on_step))[0]
 
     def vary(
-        self, image: Image.Image, asked: Attributes, strength: float, settings: Settings, on_step: OnStep
+        self, image: Image.Image, attributes: Attributes, strength: float, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
-        """An image drawn anew from `strength` noise, in several ways."""
+        """Generate variations of an image, from a share of `strength` noise."""
         options = _options(settings, on_step)
-        return self.img2img(asked or None, image, strength, num_images_per_prompt=settings.num_images, **options)[0]
+        count = settings.num_images
+        return self.img2img(attributes or None, image, strength, num_images_per_prompt=count, **options)[0]
 
     def edit(
         self, image: Image.Image, change: Attributes, strength: float, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
-        """An image with attributes changed, by `strength`.
+        """Edit attributes of an image, by `strength`.
 
         Raises:
             ValueError: if there is nothing to change.
         """
         if not change:
-            raise ValueError("choose at least one attribute to change")
+            raise ValueError("choose at least one attribute to edit")
         options = _options(settings, on_step)
-        del options["generator"]  # nothing is drawn by chance
+        del options["generator"]  # an edit samples no noise
         return self.editing(None, image, change, strength, **options)[0]
 
     def inpaint(
-        self, image: Image.Image, mask: Image.Image, asked: Attributes, settings: Settings, on_step: OnStep
+        self, image: Image.Image, mask: Image.Image, attributes: Attributes, settings: Settings, on_step: OnStep
     ) -> list[Image.Image]:
-        """An image painted anew where the mask is white, in several ways.
+        """Inpaint an image where the mask is white, in several ways.
 
         Raises:
             ValueError: if the mask is black.
         """
         if mask.getbbox() is None:
-            raise ValueError("paint over the part that is to be drawn anew")
+            raise ValueError("paint over the part of the image that is to be inpainted")
         options = _options(settings, on_step)
-        return self.inpainting(asked or None, image, mask, num_images_per_prompt=settings.num_images, **options)[0]
+        count = settings.num_images
+        return self.inpainting(attributes or None, image, mask, num_images_per_prompt=count, **options)[0]
 
 
 def read_image(path: str) -> Image.Image:
-    """An uploaded image of any kind, the way up that its EXIF says, in RGB.
+    """Read an uploaded image of any kind, upright by its EXIF, in RGB.
 
     Raises:
-        ValueError: if it is no image, or a broken one.
+        ValueError: if it is not an image, or a broken one.
     """
     return decode_image({"id": "this file", "image": {"path": path}}, Geometry(None, "none"))
 
 
 def union(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """White where any of `layers` was painted on, black elsewhere."""
+    """Return a mask of `size` that is white where any of `layers` was painted on, and black elsewhere."""
     mask = Image.new("L", size)
     for layer in layers:
         painted = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 0))
@@ -168,6 +174,7 @@ def union(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def _control(name: str, count: int, labels: list[str] | None) -> Control:
+    """Return the control of a condition with `count` values; labels or numbers, and yes or no for an attribute."""
     group = next((group for group, names in GROUPS.items() if name in names), OTHERS)
     if labels:
         values: list[tuple[str, AttributeValue]] = [(label, number) for number, label in enumerate(labels)]
@@ -179,6 +186,8 @@ def _control(name: str, count: int, labels: list[str] | None) -> Control:
 
 
 def _options(settings: Settings, on_step: OnStep) -> dict[str, Any]:
+    """Return the keywords that all of the pipelines' calls have; `on_step` gets the step and the number of steps."""
+
     def callback(pipeline: LatentDiTPipeline, step: int, _timestep: Any, tensors: dict) -> dict:
         on_step(step + 1, pipeline.num_timesteps)
         return tensors

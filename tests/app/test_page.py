@@ -22,7 +22,7 @@ FLAGS = [
     # The page must work where no name can be looked up.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
-# The command, in a process that says when anything of it reaches for another machine.
+# The command, in a process that prints when any of its code connects to another machine.
 SERVER = """
 import ipaddress, signal, sys
 
@@ -34,19 +34,19 @@ def watch(event, args):
             print("OUTSIDE", event, host, flush=True)
 
 sys.addaudithook(watch)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start with &
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells disable it for what they start with &
 from dit_hf.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
-# Whether there are so many images, all of them loaded, of the model's size.
+# Check that there are `count` images, all loaded and of the model's size.
 SHOWN = """([selector, count]) => {
     const images = [...document.querySelectorAll(selector)]
     return images.length === count && images.every(image => image.naturalWidth === 16)
 }"""
 
 
-def test_what_cannot_be_served_is_one_line(capsys, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_served_is_one_line(capsys, tmp_path, monkeypatch):
     assert main(["app", str(tmp_path / "nowhere")]) == 1
     err = capsys.readouterr().err
     assert "nowhere: no pipeline could be loaded" in err
@@ -78,7 +78,7 @@ def serving(model, log):
 
 @contextlib.contextmanager
 def browsing(folder, url):
-    """A page of a Chromium with an empty profile, and a list of what it asked of others than the app."""
+    """A page of a Chromium with an empty profile, and a list of its requests to other hosts than the app."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
             folder, executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1360, "height": 950}
@@ -94,7 +94,7 @@ def browsing(folder, url):
 
 
 @pytest.mark.slow
-def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
+def test_a_person_generates_edits_and_inpaints_in_a_browser(tmp_path):
     if CHROMIUM is None:
         reason = "there is no chromium on this machine"
         (pytest.fail if os.environ.get("DIT_HF_BROWSER") == "required" else pytest.skip)(reason)
@@ -107,7 +107,7 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
         assert listening == {"127.0.0.1"}
         with browsing(tmp_path / "profile", url) as (page, outside):
 
-            def pictures(click, gallery, count):
+            def images(click, gallery, count):
                 page.click(click)
                 page.wait_for_function(SHOWN, arg=[f"{gallery} .grid-container img", count])
                 return page.locator(f"{gallery} .grid-container img").first.get_attribute("src")
@@ -115,35 +115,35 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
             def choose(name, word):
                 page.locator("fieldset.choice", has_text=name).get_by_text(word, exact=True).click()
 
-            # 1. Attributes are chosen, images drawn by a click; another click draws others.
+            # 1. Choose attributes and generate images by a click; another click generates others.
             expect(page).to_have_title("dit_hf: model")
             expect(page.locator("#draw")).to_be_visible()
             choose("Smiling", "no")
-            expect(page.get_by_text("Asked for: not Smiling")).to_be_visible()
-            first = pictures("#draw", "#drawn", 8)
-            seed = page.get_by_label("Seed").input_value()
+            expect(page.get_by_text("Requested: not Smiling")).to_be_visible()
+            first = images("#draw", "#drawn", 8)
+            seed = page.get_by_label("Seed", exact=True).input_value()
             page.screenshot(path=tmp_path / "draw.png")
             page.click("#draw")
-            expect(page.get_by_label("Seed")).not_to_have_value(seed)
+            expect(page.get_by_label("Seed", exact=True)).not_to_have_value(seed)
             expect(page.locator("#drawn .grid-container img").first).not_to_have_attribute("src", first)
-            # 2. A drawn one is varied; then one's own, with attributes changed.
-            page.get_by_text("Change the chosen one").click()
-            pictures("#change", "#changed", 9)
+            # 2. Vary a generated image; then upload one and edit its attributes.
+            page.get_by_text("Edit the selected image").click()
+            images("#change", "#changed", 9)
             page.locator("#upload input[type=file]").set_input_files(tmp_path / "good.png")
-            page.get_by_text("Change attributes", exact=True).click()
-            pictures("#change", "#changed", 2)
-            # 3. What is no image gets a message.
+            page.get_by_text("Edit attributes", exact=True).click()
+            images("#change", "#changed", 2)
+            # 3. Upload a file that is not an image.
             page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")
-            expect(page.get_by_text("bad.png is no image that can be opened").first).to_be_visible()
+            expect(page.get_by_text("bad.png cannot be opened as an image").first).to_be_visible()
             expect(page.locator("#upload img")).to_have_count(0)
             page.screenshot(path=tmp_path / "change.png")
-            # 4. Painting: without a stroke a message, with one new images.
-            page.get_by_role("tab", name="New images").click()
-            page.get_by_text("Paint on the chosen one").click()
+            # 4. Inpaint: a message without a stroke, new images with one.
+            page.get_by_role("tab", name="Generate").click()
+            page.get_by_text("Inpaint the selected image").click()
             expect(page.locator("#editor canvas").first).to_be_visible()
-            page.wait_for_timeout(1500)  # the canvas settles; it says so nowhere
+            page.wait_for_timeout(1500)  # the canvas settles, without any sign in the page
             page.click("#inpaint")
-            expect(page.get_by_text("paint over the part").first).to_be_visible()
+            expect(page.get_by_text("paint over the part of the image").first).to_be_visible()
             box = page.locator("#editor canvas").first.bounding_box()
             x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
             page.mouse.move(x - 60, y)
@@ -151,7 +151,7 @@ def test_a_person_draws_changes_and_paints_in_a_browser(tmp_path):
             page.mouse.move(x + 60, y, steps=12)
             page.mouse.up()
             page.wait_for_timeout(500)
-            pictures("#inpaint", "#painted", 8)
+            images("#inpaint", "#painted", 8)
             page.screenshot(path=tmp_path / "paint.png")
             assert outside == []
         server.send_signal(signal.SIGINT)

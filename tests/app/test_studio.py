@@ -15,7 +15,7 @@ def nothing(_step, _total):
     pass
 
 
-def picture(seed=0, size=(16, 16)):
+def random_image(seed=0, size=(16, 16)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -30,7 +30,7 @@ def test_conditions_become_controls_that_can_be_left_open():
     labels = {"class": ["cat", "any", "owl"]}
     pipeline = LatentDiTPipeline(transformer, CosineLatentScheduler(), tiny_vae(), condition_labels=labels)
     controls = {control.name: control for control in Studio(pipeline).controls}
-    # Known attributes first and by group, the others in the model's order.
+    # CelebA's attributes first and by group, the others in the model's order.
     assert list(controls) == ["Smiling", "Bald", "class", "Tall", "age"]
     assert [control.group for control in controls.values()] == ["Face", "Hair", "Others", "Others", "Others"]
     assert controls["Smiling"].values == [("any", None), ("yes", True), ("no", False)]
@@ -41,7 +41,7 @@ def test_conditions_become_controls_that_can_be_left_open():
         assert len({tuple(row.tolist()) for row in ids}) == len(control.values)
 
 
-def test_pictures_are_a_function_of_seed_and_place_and_show_their_steps():
+def test_images_are_a_function_of_seed_and_number_and_report_their_steps():
     pipeline, steps = tiny_pipeline(), []
     studio = Studio(pipeline)
     images = studio.generate({"Smiling": True}, QUICK, lambda *step: steps.append(step))
@@ -54,8 +54,8 @@ def test_pictures_are_a_function_of_seed_and_place_and_show_their_steps():
     assert not np.array_equal(arrays(free), arrays(images))
 
 
-def test_a_picture_is_varied_from_what_it_is_to_what_it_is_not():
-    studio, image = Studio(tiny_pipeline()), picture()
+def test_an_image_is_varied_by_the_strength():
+    studio, image = Studio(tiny_pipeline()), random_image()
     kept = studio.vary(image, {}, 0.0, QUICK, nothing)
     assert len(kept) == 3
     reconstructed = studio.img2img(image=image, strength=0.0).images[0]
@@ -65,7 +65,7 @@ def test_a_picture_is_varied_from_what_it_is_to_what_it_is_not():
 
 
 def test_an_edit_needs_something_to_change_and_repeats_itself():
-    studio, image = Studio(tiny_pipeline()), picture()
+    studio, image = Studio(tiny_pipeline()), random_image()
     first, second = (studio.edit(image, {"Smiling": True}, 1.0, QUICK, nothing) for _ in range(2))
     assert len(first) == 1
     assert np.array_equal(arrays(first), arrays(second))
@@ -74,8 +74,8 @@ def test_an_edit_needs_something_to_change_and_repeats_itself():
         studio.edit(image, {}, 1.0, QUICK, nothing)
 
 
-def test_only_what_is_painted_over_changes():
-    studio, image = Studio(tiny_pipeline()), picture()
+def test_only_the_painted_part_changes():
+    studio, image = Studio(tiny_pipeline()), random_image()
     layer = Image.new("RGBA", (16, 16))
     ImageDraw.Draw(layer).rectangle((0, 0, 7, 15), fill=(200, 0, 80, 255))
     mask = union([layer, Image.new("RGBA", (16, 16))], image.size)
@@ -90,7 +90,7 @@ def test_only_what_is_painted_over_changes():
 
 def test_uploads_are_turned_cropped_and_refused(tmp_path):
     studio = Studio(tiny_pipeline())
-    turned = picture(size=(40, 20))
+    turned = random_image(size=(40, 20))
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter
     turned.save(tmp_path / "turned.png", exif=exif)
