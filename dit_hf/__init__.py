@@ -21,7 +21,7 @@ __all__ = [
     "open_images",
 ]
 
-# diffusers looks the classes of a saved pipeline up in its own module; there a plain `from_pretrained` finds ours.
+# diffusers looks up the classes of a saved pipeline in its own module: with ours there, `from_pretrained` finds them.
 for _class in (
     CosineLatentScheduler,
     LatentDiTEditPipeline,

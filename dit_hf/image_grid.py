@@ -1,4 +1,4 @@
-"""Image grids of images: grids with captions, as people look at them."""
+"""Image grids with captions and a title."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .storage import new_file
 
-_INK, _PAPER, _GAP = "#22272e", "#ffffff", 6
+_TEXT_COLOR, _BACKGROUND = "#22272e", "#ffffff"
+_GAP = 6  # between images, in pixels
+_LINE_HEIGHT, _TITLE_HEIGHT = 13, 28
 
 
 def make_grid(
@@ -18,44 +20,55 @@ def make_grid(
     title: str | None = None,
     min_side: int = 0,
 ) -> Image.Image:
-    """A grid of images of one size, row by row.
+    """Return a grid of images of one size, row by row.
 
     Args:
-        images: The images.
-        columns: How many stand side by side.
-        captions: One text an image, drawn below it; a line break begins a new line.
+        images: The images, at least one.
+        columns: Number of images in a row.
+        captions: One text an image, written below it; a line break begins a new line.
         title: A line above the grid.
         min_side: Images narrower than this many pixels are enlarged by a whole factor.
     """
+    # 1. Measure: all cells are as high as the caption with the most lines.
     factor = max(1, -(-min_side // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
     font, title_font = ImageFont.load_default(11), ImageFont.load_default(16)
     lines = max((caption.count("\n") + 1 for caption in captions), default=0) if captions else 0
-    cell_width, cell_height = width + _GAP, height + _GAP + 13 * lines
-    top = 28 if title else _GAP
+    cell_width, cell_height = width + _GAP, height + _GAP + _LINE_HEIGHT * lines
+    top = _TITLE_HEIGHT if title else _GAP
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * cell_width + _GAP, top + rows * cell_height), _PAPER)
-    pen = ImageDraw.Draw(sheet)
+
+    # 2. Write the title, and paste the images with their captions.
+    grid = Image.new("RGB", (columns * cell_width + _GAP, top + rows * cell_height), _BACKGROUND)
+    canvas = ImageDraw.Draw(grid)
     if title:
-        pen.text((_GAP, 5), title, _INK, title_font)
+        canvas.text((_GAP, 5), title, _TEXT_COLOR, title_font)
     for index, image in enumerate(images):
         x, y = _GAP + index % columns * cell_width, top + index // columns * cell_height
-        sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (x, y))
+        grid.paste(image.resize((width, height), Image.Resampling.BICUBIC), (x, y))
         if captions:
-            pen.multiline_text((x + width / 2, y + height + 1), captions[index], _INK, font, "ma", 2, "center")
-    return sheet
+            canvas.multiline_text(
+                (x + width / 2, y + height + 1),
+                captions[index],
+                _TEXT_COLOR,
+                font,
+                anchor="ma",  # the middle of the text's top is at this point
+                spacing=2,
+                align="center",
+            )
+    return grid
 
 
-def save_grid(sheet: Image.Image, path: Path) -> None:
-    """Save as PNG in one step, so that nobody opens half an image; makes the folder."""
+def save_grid(grid: Image.Image, path: Path) -> None:
+    """Save a grid as PNG, with its folder, in one step, so that no viewer opens half an image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as partial:
-        sheet.save(partial, "png")
+        grid.save(partial, "png")
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two image grids side by side."""
-    sheet = Image.new("RGB", (left.width + 3 * _GAP + right.width, max(left.height, right.height)), _PAPER)
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width + 3 * _GAP, 0))
-    return sheet
+    """Return two image grids side by side as one image."""
+    both = Image.new("RGB", (left.width + 3 * _GAP + right.width, max(left.height, right.height)), _BACKGROUND)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + 3 * _GAP, 0))
+    return both

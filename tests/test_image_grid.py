@@ -6,18 +6,20 @@ from dit_hf.image_grid import make_grid, save_grid, side_by_side
 COLORS = ["red", "lime", "blue", "yellow", "magenta"]
 
 
-def test_pictures_stand_row_by_row_with_captions_below(tmp_path):
+def test_images_are_placed_row_by_row_with_captions_below(tmp_path):
     images = [Image.new("RGB", (10, 8), color) for color in COLORS]
-    sheet = make_grid(images, columns=3, captions=list("abcde"), title="five", min_side=30)
-    pixels = np.asarray(sheet)
-    found = [tuple(int(v) for v in np.argwhere((pixels == image.getpixel((0, 0))).all(-1)).min(0)) for image in images]
-    assert found == sorted(found)
-    tops, lefts = zip(*found, strict=True)
+    grid = make_grid(images, columns=3, captions=list("abcde"), title="five", min_side=30)
+    pixels = np.asarray(grid)
+    corners = [
+        tuple(int(v) for v in np.argwhere((pixels == image.getpixel((0, 0))).all(-1)).min(0)) for image in images
+    ]
+    assert corners == sorted(corners)
+    tops, lefts = zip(*corners, strict=True)
     assert tops[0] == tops[1] == tops[2] < tops[3] == tops[4]
     assert lefts[0] == lefts[3] < lefts[1] == lefts[4] < lefts[2]
     assert sum((pixels == images[0].getpixel((0, 0))).all(-1).ravel()) == 30 * 24
     below = pixels[tops[0] + 24 : tops[3], lefts[0] : lefts[0] + 30]
     assert (below < 128).any()
-    save_grid(side_by_side(sheet, sheet), tmp_path / "new" / "sheet.png")
-    assert Image.open(tmp_path / "new" / "sheet.png").width > 2 * sheet.width
+    save_grid(side_by_side(grid, grid), tmp_path / "new" / "sheet.png")
+    assert Image.open(tmp_path / "new" / "sheet.png").width > 2 * grid.width
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
