@@ -1,4 +1,4 @@
-"""What one checkpoint of the reference size costs, beside only writing as many bytes to the same disk.
+"""Cost of one checkpoint of the reference size, compared with merely writing as many bytes to the same disk.
 
 python benchmarks/checkpoint.py [--json FILE] [--scratch DIR]     (about two minutes, 9 GB of disk below --scratch)
 """
@@ -39,10 +39,11 @@ def main() -> None:
 
 def measure(folder: Path) -> dict[str, Any]:
     trainer = reference(folder)
-    trainer.step(0)
+    trainer.step(0)  # allocates the optimizer's moments
     run = folder / "run"
     run.mkdir()
     size = trainer.tensors.bytes()
+    # Random bytes, which no file system compresses.
     payload = os.urandom(2**24) * -(-size // 2**24)
     times: dict[str, list[float]] = {"gather": [], "save": [], "write_only": [], "check": [], "load": []}
     for step in range(1, ROUNDS + 1):
@@ -66,8 +67,10 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def reference(folder: Path) -> Trainer:
-    """A run of the reference size on latents [4, 32, 32]."""
-    prepare_latents(str(folder / "latents"), "avatars", "avatar", "128", num_images=64)
+    """Build a trainer of the reference size on latents [4, 32, 32]."""
+    prepare_latents(
+        source="avatars", vae="avatar", resolution="128", num_images=64, output_dir=str(folder / "latents")
+    )
     return Trainer(
         Config(
             data=DataConfig(latents=str(folder / "latents")),
@@ -84,9 +87,9 @@ def reference(folder: Path) -> Trainer:
 def seconds(work: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def write(path: Path, payload: bytes) -> None:

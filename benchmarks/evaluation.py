@@ -1,8 +1,8 @@
-"""Do the figures of `dit-hf evaluate` say what a person sees? Avatars beside avatars that were spoilt in known ways.
+"""Check that the figures of `dit-hf evaluate` agree with what a person sees: avatars against distorted avatars.
 
-Reference: N avatars of the embedded data set. Beside them the next N, and these blurred, with noise, without colours,
-in few colours, and 50 of them repeated: the two disjoint halves must be nearest, and more of one fault further. The
-floor of every model that is measured with the same N is that of the two halves.
+The reference is N avatars of the embedded data set. Compared with it are the next N, and these blurred, with noise, in
+grey, in few colours, and 50 of them repeated. The two disjoint halves must be nearest, and a stronger distortion must
+be further away. The distance of the two halves is the floor of every model measured with the same N.
 
     python benchmarks/evaluation.py --json benchmarks/results/evaluation.json
 """
@@ -30,15 +30,15 @@ RESOLUTION = 64
 def noise(deviation: float) -> Callable[[Image.Image], Image.Image]:
     rng = np.random.default_rng(0)
 
-    def spoil(picture: Image.Image) -> Image.Image:
-        values = np.asarray(picture) + rng.normal(0, deviation, (RESOLUTION, RESOLUTION, 3))
+    def distort(image: Image.Image) -> Image.Image:
+        values = np.asarray(image) + rng.normal(0, deviation, (RESOLUTION, RESOLUTION, 3))
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
-    return spoil
+    return distort
 
 
-# In each line, more of one fault from left to right.
-FAULTS: list[dict[str, Callable[[Image.Image], Image.Image]]] = [
+# In each line one distortion, stronger from left to right.
+DISTORTIONS: list[dict[str, Callable[[Image.Image], Image.Image]]] = [
     {f"blur of {radius:g} px": lambda p, r=radius: p.filter(ImageFilter.GaussianBlur(r)) for radius in (0.5, 1, 2)},
     {f"noise of sd {deviation}": noise(deviation) for deviation in (4, 12, 36)},
     {f"{2**bits} levels a colour": lambda p, b=bits: ImageOps.posterize(p, b) for bits in (4, 3, 2)},
@@ -57,12 +57,12 @@ def main() -> None:
     reference = features(net, [images[i] for i in range(count)])
     others = [images[i] for i in range(count, 2 * count)]
     rows = {"other avatars (the floor)": figures(features(net, others), reference)}
-    pictures = open_reference_images("avatars", str(RESOLUTION), num_images=2 * count)
-    rebuild = reconstruction_reader(pictures, load_vae("avatar"))
+    reference_images = open_reference_images("avatars", str(RESOLUTION), num_images=2 * count)
+    rebuild = reconstruction_reader(reference_images, load_vae("avatar"))
     rebuilt = [net(rebuild(range(start, min(start + 50, 2 * count)))) for start in range(count, 2 * count, 50)]
     rows["the bundled VAE's reconstructions"] = figures(np.concatenate(rebuilt), reference)
-    for fault in FAULTS:
-        rows |= {name: figures(features(net, map(spoil, others)), reference) for name, spoil in fault.items()}
+    for distortion in DISTORTIONS:
+        rows |= {name: figures(features(net, map(distort, others)), reference) for name, distort in distortion.items()}
     few = features(net, others[:50])
     rows["50 avatars repeated"] = figures(few[np.arange(count) % 50], reference)
     result = {
@@ -73,7 +73,9 @@ def main() -> None:
         "resolution": RESOLUTION,
         "features": net.identity(),
         "grows_with_every_fault": all(
-            distance(rows, less) < distance(rows, more) for fault in FAULTS for less, more in pairwise(fault)
+            distance(rows, less) < distance(rows, more)
+            for distortion in DISTORTIONS
+            for less, more in pairwise(distortion)
         ),
         "floor_is_lowest": min(rows, key=lambda name: distance(rows, name)) == "other avatars (the floor)",
         "rows": rows,
@@ -88,15 +90,15 @@ def distance(rows: dict[str, dict[str, float]], name: str) -> float:
     return rows[name]["frechet_distance"]
 
 
-def features(net, pictures) -> np.ndarray:
-    stacked = np.stack([np.asarray(picture) for picture in pictures])
+def features(net, images) -> np.ndarray:
+    stacked = np.stack([np.asarray(image) for image in images])
     return np.concatenate([net(stacked[start : start + 50]) for start in range(0, len(stacked), 50)])
 
 
 def figures(some: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    found = measure(some, reference, Gaussian.of(reference))
+    measured = measure(some, reference, Gaussian.of(reference))
     names = ("frechet_distance", "standard_error", "kid", "precision", "recall")
-    return {name: float(f"{found[name]:.5g}") for name in names}
+    return {name: float(f"{measured[name]:.5g}") for name in names}
 
 
 if __name__ == "__main__":

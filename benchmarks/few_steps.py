@@ -4,8 +4,8 @@ python benchmarks/few_steps.py MODEL [--num_images 500] [--work DIR] [--json FIL
 python benchmarks/few_steps.py MODEL --num_images 2000 \\
     --samplers 'DPM-Solver++ 2M (default)' --steps 20 250                                (an hour on 2 cores)
 
-MODEL was trained on avatars at 64 px. All draw from the same noises, asked for the attributes of the avatars they are
-compared with. What was drawn is kept in DIR, so that a call that was killed goes on; several calls, or
+MODEL was trained on avatars at 64 px. All samplers start from the same noise and get the attributes of the avatars
+that they are compared with. Features are kept in DIR, so that a killed call is resumed; several calls, or
 `torchrun --nproc_per_node 2`, share the work.
 """
 
@@ -54,29 +54,30 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/few_steps.json"))
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/few_steps.png"))
     options = parser.parse_args()
-    pictures, labels = avatars(UNSEEN, options.num_images)
+    images, labels = avatars(UNSEEN, options.num_images)
     net, rows = load_features("efficientnet-lite0"), rows_of(labels)
     work = options.work / f"{Path(options.model).name}-{options.num_images}-{options.dtype}"
 
-    def real(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        return pictures[places], np.asarray(places)
+    def read_real(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return images[numbers], np.asarray(numbers)
 
     count = range(options.num_images)
-    reference = collect(work / "real", net, real, count, BATCH, {"seed": UNSEEN}, "real").features
+    reference = collect(work / "real", net, read_real, count, BATCH, {"seed": UNSEEN}, "real").features
     table = []
     for sampler in options.samplers:
         for steps in options.steps:
             if steps > MANY and SAMPLERS[sampler][0] is not CosineLatentScheduler:
-                continue  # they all end at the same place
+                continue  # with many steps all samplers give the same images
             pipeline = pipeline_with(options, sampler)
             entry = {"sampler": sampler, "steps": steps}
             identity = {**entry, "model_sha256": model_sha256(pipeline)}
 
-            def drawn(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-                return generate_images(pipeline, places, rows, 0, num_inference_steps=steps), np.asarray(places)  # noqa: B023
+            def generate(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+                return generate_images(pipeline, numbers, rows, 0, num_inference_steps=steps), np.asarray(numbers)  # noqa: B023
 
             folder = work / f"{sampler}-{steps}".replace(" ", "-")
-            features = collect(folder, net, drawn, count, BATCH, identity, f"{sampler}, {steps} steps").features
+            features = collect(folder, net, generate, count, BATCH, identity, f"{sampler}, {steps} steps").features
+            # Heun evaluates the model twice a step, but once in the last.
             evaluations = 2 * steps - 1 if sampler == "Heun" else steps
             distance = round(frechet_distance(features, reference), 1)
             table.append({**entry, "evaluations": evaluations, "frechet_distance": distance})

@@ -1,4 +1,4 @@
-"""Images a second of the training step against batch and tokens, beside the best rate of arithmetic throughout.
+"""Images a second of the training step against batch size and tokens, compared with a constant arithmetic rate.
 
 python benchmarks/growth.py [--size tiny] [--json FILE] [--plot FILE]          (about five minutes on 2 cores)
 """
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def point(options: argparse.Namespace, scratch: Path, batch: int, side: int) -> dict[str, Any]:
-    """The median step of a batch of latents [4, side, side]."""
+    """Return the median speed of a step on a batch of latents [4, side, side]."""
     folder = scratch / f"latents-{side}"
     if not folder.exists():
         prepare(folder, side)
@@ -72,21 +72,21 @@ def point(options: argparse.Namespace, scratch: Path, batch: int, side: int) -> 
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Both curves, and the lines of the best rate of arithmetic seen in each."""
+    """Plot both curves, and for each the line of its best arithmetic rate."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, name, x in ((left, "by_batch", "batch"), (right, "by_tokens", "tokens")):
         points = result[name]
-        places = [entry[x] for entry in points]
+        xs = [entry[x] for entry in points]
         best = max(entry["gflops"] for entry in points)
         ideal = [entry["images_per_second"] * best / entry["gflops"] for entry in points]
-        axes.plot(places, ideal, "--", color="#9aa5b1", label=f"at {best:g} GFLOP/s throughout")
-        axes.plot(places, [entry["images_per_second"] for entry in points], "o-", color="#2b6cb0", label="measured")
+        axes.plot(xs, ideal, "--", color="#9aa5b1", label=f"at {best:g} GFLOP/s throughout")
+        axes.plot(xs, [entry["images_per_second"] for entry in points], "o-", color="#2b6cb0", label="measured")
         for entry in points:
-            place = (entry[x], entry["images_per_second"])
-            axes.annotate(f"{entry['gflops']:.0f}", place, xytext=(4, -12), textcoords="offset points")
+            position = (entry[x], entry["images_per_second"])
+            axes.annotate(f"{entry['gflops']:.0f}", position, xytext=(4, -12), textcoords="offset points")
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel="images a second")
-        axes.set_xticks(places, [str(place) for place in places])
+        axes.set_xticks(xs, [str(value) for value in xs])
         axes.minorticks_off()
         axes.grid(visible=True, alpha=0.25)
         axes.legend()

@@ -1,4 +1,4 @@
-"""Our Inception-v3 with its TensorFlow 1 resize beside torch-fidelity's own forward, with the same random weights.
+"""Our Inception-v3 with its TensorFlow 1 resize against torch-fidelity's own network, with the same random weights.
 
 Only torch-fidelity's network is imported, not its package, which needs torchvision:
 
@@ -52,6 +52,7 @@ def main() -> None:
 
 
 def torch_fidelity() -> types.ModuleType:
+    """Import the module of torch-fidelity's network without its package, whose `__init__` imports torchvision."""
     spec = importlib.util.find_spec("torch_fidelity")
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(spec.submodule_search_locations)
@@ -60,7 +61,7 @@ def torch_fidelity() -> types.ModuleType:
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """Weights under which no layer fades or explodes, and statistics of normalisation that differ from 0 and 1."""
+    """Return weights that keep the scale of every layer, with batch statistics that differ from 0 and 1."""
     torch.manual_seed(0)
     network = FIDInception()
     for module in network.modules():

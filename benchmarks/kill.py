@@ -1,10 +1,10 @@
-"""A training run killed with SIGKILL at random moments, beside one left alone: do they end with the same bits?
+"""Check that a training run killed with SIGKILL at random moments ends with the same bits as an undisturbed one.
 
 python benchmarks/kill.py [--kills 100] [--json FILE]         (100 kills: about ten minutes on 2 cores)
 python benchmarks/kill.py --gpu [--json FILE]                 (one GPU, fp16, the reference size: under ten minutes)
 
-Compared are weights, average and optimizer of the last checkpoint, bit by bit, and the log, but for the columns that
-tell speed and memory. Ends with 1 where they differ.
+It compares weights, EMA and optimizer of the last checkpoint, bit by bit, and the log except for its columns of speed
+and memory. The exit code is 1 if they differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the moments.")
     options = parser.parse_args()
     kills = options.kills or (3 if options.gpu else 100)
     path = options.json or Path(f"benchmarks/results/kill{'-gpu' if options.gpu else ''}.json")
@@ -93,27 +93,34 @@ def reference(scratch: Path) -> Config:
     )
 
 
-def cache(scratch: Path, pictures: int, resolution: str) -> str:
+def cache(scratch: Path, num_images: int, resolution: str) -> str:
     folder = scratch / "latents"
-    prepare_latents(str(folder), "avatars", "avatar", resolution, flip=True, num_images=pictures)
+    prepare_latents(
+        source="avatars",
+        vae="avatar",
+        resolution=resolution,
+        flip=True,
+        num_images=num_images,
+        output_dir=str(folder),
+    )
     return str(folder)
 
 
 def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
-    """Train once undisturbed, then with `kills` kills (as many runs as it takes), and compare each run's end."""
+    """Train once undisturbed, then with `kills` kills in as many runs as needed, and compare the end of each run."""
     rng, whole, end = random.Random(seed), Path(config.train.output_dir), f"checkpoint-{config.train.max_train_steps}"
     seconds = launch(config, None)
     ends = {"same_bits": True, "same_log": True}
-    struck: list[dict[str, Any]] = []
+    killed: list[dict[str, Any]] = []
     runs = 0
-    while len(struck) < kills:
+    while len(killed) < kills:
         runs += 1
         config.train.output_dir = str(whole.with_name(f"killed-{runs}"))
         config.train.resume_from_checkpoint = "latest"
         run = Path(config.train.output_dir)
-        # Several kills in a run, each after a share of the time that the rest of it would take.
-        while len(struck) < kills and launch(config, rng.uniform(0.05, 0.4) * seconds) is None:
-            struck.append(found(run))
+        # Several kills in a run, each after a share of the time that a whole run takes.
+        while len(killed) < kills and launch(config, rng.uniform(0.05, 0.4) * seconds) is None:
+            killed.append(state_after_kill(run))
         launch(config, None)
         ends["same_bits"] &= all(sha256(run / end / name) == sha256(whole / end / name) for name in FILES)
         ends["same_log"] &= log(run) == log(whole)
@@ -126,9 +133,9 @@ def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
         "checkpointing_steps": config.train.checkpointing_steps,
         "unbroken_seconds": round(seconds or 0, 1),
         "runs": runs,
-        "kills": len(struck),
-        "kills_before_the_first_checkpoint": sum(each["checkpoint"] is None for each in struck),
-        "kills_while_saving": sum(each["saving"] for each in struck),
+        "kills": len(killed),
+        "kills_before_the_first_checkpoint": sum(each["checkpoint"] is None for each in killed),
+        "kills_while_saving": sum(each["saving"] for each in killed),
         "last_loss": float(read_log(whole)[-1]["loss"]),
         "loss_scale": [value for i, value in enumerate(history) if not i or value != history[i - 1]],
         **ends,
@@ -136,8 +143,8 @@ def compare(config: Config, kills: int, seed: int) -> dict[str, Any]:
 
 
 def launch(config: Config, limit: float | None) -> float | None:
-    """Train in a process of its own, killed after `limit` seconds; the seconds it took, or None if it was killed."""
-    # Its children begin with everything imported, so that the time goes to training.
+    """Train in a new process that is killed after `limit` seconds; return its seconds, or None if it was killed."""
+    # A fork server has everything imported already, so that the time is spent on training.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dit_hf.training.trainer"])
     process = context.Process(target=train, args=(config,))
@@ -155,10 +162,13 @@ def launch(config: Config, limit: float | None) -> float | None:
     return time.monotonic() - started
 
 
-def found(run: Path) -> dict[str, Any]:
-    """What a kill left: the last checkpoint, and whether another was being written."""
-    standing = RunFolder(run).checkpoints()
-    return {"checkpoint": standing[-1].name if standing else None, "saving": bool(list(run.glob(".checkpoint-*")))}
+def state_after_kill(run: Path) -> dict[str, Any]:
+    """Return the last checkpoint that a kill left, and whether another was being written."""
+    checkpoints = RunFolder(run).checkpoints()
+    return {
+        "checkpoint": checkpoints[-1].name if checkpoints else None,
+        "saving": bool(list(run.glob(".checkpoint-*"))),
+    }
 
 
 def log(run: Path) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Speed of the latent cache: building it beside the bare VAE, reading it beside other ways to keep latents.
+"""Speed of the latent cache: building it against the bare VAE, reading it against other ways to store latents.
 
 python benchmarks/latents.py [--json FILE]    (about ten minutes on 2 cores, 10 GB of disk below --scratch)
 """
@@ -47,7 +47,7 @@ def main() -> None:
                 "bundled VAE, 64 px": time_build(folder, load_vae("avatar"), 64, 2048, 64, 5),
             },
             "read": time_reads(folder),
-            "scale": look_at_scale(folder),
+            "scale": measure_scale(folder),
         }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -55,19 +55,19 @@ def main() -> None:
 
 
 def sd_shaped_vae() -> AutoencoderKL:
-    """The architecture of Stable Diffusion's VAE with random weights, which take the same time."""
+    """Build the architecture of Stable Diffusion's VAE with random weights, which are as fast as trained ones."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks).eval()
 
 
 def time_build(folder: Path, vae: AutoencoderKL, size: int, count: int, batch: int, rounds: int) -> dict:
-    """Images/s of decoding, encoding and writing shards from jpgs, and of the VAE alone on the same batches."""
-    pictures = folder / f"jpgs-{size}"
-    pictures.mkdir()
+    """Measure images/s of building shards from jpgs, and of the VAE alone on the same batches."""
+    images = folder / f"jpgs-{size}"
+    images.mkdir()
     for i in range(count):
-        render_face(choose_face(0, i), size).save(pictures / f"{i:05}.jpg", quality=95)
-    rows = open_source(str(pictures)).rows
+        render_face(choose_face(0, i), size).save(images / f"{i:05}.jpg", quality=95)
+    rows = open_source(str(images)).rows
     geometry, shape = Geometry((size, size), "center"), latent_shape(vae, (size, size))
     features = cache_features(rows, vae, shape, flip=False)
     vae = vae.to(memory_format=torch.channels_last)
@@ -77,7 +77,18 @@ def time_build(folder: Path, vae: AutoencoderKL, size: int, count: int, batch: i
     for turn in range(rounds):
         target = folder / f"built-{size}-{turn}"
         (target / "building").mkdir(parents=True)
-        job = Job(target, geometry, shape, False, True, features, count, batch, max(batch, count // 4), "0" * 64)
+        job = Job(
+            folder=target,
+            geometry=geometry,
+            latent_shape=shape,
+            flip=False,
+            hold_out=True,
+            features=features,
+            num_rows=count,
+            batch_size=batch,
+            shard_size=max(batch, count // 4),
+            sha256="0" * 64,
+        )
         started = time.perf_counter()
         list(ShardEncoder(job, rows, vae).encode_shards(job.unfinished()))
         built.append(count / (time.perf_counter() - started))
@@ -101,7 +112,7 @@ def random_latents(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def write_cache(folder: Path, rows: int) -> Path:
-    """A cache of random numbers in shards of 1,000 rows."""
+    """Write a cache of random numbers in shards of 1,000 rows."""
     latent = List(Value("float16"), length=int(np.prod(SHAPE)))
     features = {"id": Value("string"), "split": Value("string"), "latent_mean": latent, "latent_std": latent}
 
@@ -117,13 +128,13 @@ def write_cache(folder: Path, rows: int) -> Path:
     target = folder / f"latents-{rows}"
     made.save_to_disk(str(target), num_shards=max(1, rows // 1000))
     shutil.rmtree(folder / "cache")
-    facts = {"identity": {"format": FORMAT_VERSION}, "latent_shape": SHAPE, "conditions": {}}
-    write_manifest(target, "latents.json", **facts)
+    metadata = {"identity": {"format": FORMAT_VERSION}, "latent_shape": SHAPE, "conditions": {}}
+    write_manifest(target, "latents.json", **metadata)
     return target
 
 
 def time_reads(folder: Path, rows: int = 10_000, rounds: int = 7) -> dict:
-    """Latents/s of random batches of 200 as one contiguous fp16 array, all ways interleaved, page cache warm."""
+    """Measure latents/s of random batches of 200 as contiguous fp16 arrays, all ways in turn, with a warm cache."""
     latents = np.concatenate([random_latents(1000, shard) for shard in range(rows // 1000)])
     reader = LatentReader(write_cache(folder, rows))
     ours = reader.read
@@ -138,22 +149,22 @@ def time_reads(folder: Path, rows: int = 10_000, rounds: int = 7) -> dict:
     latents.tofile(folder / "latents.bin")
     memmap = np.memmap(folder / "latents.bin", np.float16, "r", shape=(rows, latents.shape[1]))
     ways = {
-        "dit_hf": lambda chosen: ours("latent_mean", chosen),
-        "datasets, torch format, Array3D": lambda chosen: torch_array[chosen]["latent"].half(),
-        "datasets, torch format, the cache's own List": lambda chosen: torch_list[chosen]["latent_mean"].half(),
-        "one .npy an image": lambda chosen: np.stack([np.load(folder / "npy" / f"{i}.npy") for i in chosen]),
-        "one np.memmap": lambda chosen: np.ascontiguousarray(memmap[chosen]),
+        "dit_hf": lambda rows_read: ours("latent_mean", rows_read),
+        "datasets, torch format, Array3D": lambda rows_read: torch_array[rows_read]["latent"].half(),
+        "datasets, torch format, the cache's own List": lambda rows_read: torch_list[rows_read]["latent_mean"].half(),
+        "one .npy an image": lambda rows_read: np.stack([np.load(folder / "npy" / f"{i}.npy") for i in rows_read]),
+        "one np.memmap": lambda rows_read: np.ascontiguousarray(memmap[rows_read]),
     }
     rng, rates = np.random.default_rng(0), {name: [] for name in ways}
     for turn in range(rounds + 1):
-        chosen = [rng.permutation(rows)[:BATCH] for _ in range(20)]
+        selections = [rng.permutation(rows)[:BATCH] for _ in range(20)]
         for name, read in ways.items():
             started = time.perf_counter()
-            for batch in chosen:
+            for batch in selections:
                 got = read(batch)
             if turn:  # the first round warms the page cache
-                rates[name].append(BATCH * len(chosen) / (time.perf_counter() - started))
-            assert np.array_equal(np.asarray(got).reshape(BATCH, -1), latents[chosen[-1]]), name
+                rates[name].append(BATCH * len(selections) / (time.perf_counter() - started))
+            assert np.array_equal(np.asarray(got).reshape(BATCH, -1), latents[selections[-1]]), name
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "latents/s": {name: round(rate) for name, rate in medians.items()},
@@ -162,7 +173,7 @@ def time_reads(folder: Path, rows: int = 10_000, rounds: int = 7) -> dict:
     }
 
 
-LOOK = """
+MEASURE = """
 import sys, time
 import numpy as np
 from dit_hf.latents.reader import LatentReader
@@ -180,10 +191,10 @@ print(len(reader), opened, before, anonymous())
 """
 
 
-def look_at_scale(folder: Path, rows: int = 200_000) -> dict:
-    """Seconds to open a cache of 200,000 rows, and anonymous memory after 200 batches of 200, in a fresh process."""
+def measure_scale(folder: Path, rows: int = 200_000) -> dict:
+    """Measure seconds to open a cache of 200,000 rows and memory after 200 batches, in a new process."""
     cache = write_cache(folder, rows)
-    command = [sys.executable, "-c", LOOK, str(cache)]
+    command = [sys.executable, "-c", MEASURE, str(cache)]
     line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     count, opened, before, after = (float(word) for word in line.split())
     size = sum(path.stat().st_size for path in cache.glob("*.arrow"))

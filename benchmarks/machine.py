@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""Name of the machine that a benchmark ran on."""
 
 import platform
 import re
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-PROCESSORS = Path("/proc/cpuinfo")  # Linux's, where platform.processor() has no name
+PROCESSORS = Path("/proc/cpuinfo")  # on Linux platform.processor() is often empty
 
 
 def machine() -> str:
-    """The GPU's name, or the processor's and how many threads torch uses."""
+    """Return the GPU's name, or the processor's and the number of torch's threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     named = re.search(r"model name\s*: (.+)", PROCESSORS.read_text()) if PROCESSORS.is_file() else None

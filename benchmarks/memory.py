@@ -1,11 +1,11 @@
-"""Memory that training takes, by size: what is kept for a parameter and for an image, and what batch fits a GPU.
+"""Memory of training by model size: bytes for a parameter and for an image, and the largest batch that fits a GPU.
 
 python benchmarks/memory.py [--json FILE]                     (a minute; nothing is allocated: tensors without content)
 
-By calculation: 22 bytes a parameter (weight, gradient, two moments, average in float32; a half-precision copy), and
-the tensors that autograd keeps of an image for the backward pass, counted as the model runs on fake tensors in half
-precision by autocast. The backward pass of a block is taken to need as much again as the block keeps; with gradient
-checkpointing that block's own tensors too. A tenth of the GPU's memory is left to context and allocator.
+A calculation: 22 bytes for each parameter (weight, gradient, two moments, EMA in float32; a half-precision copy), and
+the tensors that autograd saves of each image for the backward pass, counted while the model runs on fake tensors with
+autocast to half precision. The backward pass of a block is assumed to need as much again as the block saves; with
+gradient checkpointing also the block's own tensors. A tenth of the GPU's memory is left to context and allocator.
 """
 
 from __future__ import annotations
@@ -49,33 +49,37 @@ def main() -> None:
 
 
 def describe(size: str, latent: int) -> list[dict[str, Any]]:
-    """Two rows of the table: without and with gradient checkpointing."""
+    """Return two rows of the table: without and with gradient checkpointing."""
     with FakeTensorMode():
         model = LatentDiTTransformer2DModel(sample_size=latent, **PRESETS[size])
-        kept = bytes_a_picture(model, latent)
+        saved = bytes_per_image(model, latent)
         model.enable_gradient_checkpointing()
-        checkpointed = bytes_a_picture(model, latent)
+        checkpointed = bytes_per_image(model, latent)
     parameters = sum(p.numel() for p in model.parameters())
-    fixed, block = BYTES_A_PARAMETER * parameters, kept / len(model.transformer_blocks)
+    fixed, block = BYTES_A_PARAMETER * parameters, saved / len(model.transformer_blocks)
     return [
         {
             "size": size,
             "gradient_checkpointing": name,
             "parameters": parameters,
             "fixed_gb": round(fixed / 1e9, 2),
-            "mb_a_picture": round(picture / 1e6, 1),
-            "largest_batch": {f"{gpu} GB": max(0, int((gpu * 1e9 * (1 - SPARE) - fixed) / picture)) for gpu in GPUS},
+            "mb_a_picture": round(image / 1e6, 1),
+            "largest_batch": {f"{gpu} GB": max(0, int((gpu * 1e9 * (1 - SPARE) - fixed) / image)) for gpu in GPUS},
         }
-        for name, picture in ((False, kept + block), (True, checkpointed + 2 * block))
+        for name, image in ((False, saved + block), (True, checkpointed + 2 * block))
     ]
 
 
-def bytes_a_picture(model: torch.nn.Module, latent: int) -> float:
-    return (kept_bytes(model, latent, 3) - kept_bytes(model, latent, 1)) / 2
+def bytes_per_image(model: torch.nn.Module, latent: int) -> float:
+    # The difference of two batches leaves out what does not depend on the batch.
+    return (saved_bytes(model, latent, 3) - saved_bytes(model, latent, 1)) / 2
 
 
-def kept_bytes(model: torch.nn.Module, latent: int, batch: int) -> int:
-    """Bytes of the tensors that autograd keeps after a forward pass, each storage once, without the weights."""
+def saved_bytes(model: torch.nn.Module, latent: int, batch: int) -> int:
+    """Return the bytes that autograd saves in a forward pass, each storage once, without the weights.
+
+    `_cdata` and `torch._subclasses` are private to torch (read in 2.13).
+    """
     storages: dict[Any, int] = {}
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -83,7 +87,7 @@ def kept_bytes(model: torch.nn.Module, latent: int, batch: int) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             storages[storage._cdata] = storage.nbytes()
-            held.append(tensor)  # so that no storage is freed and its number given to another
+            held.append(tensor)  # a freed storage's address could be given to another
         return tensor
 
     held: list[torch.Tensor] = []

@@ -1,9 +1,9 @@
-"""What a run costs beside its steps: the trainer between two checkpoints, beside the same step on a batch at hand.
+"""Overhead of a run: the trainer between two checkpoints, against the same step on a batch that is already loaded.
 
 python benchmarks/overhead.py [--size tiny] [--batch 16] [--blocks 7] [--json FILE]
 
-Reader, log, progress and the watch for signals, against a batch that is already there; blocks of 50 steps of each in
-turn, in one process, with a row of the log in every block.
+The overhead is that of reader, log, progress bar and signal handling. Blocks of 50 steps of each alternate in one
+process, with a row of the log in every block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--size", default="reference" if CUDA else "tiny", choices=list(PRESETS))
     parser.add_argument("--batch", type=int, default=200 if CUDA else 16)
     parser.add_argument(
-        "--resolution", default="128" if CUDA else "64", help="Of the avatars; latents have a quarter."
+        "--resolution", default="128" if CUDA else "64", help="Of the avatars; the side of latents is a quarter."
     )
     parser.add_argument("--steps", type=int, default=50, help="Of a block.")
     parser.add_argument("--blocks", type=int, default=7)
@@ -47,22 +47,30 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    prepare_latents(str(scratch / "latents"), "avatars", "avatar", options.resolution, num_images=1_000, flip=True)
+    prepare_latents(
+        source="avatars",
+        vae="avatar",
+        resolution=options.resolution,
+        num_images=1_000,
+        flip=True,
+        output_dir=str(scratch / "latents"),
+    )
     run, bare = trainer(options, scratch / "run"), trainer(options, scratch / "bare").step
-    kept = bare.batches.get((0, 0), (0, 0))
-    bare.batches.get = lambda key, following: kept  # type: ignore[method-assign]
+    # The bare step gets the same batch every time.
+    batch = bare.batches.get((0, 0), (0, 0))
+    bare.batches.get = lambda key, following: batch  # type: ignore[method-assign]
     watched = Watched(run.step, bare, options.steps)
     run.step = watched  # type: ignore[assignment]
     run.fit(scratch / "run")
     whole, alone = watched.whole[1:], watched.alone[1:]  # the first block warms up
-    pictures = options.steps * options.batch
+    images = options.steps * options.batch
     return {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         **{name: getattr(options, name) for name in ("size", "batch", "resolution", "steps", "blocks")},
-        "trainer_images_per_second": round(pictures / statistics.median(whole), 1),
-        "bare_step_images_per_second": round(pictures / statistics.median(alone), 1),
+        "trainer_images_per_second": round(images / statistics.median(whole), 1),
+        "bare_step_images_per_second": round(images / statistics.median(alone), 1),
         "trainer_over_bare_step": round(statistics.median(a / w for w, a in zip(whole, alone, strict=True)), 4),
     }
 
@@ -90,13 +98,13 @@ def trainer(options: argparse.Namespace, run: Path) -> Trainer:
 
 
 class Watched:
-    """The trainer's step; after each block of them as many bare ones are taken, and both are timed."""
+    """The trainer's step, which after each block of steps takes as many bare ones, and times both."""
 
     def __init__(self, step: Any, bare: Any, length: int):
         self.step, self.bare, self.length = step, bare, length
         self.whole: list[float] = []
         self.alone: list[float] = []
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step, name)
@@ -104,11 +112,11 @@ class Watched:
     def __call__(self, step: int) -> torch.Tensor:
         if step and step % self.length == 0:
             now = synchronized()
-            self.whole.append(now - self.began)
+            self.whole.append(now - self.started)
             for i in range(self.length):
                 self.bare(step + i)
-            self.began = synchronized()
-            self.alone.append(self.began - now)
+            self.started = synchronized()
+            self.alone.append(self.started - now)
         return self.step(step)
 
 

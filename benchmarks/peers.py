@@ -1,8 +1,8 @@
-"""Other systems' models with a training step as their own scripts do it, for `train_step.py`.
+"""Models of other systems with the training step of their own scripts, for `train_step.py`.
 
-facebookresearch/DiT and fast-DiT are read from public checkouts; nothing of them is here. They need three layers of
-timm, which beside a CPU build of torch cannot be imported (it needs torchvision): then layers of the same arithmetic
-take their place.
+facebookresearch/DiT and fast-DiT are imported from public checkouts; none of their code is here. They need three
+layers of timm, which cannot be imported with a CPU build of torch (it needs torchvision): then layers with the same
+arithmetic replace them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PlainStep:
-    """Noise, forward, L1, backward, torch's AdamW, average; with autocast and a loss scale for fp16.
+    """A training step: noise, forward, L1, backward, torch's AdamW, EMA; with autocast, and a loss scale for fp16.
 
     Args:
-        model: On its device.
-        forward: Noisy latents, timesteps and labels to the prediction.
-        average: Takes in the weights after a step.
+        model: The model on its device.
+        forward: Maps noisy latents, timesteps and labels to the prediction.
+        update_ema: Updates the EMA after a step.
         sizes: Shape of the latents, [batch, channels, height, width].
         precision: `no`, `fp16` or `bf16`.
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward, average: Callable[[], None], sizes: tuple[int, ...], precision: str
+        self,
+        model: nn.Module,
+        forward: Forward,
+        update_ema: Callable[[], None],
+        sizes: tuple[int, ...],
+        precision: str,
     ):
-        self.model, self.forward, self.average, self.sizes = model, forward, average, sizes
+        self.model, self.forward, self.update_ema, self.sizes = model, forward, update_ema, sizes
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
         self.dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -61,11 +66,11 @@ class PlainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.average()
+        self.update_ema()
 
 
 def facebookresearch_dit(checkout: Path, preset: dict[str, int], sizes: tuple[int, ...], **place: Any) -> PlainStep:
-    """The model of a checkout's `models.py`, averaged weight by weight as its `train.py` does."""
+    """Build the step of a checkout's `models.py`, with the EMA updated weight by weight as in its `train.py`."""
     provide_timm_layers()
     spec = importlib.util.spec_from_file_location(
         f"models_of_{checkout.name.replace('-', '_')}", checkout / "models.py"
@@ -84,31 +89,31 @@ def facebookresearch_dit(checkout: Path, preset: dict[str, int], sizes: tuple[in
         num_classes=1,
         learn_sigma=False,
     ).to(place["device"])
-    averaged = deepcopy(model).requires_grad_(False)
+    ema = deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def average() -> None:
-        for mean, weight in zip(averaged.parameters(), model.parameters(), strict=True):
+    def update_ema() -> None:
+        for mean, weight in zip(ema.parameters(), model.parameters(), strict=True):
             mean.mul_(0.9999).add_(weight, alpha=1 - 0.9999)
 
-    return PlainStep(model, model, average, sizes, place["precision"])
+    return PlainStep(model, model, update_ema, sizes, place["precision"])
 
 
 def diffusers_dit(preset: dict[str, int], sizes: tuple[int, ...], **place: Any) -> PlainStep:
-    """diffusers' own DiT, with diffusers' own average."""
+    """Build the step of diffusers' DiT, with diffusers' EMA."""
     model = DiTTransformer2DModel(
         sample_size=sizes[-1], in_channels=sizes[1], out_channels=sizes[1], num_embeds_ada_norm=1000, **preset
     ).to(place["device"])
-    average = EMAModel(model.parameters(), decay=0.9999)
+    ema = EMAModel(model.parameters(), decay=0.9999)
 
     def forward(noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return model(noisy, timesteps, labels, return_dict=False)[0]
 
-    return PlainStep(model, forward, lambda: average.step(model.parameters()), sizes, place["precision"])
+    return PlainStep(model, forward, lambda: ema.step(model.parameters()), sizes, place["precision"])
 
 
 def provide_timm_layers() -> None:
-    """What DiT takes from timm, where timm itself is not to be had."""
+    """Provide the layers that DiT imports from timm, if timm cannot be imported."""
     with contextlib.suppress(ImportError, AttributeError):
         importlib.import_module("timm.models.vision_transformer")
         return

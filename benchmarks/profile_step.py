@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: kernels by kind, of the step that the trainer takes.
+"""Time of a training step by kind of kernel, for the step that the trainer takes.
 
 python benchmarks/profile_step.py [--size reference] [--batch 4] [--json FILE]         (a minute on 2 cores)
 
-On a CPU, beside the time that the step's matrix products alone would take at the ceiling of this machine: no step in
-the same precision is faster than that, however little else it does.
+On a CPU it also reports the time that the step's matrix products alone would take at the ceiling of this machine, the
+lower bound of any step in the same precision.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from train_step import CUDA, matmul_flops, ours, prepare, seconds
 from dit_hf.config import PRESETS
 from dit_hf.training.throughput import flops_per_image
 
-KINDS = {  # the first that fits
+KINDS = {  # parts of kernels' names; the first kind that matches counts
     "attention": ("attention", "flash", "fmha"),
     "average": ("lerp",),
     "optimizer": ("_fused_adamw", "multi_tensor_apply", "adam"),
@@ -80,7 +80,7 @@ def measure(step: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def kernels(recorded: profile) -> dict[str, float]:
-    """Time by name: of operators on a CPU; on a GPU of its kernels alone, which operators would count again."""
+    """Return the time by name: of operators on a CPU, of kernels on a GPU (whose operators would count them twice)."""
     events = recorded.key_averages()
     if CUDA:
         return {e.key: e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA}

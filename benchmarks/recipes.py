@@ -1,11 +1,11 @@
-"""A race of recipes: quality against images seen and against time, by the commands that a user has.
+"""A race of recipes: quality against images seen and against time, measured with the user's own commands.
 
 python benchmarks/recipes.py benchmarks/races/cpu.yaml [--minutes 50] [--only NAME ...]       (hours on 2 cores)
 
-A race's file says what is learned from, what is compared with, and who runs: recipes, each with its own number of
-images and its seeds. One without an `evaluation` has only what is measured while training. Results go by the race's
-name to benchmarks/results/, as JSON and table, those of an evaluation also as plot and as a row of faces a recipe.
-What is finished or on record there is not done again; a run that is stopped by `--minutes` goes on with the next call.
+A race's file defines the training data, the reference, and the contestants: recipes, each with its number of images
+and its seeds. A race without an `evaluation` has only the measurements taken during training. Results are written to
+benchmarks/results/ under the race's name as JSON and table; an evaluation adds a plot and a row of faces a recipe.
+Finished or recorded runs are not repeated; the next call resumes a run that `--minutes` has stopped.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def main() -> None:
     commands.run("prepare-latents", "--source", "avatars", "--vae", "avatar", output_dir=latents, **race["latents"])
     if "evaluation" in race:
         commands.run("reference", "avatars", output_dir=real, **race["reference"])
-        # What the cache decodes to is the best that any contestant can draw.
+        # The decoded cache is the best that any contestant can reach.
         count = race["reference"]["num_images"]
         commands.run("reference", str(latents), output_dir=folder / "reconstructed", num_images=count)
     for name, contestant in race["contestants"].items():
         for seed in contestant["seeds"]:
-            wanted = not options.only or name in options.only
-            if wanted and "frechet_distance" not in on_record(recorded, name, contestant["images"], seed):
+            selected = not options.only or name in options.only
+            if selected and "frechet_distance" not in on_record(recorded, name, contestant["images"], seed):
                 compete(commands, race, contestant, seed, folder / f"{name}-{seed}", latents, real)
     column = figure_name("FD-efficientnet-lite0", race["base"]["train"]["evaluation_samples"])
     result = {
@@ -81,18 +81,18 @@ def main() -> None:
     path.with_suffix(".md").write_text(table(result))
     if "evaluation" in race:
         plot(result, path.with_suffix(".png"))
-        draw_faces(race, folder, real, path.with_name(f"{path.stem}-faces"))
+        save_faces(race, folder, real, path.with_name(f"{path.stem}-faces"))
     print(table(result))
 
 
 class Commands:
-    """`dit-hf VERB`, each until its end or the end of the time."""
+    """Runner of `dit-hf VERB` commands, each until it ends or the time is up."""
 
     def __init__(self, end: float):
         self.end = end
 
     def run(self, *args: str, **options: Any) -> bool:
-        """Whether there was time enough; one that was told to stop keeps what it has."""
+        """Run a command and return whether it finished; a command that runs out of time is shut down gracefully."""
         if time.monotonic() > self.end:
             return False
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -110,7 +110,7 @@ class Commands:
 
 
 def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Path, latents: Path, real: Path) -> None:
-    """Train a contestant with one seed, choose its guidance by a few samples, and evaluate it there by many others."""
+    """Train a contestant with one seed, choose its guidance with few samples, and evaluate it with many others."""
     recipe = merged(race["base"], {k: v for k, v in contestant.items() if k not in ("images", "seeds")})
     steps = contestant["images"] // recipe["train"]["global_batch_size"]
     every = steps // max(1, contestant["images"] // race["curve_images"])
@@ -129,38 +129,38 @@ def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Pa
 
 
 def floor(rebuilt: Path, real: Path) -> float | str:
-    """The distance of the VAE's reconstructions."""
+    """Return the distance of the VAE's reconstructions."""
     if not all((folder / INFO).is_file() for folder in (rebuilt, real)):
         return "not measured"
     return frechet_distance(load_reference(rebuilt).gaussian, load_reference(real).gaussian)
 
 
 def measured_rows(run: Path, name: str) -> list[dict[str, Any]]:
-    """What was measured of a run at each guidance scale; `name` is `guidance` or `evaluation`."""
+    """Return a run's measurements at each guidance scale; `name` is `guidance` or `evaluation`."""
     return json.loads((run / name / "evaluation.json").read_text())["settings"]
 
 
 def best_guidance(run: Path) -> float:
-    """The guidance scale with the lowest distance."""
+    """Return the guidance scale with the lowest distance."""
     return min(measured_rows(run, "guidance"), key=lambda row: row["frechet_distance"])["guidance_scale"]
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the sections of `over` laid over its own."""
+    """Return `base` with the sections of `over` merged into its own."""
     return {name: {**base.get(name, {}), **over.get(name, {})} for name in {**base, **over}}
 
 
 def on_record(recorded: dict[str, Any], name: str, images: int, seed: int) -> dict[str, Any]:
-    """What an earlier call wrote of a contestant's seed; nothing where it is of another number of images."""
+    """Return the recorded result of a contestant's seed; {} if there is none for this number of images."""
     contestant = recorded.get(name, {})
     entries = contestant["seeds"] if contestant.get("images") == images else []
     return next((entry for entry in entries if entry["seed"] == seed), {})
 
 
 def describe(race: dict, folder: Path, name: str, column: str, recorded: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a contestant: its curve, its distance at the best guidance, and the attributes found there.
+    """Return a contestant's curve, its distance at the best guidance, and its attribute accuracy.
 
-    A seed that was finished earlier stands as it was recorded, also where its run is no longer here.
+    A finished seed keeps its recorded result, even if its run has been deleted.
     """
     contestant, seeds = race["contestants"][name], []
     for seed in contestant["seeds"]:
@@ -185,11 +185,11 @@ def describe(race: dict, folder: Path, name: str, column: str, recorded: dict[st
         elif "evaluation" not in race and (run / "pipeline").is_dir():  # finished
             entry |= {"frechet_distance": entry["curve"][-1][1]}
         seeds.append(entry)
-    found = [entry["frechet_distance"] for entry in seeds if "frechet_distance" in entry]
+    distances = [entry["frechet_distance"] for entry in seeds if "frechet_distance" in entry]
     return {
         "images": contestant["images"],
-        "frechet_distance": statistics.mean(found) if found else "not measured",
-        "range": [min(found), max(found)] if found else None,
+        "frechet_distance": statistics.mean(distances) if distances else "not measured",
+        "range": [min(distances), max(distances)] if distances else None,
         "seeds": seeds,
     }
 
@@ -217,9 +217,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Distance against images and against time while training, and that of more samples at the end.
+    """Plot distance against images and against time during training, and of more samples at the end.
 
-    Time is compared between the runs of one machine, this one.
+    Only runs on this machine are plotted against time.
     """
     race = result["race"]
     figure = Figure(figsize=(15, 4.8), layout="constrained")
@@ -232,17 +232,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 by_images.plot(images, distances, **style)
                 if entry["machine"] == result["machine"]:
                     by_time.plot([count / entry["images_per_second"] / 60 for count in images], distances, **style)
-        found = [entry["frechet_distance"] for entry in row["seeds"] if "frechet_distance" in entry]
-        if found or any(entry["curve"] for entry in row["seeds"]):
-            at_end.plot([row["images"]] * len(found), found, linestyle="", label=name, **style)
-        if found and name in race["baselines"]:
+        final_distances = [entry["frechet_distance"] for entry in row["seeds"] if "frechet_distance" in entry]
+        if final_distances or any(entry["curve"] for entry in row["seeds"]):
+            at_end.plot([row["images"]] * len(final_distances), final_distances, linestyle="", label=name, **style)
+        if final_distances and name in race["baselines"]:
             at_end.axhline(row["frechet_distance"], color=f"C{number}", linewidth=0.8, linestyle="--")
     if isinstance(result["floor"], float):
         at_end.axhline(result["floor"], color="grey", linewidth=0.8, linestyle=":", label="the VAE's reconstructions")
     samples = race["base"]["train"]["evaluation_samples"]
     counts = sorted({row["images"] for row in result["contestants"].values()})
-    by_images.set(xlabel="images seen", ylabel=f"Fréchet distance of {samples} samples", title="while training")
-    by_time.set(xlabel=f"minutes of training on {result['machine']}", title="while training")
+    by_images.set(xlabel="images seen", ylabel=f"Fréchet distance of {samples} samples", title="during training")
+    by_time.set(xlabel=f"minutes of training on {result['machine']}", title="during training")
     at_end.set(xlabel="images seen", title="at the end", ylabel=f"of {race['evaluation']['num_samples']} samples")
     for axes, values in ((by_images, counts), (by_time, ()), (at_end, counts)):
         axes.set(xscale="log" if values else "linear", ylim=(0, None))
@@ -253,10 +253,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_faces(race: dict[str, Any], folder: Path, real: Path, output: Path) -> None:
-    """A row of faces a contestant, of its first seed at its best guidance, from the same noise and attributes.
+def save_faces(race: dict[str, Any], folder: Path, real: Path, output: Path) -> None:
+    """Save a row of faces for each contestant's first seed at its best guidance, with the same noise and attributes.
 
-    `avatars.png` are the avatars that have these attributes. The row of a run that is no longer here stays as it is.
+    `avatars.png` shows the avatars with these attributes. The row of a deleted run stays as it is.
     """
     numbers = range(FACES)
     avatars = open_images("avatars", **{**race["reference"], "num_images": FACES})
@@ -267,9 +267,9 @@ def draw_faces(race: dict[str, Any], folder: Path, real: Path, output: Path) -> 
         if not (run / "guidance" / "evaluation.json").is_file():
             continue
         pipeline, title = load_pipeline(str(run)), f"{name}, {contestant['images']:,} images seen"
-        asked = load_reference(real).attributes(list(pipeline.transformer.config.conditions))
-        drawn = generate_images(pipeline, numbers, asked, seed=0, guidance_scale=best_guidance(run))
-        row = make_grid([Image.fromarray(face) for face in drawn], FACES, title=title)
+        requested = load_reference(real).attributes(list(pipeline.transformer.config.conditions))
+        faces = generate_images(pipeline, numbers, requested, seed=0, guidance_scale=best_guidance(run))
+        row = make_grid([Image.fromarray(face) for face in faces], FACES, title=title)
         save_grid(row, output / f"{name}.png")
 
 

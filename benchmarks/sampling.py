@@ -1,9 +1,9 @@
-"""Images a second of our pipeline beside diffusers' DiTPipeline: same size, steps, guidance and VAE, interleaved.
+"""Images a second of our pipeline against diffusers' DiTPipeline: same size, steps, guidance and VAE, alternating.
 
 python benchmarks/sampling.py [--size reference] [--batch 4] [--inference_steps 10] [--rounds 5] [--json FILE]
 
-Random weights, which take the same time. Both denoise by their own scheduler (ours by DDIM, diffusers' by its
-DDIMScheduler) and draw a class with guidance, which doubles the batch. The VAE is of Stable Diffusion's architecture.
+The weights are random, which takes the same time. Each uses its own scheduler (ours, and diffusers' DDIMScheduler) and
+generates a class with guidance, which doubles the batch. The VAE has Stable Diffusion's architecture.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def contestants(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Calls that draw `batch` images, by name."""
+    """Return calls that generate `batch` images, by name."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks).eval()
@@ -99,7 +99,7 @@ def contestants(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 
 class NoVAE(nn.Module):
-    """Decodes to an image of nothing, in no time."""
+    """A VAE that decodes to a black image in no time."""
 
     config = AutoencoderKL().config
     device, dtype = torch.device(DEVICE), torch.float32
@@ -118,11 +118,11 @@ def seconds(work: Callable[[], Any]) -> float:
     gc.collect()
     if CUDA:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
     if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

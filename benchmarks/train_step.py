@@ -1,4 +1,4 @@
-"""One training step beside other systems', interleaved in one process: forward, loss, backward, optimizer, EMA.
+"""One training step against other systems', alternating in one process: forward, loss, backward, optimizer, EMA.
 
 python benchmarks/train_step.py [--peers DIR] [--size reference] [--batch 4] [--rounds 8] [--json FILE]
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def contestants(options: argparse.Namespace, scratch: Path) -> dict[str, Callable[[int], Any]]:
-    """Steps by name."""
+    """Build the steps to compare, by name."""
     sizes = (options.batch, 4, options.latent, options.latent)
     preset, place = PRESETS[options.size], {"device": DEVICE, "precision": options.precision}
     folder = prepare(scratch / "latents", options.latent)
@@ -79,15 +79,17 @@ def contestants(options: argparse.Namespace, scratch: Path) -> dict[str, Callabl
 
 
 def prepare(folder: Path, side: int) -> str:
-    """A cache of a few latents [4, side, side]."""
-    prepare_latents(str(folder), "avatars", "avatar", str(4 * side), num_images=64, flip=True)
+    """Build a cache of a few latents [4, side, side] and return its folder."""
+    prepare_latents(
+        source="avatars", vae="avatar", resolution=str(4 * side), num_images=64, flip=True, output_dir=str(folder)
+    )
     return str(folder)
 
 
 def ours(
     options: argparse.Namespace, folder: str, recipe: str, compiled: bool, optimizer: str | None = None
 ) -> Callable[[int], Any]:
-    """The trainer's step by a recipe."""
+    """Build the trainer's step for a recipe."""
     config = read_config(Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml")
     config.data.latents, config.model.preset = folder, options.size
     config.optim.optimizer = optimizer or config.optim.optimizer.replace("apex_fused_adam", "adamw")
@@ -98,7 +100,7 @@ def ours(
 
 
 def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Time the contestants in turn, with the machine's ceiling in every round; gives the result so far after each."""
+    """Time the contestants in turn, and the machine's ceiling in every round; yield the result so far after each."""
     first = {name: seconds(lambda step=step: step(0)) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, int | None] = {}
@@ -111,7 +113,7 @@ def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace)
             first_step = 1 + round_ * options.steps
             block = seconds(lambda: [step(first_step + i) for i in range(options.steps)])  # noqa: B023
             times[name].append(block / options.steps)
-            # What a step needs beside all that is kept for the other contestants.
+            # The memory of a step, without what the other contestants hold.
             peaks[name] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if CUDA else None
         yield summary(steps, options, first, times, peaks, max(ceilings))
 
@@ -124,7 +126,7 @@ def summary(
     peaks: dict[str, int | None],
     ceiling: float,
 ) -> dict[str, Any]:
-    """The result as JSON holds it, from seconds by contestant and round."""
+    """Return the result for the JSON file, from seconds by contestant and round."""
     config = steps["dit_hf"].transformer.config
     flops = flops_per_image(config) * options.batch
     peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
@@ -166,7 +168,7 @@ def summary(
 
 
 def window_loss(step: Any) -> float | None:
-    """Mean training loss of all steps of ours, which see the same images and noise; None for a peer's."""
+    """Return the mean loss of all steps of ours, which get the same images and noise; None for a peer."""
     if not hasattr(step, "window"):
         return None
     total, count = step.window.sum(1).tolist()
@@ -178,7 +180,7 @@ def peak_gb(size: int | None) -> float | None:
 
 
 def matmul_flops(options: argparse.Namespace) -> float:
-    """The best of three products [batch * tokens, 768] x [768, 3072], in FLOP/s."""
+    """Return the best of three timings of products [batch * tokens, 768] x [768, 3072], in FLOP/s."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
     rows = options.batch * (options.latent // 2) ** 2
     a, b = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, 768), (768, 3072)))
@@ -191,11 +193,11 @@ def seconds(work: Callable[[], Any]) -> float:
     gc.collect()
     if CUDA:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
     if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
