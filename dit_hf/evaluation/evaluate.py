@@ -169,7 +169,7 @@ class Evaluation:
         Args:
             name: The model's name in the report.
             settings: Combinations of `guidance_scale` and `num_inference_steps`; the first one is reported.
-            own_folder: Whether the folder belongs to the model, which may have been trained further since.
+            own_folder: Whether the folder belongs to the model; its weights may have changed since.
         """
         conditions = list(self.pipeline.transformer.config.conditions or {})
         requested = self.reference.attributes(conditions, self.pipeline.config.condition_labels)

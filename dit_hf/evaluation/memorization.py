@@ -60,7 +60,7 @@ def make_pairs_grid(samples: np.ndarray, real: np.ndarray, distances: np.ndarray
 
     Args:
         samples: uint8 [n, height, width, 3].
-        real: The nearest real images, likewise.
+        real: The nearest real images, uint8 [n, height, width, 3].
         distances: Distance of each pair, [n].
     """
     images, captions = [], []

@@ -99,7 +99,7 @@ def test_classes_are_matched_by_their_names(cats_and_owls, net, tmp_path):
     loaded = load_reference(reference(str(cats_and_owls), str(tmp_path / "out"), net, resolution="16"))
     assert loaded.attributes(["class"]) == [{"class": i} for i in (0, 0, 1, 1)]
     assert loaded.attributes(["class"], {"class": ["cat", "dog", "owl"]}) == [{"class": i} for i in (0, 0, 2, 2)]
-    # Ids are kept if one side has no names, or numbers for names, or as many others.
+    # Ids stay as they are if a side has no names or mere numbers, or if no name of equally many is shared.
     for labels in ({}, {"class": ["0", "1", "2"]}, {"class": ["a cat", "an owl"]}):
         assert loaded.attributes(["class"], labels) == loaded.attributes(["class"])
     with pytest.raises(ValueError, match="class='owl' is unknown to the model; valid names are cat, dog"):
