@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from dit_hf.storage import new_folder, read_manifest, write_manifest, write_text
+from dit_hf.storage import folder_taken, is_missing_or_empty, new_folder, read_manifest, write_manifest, write_text
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     final = tmp_path / "made"
 
     def break_off():
@@ -25,7 +25,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_a_new_folder_takes_the_old_ones_place(tmp_path):
+def test_a_new_folder_replaces_the_old_one(tmp_path):
     for text in ("old", "new"):
         with new_folder(tmp_path / "made") as partial:
             (partial / f"{text}.txt").write_text(text)
@@ -44,7 +44,7 @@ def test_a_link_keeps_its_place_and_a_mount_point_is_refused(tmp_path):
         pass
 
 
-def test_manifest_tells_what_is_damaged(tmp_path):
+def test_the_manifest_names_damaged_files(tmp_path):
     write_text(tmp_path / "a.txt", "abc")
     write_text(tmp_path / "b.txt", "abc")
     write_manifest(tmp_path, color="red")
@@ -59,3 +59,15 @@ def test_manifest_tells_what_is_damaged(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({})[:-1])
     with pytest.raises(ValueError, match="incomplete"):
         read_manifest(tmp_path)
+
+
+def test_a_taken_folder_is_refused_in_one_sentence(tmp_path):
+    assert is_missing_or_empty(tmp_path)
+    assert is_missing_or_empty(tmp_path / "missing")
+    (tmp_path / "mine.txt").touch()
+    assert not is_missing_or_empty(tmp_path)
+    assert not is_missing_or_empty(tmp_path / "mine.txt")
+    assert folder_taken("output_dir a", missing="b.json") == (
+        "output_dir a holds something else (no b.json); name a new folder"
+    )
+    assert folder_taken("output_dir a", "is not empty") == "output_dir a is not empty; name a new folder"

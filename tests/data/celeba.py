@@ -17,7 +17,7 @@ PARTITION = {"0": "train", "1": "validation", "2": "test"}
 
 @dataclass
 class CelebA:
-    """What was written: the folder, the good pictures' attributes and splits by name, and what must be left out."""
+    """Folder that was written; attributes and splits of the good images by name; reasons of those to be left out."""
 
     folder: Path
     attributes: dict[str, dict[str, int]]
@@ -25,15 +25,15 @@ class CelebA:
     left_out: dict[str, str]
 
 
-def draw_picture(index: int) -> Image.Image:
-    """An avatar on 178 x 218 pixels, as CelebA's aligned images are."""
-    picture = Image.new("RGB", (178, 218), "#cfe3d6")
-    picture.paste(render_face(choose_face(7, index), 178), (0, 20))
-    return picture
+def celeba_image(index: int) -> Image.Image:
+    """Return an avatar on 178 x 218 pixels, the size of CelebA's aligned images."""
+    image = Image.new("RGB", (178, 218), "#cfe3d6")
+    image.paste(render_face(choose_face(7, index), 178), (0, 20))
+    return image
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 30,000 x 30,000 pixels."""
+    """Return a PNG of a few bytes that declares 30,000 x 30,000 pixels."""
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
@@ -42,25 +42,25 @@ def bomb() -> bytes:
 
 def make_celeba(folder: Path, count: int = 60, faults: bool = True) -> CelebA:
     """Write `count` good images (and the bad ones) with `list_attr_celeba.csv` and `list_eval_partition.csv`."""
-    pictures = folder / "img_align_celeba" / "img_align_celeba"
-    pictures.mkdir(parents=True)
+    images = folder / "img_align_celeba" / "img_align_celeba"
+    images.mkdir(parents=True)
     attributes, splits = {}, {}
     for i in range(count):
         name = f"{i + 1:06}.jpg"
-        draw_picture(i).save(pictures / name, quality=95)
+        celeba_image(i).save(images / name, quality=95)
         attributes[name] = choose_face(7, i).attributes
         splits[name] = PARTITION["0" if i % 10 < 8 else "1" if i % 10 == 8 else "2"]
     rows = [[name, *(2 * value - 1 for value in attributes[name].values())] for name in attributes]
     partition = [[name, next(k for k, v in PARTITION.items() if v == splits[name])] for name in splits]
-    left_out = _plant(pictures, rows, partition) if faults else {}
+    left_out = _plant(images, rows, partition) if faults else {}
     _write(folder / "list_attr_celeba.csv", [["image_id", *ATTRIBUTES], *rows])
     _write(folder / "list_eval_partition.csv", [["image_id", "partition"], *partition])
     return CelebA(folder, attributes, splits, left_out)
 
 
-def _plant(pictures: Path, rows: list, partition: list) -> dict[str, str]:
+def _plant(images: Path, rows: list, partition: list) -> dict[str, str]:
     whole = io.BytesIO()
-    draw_picture(0).save(whole, "jpeg")
+    celeba_image(0).save(whole, "jpeg")
     small = io.BytesIO()
     Image.new("RGB", (100, 100)).save(small, "jpeg")
     broken = {
@@ -72,17 +72,17 @@ def _plant(pictures: Path, rows: list, partition: list) -> dict[str, str]:
     }
     left_out = {}
     for name, (data, reason) in broken.items():
-        (pictures / name).write_bytes(data)
+        (images / name).write_bytes(data)
         rows.append([name, *rows[0][1:]])
         partition.append([name, "0"])
         left_out[name] = reason
-    # A link to nothing, a name that is no UTF-8, an image without a row, rows without an image, rows twice or bad.
-    (pictures / "900006.jpg").symlink_to("nowhere.jpg")
+    # A link to nothing, a name that is not UTF-8, an image without a row, rows without an image, rows twice or bad.
+    (images / "900006.jpg").symlink_to("nowhere.jpg")
     left_out["img_align_celeba/img_align_celeba/900006.jpg"] = "No such file"
-    with open(os.fsencode(pictures) + b"/9\xff0007.jpg", "wb") as file:
+    with open(os.fsencode(images) + b"/9\xff0007.jpg", "wb") as file:
         file.write(whole.getvalue())
     left_out["img_align_celeba/img_align_celeba/9\\xff0007.jpg"] = "not UTF-8"
-    (pictures / "900008.jpg").write_bytes(whole.getvalue())
+    (images / "900008.jpg").write_bytes(whole.getvalue())
     left_out["900008.jpg"] = "no row in list_attr_celeba.csv and list_eval_partition.csv"
     rows.append(["900009.jpg", *rows[0][1:]])
     partition.append(["900009.jpg", "0"])
@@ -90,11 +90,11 @@ def _plant(pictures: Path, rows: list, partition: list) -> dict[str, str]:
     rows.append(list(rows[1]))
     left_out[rows[1][0]] = "duplicate row"
     for name, row in {"900010.jpg": [1, 1], "900011.jpg": ["yes", *rows[0][2:]]}.items():
-        (pictures / name).write_bytes(whole.getvalue())
+        (images / name).write_bytes(whole.getvalue())
         rows.append([name, *row])
         partition.append([name, "0"])
         left_out[name] = "2 values instead of 22" if name == "900010.jpg" else "'yes' is none of -1, 0, 1"
-    (pictures / "900012.jpg").write_bytes(whole.getvalue())
+    (images / "900012.jpg").write_bytes(whole.getvalue())
     rows.append(["900012.jpg", *rows[0][1:]])
     partition.append(["900012.jpg", "3"])
     left_out["900012.jpg"] = "'3' is none of 0, 1, 2"

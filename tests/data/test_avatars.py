@@ -13,16 +13,16 @@ def test_a_face_is_a_pure_function_of_seed_and_number():
     assert choose_face(0, 7) != choose_face(0, 8)
 
 
-def test_pictures_are_the_same_on_every_machine():
-    """The bundled VAE, and every recorded figure, rest on these very pictures."""
+def test_images_are_the_same_on_every_machine():
+    """The bundled VAE and all recorded figures depend on these images."""
     pixels = b"".join(render_face(choose_face(0, i), 64).tobytes() for i in range(4))
-    assert hashlib.sha256(pixels).hexdigest() == PICTURES
+    assert hashlib.sha256(pixels).hexdigest() == IMAGES_SHA256
 
 
-PICTURES = "8f24f46e9db3fcc9f4b627a9fabf3fe327fcf0940ad0c65986a22ee38c92589c"
+IMAGES_SHA256 = "8f24f46e9db3fcc9f4b627a9fabf3fe327fcf0940ad0c65986a22ee38c92589c"
 
 
-def test_data_set_is_the_same_in_one_process_and_in_several():
+def test_the_dataset_does_not_depend_on_the_number_of_processes():
     few = open_images("avatars", resolution=32, num_images=5, seed=3)
     many = open_images("avatars", resolution=32, num_images=450, seed=3)
     assert many.column_names == ["id", "image", *ATTRIBUTES]
@@ -33,7 +33,7 @@ def test_data_set_is_the_same_in_one_process_and_in_several():
         assert {name: many[i][name] for name in ATTRIBUTES} == choose_face(3, i).attributes
 
 
-def test_every_attribute_varies_and_sex_steers_hair_and_beard():
+def test_every_attribute_varies_and_sex_decides_hair_and_beard():
     faces = [choose_face(0, i).attributes for i in range(2000)]
     for name in ATTRIBUTES:
         assert 0.02 < np.mean([face[name] for face in faces]) < 0.98, name
@@ -49,7 +49,7 @@ def faces():
 
 @pytest.mark.parametrize("name", ["Eyeglasses", "Smiling", "Wearing_Hat", "Bald", "Pale_Skin"])
 def test_attributes_can_be_seen(name, faces):
-    """The mean picture of those that have it differs from that of those that have not, far above chance."""
+    """The mean images with and without an attribute differ by more than chance."""
     chosen, pixels = faces
     has = np.array([face.attributes[name] for face in chosen], bool)
     difference = np.abs(pixels[has].mean(0) - pixels[~has].mean(0)).max()

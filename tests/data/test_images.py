@@ -24,7 +24,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_folder_in_order_of_names_as_rgb_of_one_size(folder):
+def test_a_folder_is_rgb_of_one_size_in_the_order_of_names(folder):
     images = open_images(str(folder), resolution="32x24")
     assert images["id"] == ["a.png", "c.png", "d.png", "people/b.png"]
     assert all(row["image"].size == (24, 32) and row["image"].mode == "RGB" for row in images)
@@ -60,7 +60,7 @@ def test_resize_is_antialiased(tmp_path):
     assert np.abs(pixels[2:-2, 2:-2] - 127.5).max() < 8
 
 
-def test_a_broken_picture_is_named(folder):
+def test_the_error_names_a_broken_image(folder):
     (folder / "e.jpg").write_bytes(b"no jpeg")
     with pytest.raises(ValueError, match=r"e\.jpg"):
         open_images(str(folder), resolution=8)[3]
@@ -85,7 +85,7 @@ def test_held_out_share_depends_on_the_id_alone():
         ({"source": "avatars", "split": "test"}, ValueError, "avatars has no splits"),
     ],
 )
-def test_bad_options_say_what_is_wrong(tmp_path, options, error, message):
+def test_bad_options_are_one_line_errors(tmp_path, options, error, message):
     options["source"] = options["source"].format(empty=tmp_path)
     with pytest.raises(error, match=message):
         open_images(**options)

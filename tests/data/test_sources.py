@@ -5,7 +5,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from celeba import draw_picture, make_celeba
+from celeba import celeba_image, make_celeba
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
@@ -15,17 +15,17 @@ from dit_hf.data.conditions import infer_condition
 from dit_hf.data.sources import open_source
 
 
-def picture(color: str = "red") -> PILImage.Image:
+def image(color: str = "red") -> PILImage.Image:
     return PILImage.new("RGB", (20, 20), color)
 
 
 def save(path, color="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(color).save(path)
+    image(color).save(path)
 
 
 def write_lists_as_txt(celeba):
-    """CelebA's original lists, of Kaggle's."""
+    """Replace the lists of Kaggle by those of the original CelebA."""
     for stem in ("list_attr_celeba", "list_eval_partition"):
         with open(celeba.folder / f"{stem}.csv", newline="") as file:
             header, *rows = csv.reader(file)
@@ -45,10 +45,10 @@ def check_celeba(celeba, source, left_out):
             assert {name: row[name] for name in ATTRIBUTES} == celeba.attributes[row["id"]]
             assert row["split"] == celeba.splits[row["id"]]
     assert rows.features["Smiling"] == Value("int8")
-    found = dict(source.left_out)
-    assert set(found) == set(left_out)
+    reasons = dict(source.left_out)
+    assert set(reasons) == set(left_out)
     for name, reason in left_out.items():
-        assert reason in found[name]
+        assert reason in reasons[name]
 
 
 @pytest.mark.parametrize("lists", ["csv", "txt"])
@@ -84,7 +84,7 @@ def test_celeba_splits(tmp_path):
         open_images(str(tmp_path), split="held_out")
 
 
-def test_celeba_hq_leaves_the_masks_and_finds_the_partition_of_celeba(tmp_path):
+def test_celeba_hq_without_its_masks_and_with_the_partition_of_celeba(tmp_path):
     root = tmp_path / "CelebAMask-HQ"
     for i in range(3):
         save(root / "CelebA-HQ-img" / f"{i}.jpg")
@@ -145,7 +145,7 @@ def test_metadata(tmp_path, name):
     assert len(left_out) == (3 if name == "metadata.csv" else 4)
 
 
-def test_what_can_be_a_condition():
+def test_columns_that_can_be_conditions():
     assert infer_condition([True, False, None]) == ([1, 0, -1], Value("int8"))
     assert infer_condition(["-1", "1", ""]) == ([0, 1, -1], Value("int8"))
     assert infer_condition([0, 2, 1] * 2)[1] == ClassLabel(num_classes=3)
@@ -162,7 +162,7 @@ def test_what_can_be_a_condition():
     assert infer_condition([None, None]) is None
 
 
-def test_subfolders_are_classes_whatever_their_names_but_a_thousand_pictures_each(tmp_path):
+def test_subfolders_of_any_names_are_classes_except_those_of_a_thousand_images_each(tmp_path):
     for names in (["2019", "2020"], ["747", "cat"], ["001", "010"], ["00000", "01000"]):
         for name in names:
             for i in range(2):
@@ -175,7 +175,7 @@ def test_subfolders_are_classes_whatever_their_names_but_a_thousand_pictures_eac
             assert rows["class"] == [0, 0, 1, 1]
 
 
-def test_beside_lists_folders_are_splits_too(tmp_path):
+def test_folders_are_splits_beside_metadata_too(tmp_path):
     for name in ("train/0.png", "train/1.png", "test/0.png"):
         save(tmp_path / name)
     for folder in ("train", "test"):
@@ -190,7 +190,7 @@ def test_beside_lists_folders_are_splits_too(tmp_path):
     }
     assert rows["size"] == [1, 1, 0]
     assert open_source(str(tmp_path), split="test").rows["id"] == ["test/0.png"]
-    # Where a list has splits, a row without one is not taken for anything.
+    # If some rows have a split, rows without one are left out.
     with open(tmp_path / "test" / "metadata.jsonl", "w") as file:
         file.write('{"file_name": "0.png", "size": 1, "split": "val"}\n')
     source = open_source(str(tmp_path))
@@ -198,12 +198,12 @@ def test_beside_lists_folders_are_splits_too(tmp_path):
     assert dict(source.left_out) == dict.fromkeys(["train/0.png", "train/1.png"], "its row has no split")
 
 
-def test_a_folder_called_like_the_embedded_data_set_is_not_that(tmp_path):
+def test_a_folder_named_like_the_embedded_dataset_is_distinguished(tmp_path):
     save(tmp_path / "avatars" / "a.png")
     assert open_source(str(tmp_path / "avatars")).name == "avatars (a folder)"
 
 
-def test_a_cache_inside_its_source_is_no_part_of_it(tmp_path):
+def test_a_cache_inside_its_source_is_skipped(tmp_path):
     save(tmp_path / "a.png")
     save(tmp_path / "latents" / "reconstructions.png")
     for name in ("latents.json", "data-00000-of-00001.arrow"):
@@ -212,7 +212,7 @@ def test_a_cache_inside_its_source_is_no_part_of_it(tmp_path):
 
 
 def data_set(count: int) -> Dataset:
-    rows = {"face": [picture()] * count, "Smiling": [i % 2 == 0 for i in range(count)], "kind": [0, 1] * (count // 2)}
+    rows = {"face": [image()] * count, "Smiling": [i % 2 == 0 for i in range(count)], "kind": [0, 1] * (count // 2)}
     kinds = ClassLabel(names=["round", "square"])
     return Dataset.from_dict(rows, Features({"face": Image(), "Smiling": Value("bool"), "kind": kinds}))
 
@@ -224,7 +224,7 @@ def check_data_set(rows):
     assert rows["id"] == ["train-0", "train-1", "train-2", "train-3", "test-0", "test-1"]
 
 
-def test_parquet_shards_and_saved_data_sets(tmp_path):
+def test_parquet_shards_and_saved_datasets(tmp_path):
     (tmp_path / "shards").mkdir()
     data_set(4).to_parquet(tmp_path / "shards" / "train-00000-of-00001.parquet")
     data_set(2).to_parquet(tmp_path / "shards" / "test-00000-of-00001.parquet")
@@ -248,7 +248,7 @@ def test_webdataset(tmp_path):
         with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
             for i in range(3):
                 png = io.BytesIO()
-                picture().save(png, "png")
+                image().save(png, "png")
                 data = {"png": png.getvalue(), "json": json.dumps({"Male": bool(i), "caption": f"no. {i}"}).encode()}
                 for suffix, content in data.items():
                     entry = tarfile.TarInfo(f"{i:04}.{suffix}")
@@ -260,7 +260,7 @@ def test_webdataset(tmp_path):
     assert rows[5]["image"].size == (8, 8)
 
 
-def test_folders_through_links_once_and_hidden_files_not_at_all(tmp_path):
+def test_links_are_followed_once_and_hidden_files_are_skipped(tmp_path):
     save(tmp_path / "real" / "a.png")
     save(tmp_path / "source" / ".hidden.png")
     save(tmp_path / "source" / "b.png")
@@ -269,14 +269,14 @@ def test_folders_through_links_once_and_hidden_files_not_at_all(tmp_path):
     assert open_source(str(tmp_path / "source")).rows["id"] == ["b.png", "linked/a.png"]
 
 
-def test_the_fingerprint_tells_what_is_another_source(tmp_path):
+def test_the_hash_changes_with_the_source(tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / "one" / name)
         save(tmp_path / "two" / name)
     first = open_source(str(tmp_path / "one"))
     assert first.sha256 == open_source(str(tmp_path / "two")).sha256
     assert first.name == "one"
-    draw_picture(0).save(tmp_path / "two" / "b.png")
+    celeba_image(0).save(tmp_path / "two" / "b.png")
     assert first.sha256 != open_source(str(tmp_path / "two")).sha256
     assert first.sha256 != open_source(str(tmp_path / "one"), num_images=1).sha256
 
@@ -304,11 +304,14 @@ def two_configurations(folder):
             lambda folder: (folder / "metadata.csv").write_text(f'file_name,text\na,"{"x" * 200_000}') and str(folder),
             "metadata.csv cannot be read .*is there a quote that is not closed",
         ),
-        (lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"), "or the folder of the images"),
+        (
+            lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"),
+            "or the folder of the images",
+        ),
         (two_configurations, "name one by --dataset_config_name: large, small"),
     ],
 )
-def test_bad_sources_say_what_is_wrong(tmp_path, make, message):
+def test_bad_sources_are_one_line_errors(tmp_path, make, message):
     source = make(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         open_source(source)

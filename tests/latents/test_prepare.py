@@ -21,7 +21,7 @@ from dit_hf import LatentDiTPipeline, open_images
 from dit_hf.cli import main
 from dit_hf.data.avatars import ATTRIBUTES, choose_face, render_face
 from dit_hf.latents import encode as shards
-from dit_hf.latents.cache import open_latents
+from dit_hf.latents.cache import format_identity, open_latents, parse_identity
 from dit_hf.latents.encode import ShardEncoder
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.vae import load_vae
@@ -33,7 +33,7 @@ def pixels_of(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def test_cache_opens_plainly_and_holds_what_the_vae_says(latents):
+def test_a_cache_opens_with_datasets_and_holds_the_vae_s_latents(latents):
     cache = load_from_disk(str(latents))
     assert cache.features["latent_mean"] == List(Value("float16"), length=256)
     assert cache.features["Smiling"].dtype == "int8"
@@ -51,7 +51,7 @@ def test_cache_opens_plainly_and_holds_what_the_vae_says(latents):
         assert cache[row]["Male"] == images[row]["Male"]
 
 
-def test_two_in_a_hundred_are_validation_by_their_id(tmp_path, vae_folder):
+def test_two_percent_are_held_out_by_their_id(tmp_path, vae_folder):
     prepare_latents(str(tmp_path / "a"), "avatars", str(vae_folder), "8", num_images=400)
     cache, info = open_latents(tmp_path / "a")
     assert set(cache["split"]) == {"train", "validation"}
@@ -69,7 +69,7 @@ def test_statistics_are_those_of_posterior_samples(latents):
     np.testing.assert_allclose(info["statistics"]["std"], samples.std((0, 1, 3)), rtol=0.02)
 
 
-def test_all_that_training_needs_is_in_the_folder(latents):
+def test_the_folder_holds_everything_that_training_needs(latents):
     names = {path.name for path in latents.iterdir()}
     assert {"latents.json", "left_out.csv", "README.md", "vae"} <= names
     assert load_vae(str(latents / "vae")).config.latent_channels == 4
@@ -89,7 +89,7 @@ def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents,
 
 
 def folder_of_avatars(tmp_path, count):
-    """A folder with `count` images: 000.png and so on."""
+    """Write `count` images, 000.png and so on, and return their folder."""
     folder = tmp_path / "faces"
     folder.mkdir()
     for i, row in enumerate(open_images("avatars", resolution=16, num_images=count)):
@@ -97,7 +97,7 @@ def folder_of_avatars(tmp_path, count):
     return folder
 
 
-def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp_path, vae_folder):
+def test_broken_images_are_listed_and_too_many_stop_the_build(tmp_path, vae_folder):
     folder = folder_of_avatars(tmp_path, 150)
     (folder / "050.png").write_bytes(b"broken")
     prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
@@ -114,7 +114,7 @@ def test_broken_pictures_are_left_out_and_listed_and_too_many_stop_the_build(tmp
     assert not (tmp_path / "other").exists()
 
 
-def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_path, vae_folder):
+def test_faults_of_another_split_do_not_stop_the_build(tmp_path, vae_folder):
     folder, rows = folder_of_avatars(tmp_path, 250), ["file_name,split,Smiling"]
     for i in range(250):
         split = "test" if i >= 200 else "train"
@@ -129,7 +129,7 @@ def test_what_is_wrong_with_pictures_that_are_not_asked_for_stops_nothing(tmp_pa
     assert sum(open_latents(tmp_path / "few")[1]["counts"][name] for name in ("train", "validation")) == 20
 
 
-def test_pictures_of_a_kind_that_is_not_read_are_named(tmp_path, vae_folder):
+def test_the_error_names_images_of_an_unsupported_format(tmp_path, vae_folder):
     folder = folder_of_avatars(tmp_path, 20)
     (folder / "IMG_1.HEIC").write_bytes(b"ftypheic")
     with pytest.raises(ValueError, match=r"1 of 21 images .*IMG_1\.HEIC: \.heic is not read: convert it"):
@@ -147,8 +147,8 @@ def test_an_unfinished_or_damaged_cache_is_not_read(latents, tmp_path):
         open_latents(tmp_path)
 
 
-def test_celeba_with_every_kind_of_bad_picture(tmp_path, vae_folder, capsys):
-    """One command; what cannot be used is counted and listed, and the rest is all there."""
+def test_celeba_with_every_kind_of_bad_image(tmp_path, vae_folder, capsys):
+    """Unusable images are counted and listed, and all others are encoded."""
     celeba = make_celeba(tmp_path / "celeba", 60)
     options = ["--source", str(celeba.folder), "--crop", "celeba-140", "--resolution", "16", "--vae", str(vae_folder)]
     command = ["prepare-latents", *options, "--output_dir", str(tmp_path / "latents")]
@@ -190,7 +190,7 @@ def other_vaes():
 
 
 @pytest.mark.parametrize("kind", ["kl-16", "tiny", "dc"])
-def test_other_vaes_and_what_is_trained_on_them(tmp_path, config, kind):
+def test_other_vaes_and_training_on_their_latents(tmp_path, config, kind):
     vae = other_vaes()[kind].eval()
     vae.save_pretrained(tmp_path / "vae")
     prepare_latents(str(tmp_path / "latents"), "avatars", str(tmp_path / "vae"), "16", num_images=40)
@@ -228,7 +228,7 @@ class Stopped(Exception):
     pass
 
 
-def test_a_stopped_build_goes_on_and_ends_with_the_same_bytes(tmp_path, vae_folder, small_shards, monkeypatch):
+def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards, monkeypatch):
     options = ("avatars", str(vae_folder), "16")
     whole = prepare_latents(str(tmp_path / "whole"), *options, num_images=70)
     encoded, encode = [], ShardEncoder._encode_batch
@@ -257,7 +257,7 @@ def test_a_stopped_build_goes_on_and_ends_with_the_same_bytes(tmp_path, vae_fold
         assert (resumed / path.name).stat().st_mtime_ns == changed
 
 
-def test_a_build_that_lacked_only_its_place_is_put_there(tmp_path, latents, vae_folder):
+def test_a_complete_build_is_put_in_place(tmp_path, latents, vae_folder):
     shutil.copytree(latents, tmp_path / ".latents.partial")
     prepare_latents(str(tmp_path / "latents"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
     assert hashes(tmp_path / "latents") == hashes(latents)
@@ -270,7 +270,7 @@ def test_processes_make_the_same_cache(tmp_path, vae_folder):
     assert len(list(one.glob("*.arrow"))) == 2
 
 
-def test_two_builds_of_one_cache_do_not_meet(tmp_path, vae_folder):
+def test_two_builds_of_one_cache_are_locked_out(tmp_path, vae_folder):
     (tmp_path / ".latents.partial" / "building").mkdir(parents=True)
     with (
         FileLock(tmp_path / ".latents.partial" / "building" / "lock"),
@@ -298,14 +298,32 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
     prepare_latents(str(tmp_path / "latents"), str(tmp_path / "faces2"), str(vae_folder), "16")
 
 
+def test_identity_keeps_the_spelling_of_format_2():
+    written = {
+        "format": 2,
+        "source": "faces, 3 pictures (x), 60 pictures (64b3bbef2596)",
+        "vae": "vae (1) (1e475c2136fa)",
+        "crop": "center",
+        "resolution": "16x24",
+        "flip": False,
+    }
+    identity = parse_identity(written)
+    assert identity["source"] == {"name": "faces, 3 pictures (x)", "num_images": 60, "sha256": "64b3bbef2596"}
+    assert identity["vae"] == {"name": "vae (1)", "sha256": "1e475c2136fa"}
+    assert identity["resolution"] == (16, 24)
+    assert json.dumps(format_identity(identity)) == json.dumps(written)
+    with pytest.raises(ValueError, match="unreadable vae: 'vae'"):
+        parse_identity({**written, "vae": "vae"})
+
+
 def run_limited(limit: str, *options: str) -> subprocess.CompletedProcess:
-    """Build a cache in a process of its own that is not given `limit`."""
+    """Build a cache in a process that runs `limit` first."""
     code = f"import resource, sys; {limit}; from dit_hf.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "prepare-latents", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_full_disk_is_one_line_and_the_build_goes_on_with_more_room(tmp_path, vae_folder):
+def test_a_full_disk_is_one_line_and_the_build_resumes_with_more_room(tmp_path, vae_folder):
     options = ["--vae", str(vae_folder), "--resolution", "128", "--num_images", "40"]
     options += ["--output_dir", str(tmp_path / "latents")]
     failed = run_limited("resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))", *options)
@@ -319,7 +337,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on_with_more_room(tmp_path, 
     assert len(open_latents(tmp_path / "latents")[0]) == 40
 
 
-def test_a_half_copied_cache_is_named(tmp_path, latents, vae_folder):
+def test_the_error_names_a_partly_copied_cache(tmp_path, latents, vae_folder):
     shutil.copytree(latents, tmp_path / "half")
     next((tmp_path / "half").glob("*.arrow")).unlink()
     with pytest.raises(ValueError, match="damaged: data-"):
@@ -329,7 +347,7 @@ def test_a_half_copied_cache_is_named(tmp_path, latents, vae_folder):
         prepare_latents(str(tmp_path / "half"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
 
 
-def test_the_card_and_the_sheet(latents):
+def test_the_card_and_the_image_grid(latents):
     card = (latents / "README.md").read_text()
     info = json.loads((latents / "latents.json").read_text())
     assert f"{info['counts']['train']:,} train" in card
@@ -343,11 +361,11 @@ def test_the_card_and_the_sheet(latents):
         pixels = (decoded[0].permute(1, 2, 0).numpy() * 127.5 + 127.5).clip(0, 255).round()
         ratios.append(10 * np.log10(255**2 / np.mean((pixels - np.asarray(images[row]["image"], float)) ** 2)))
     assert info["psnr"] == pytest.approx(np.mean(ratios), abs=0.06)
-    with Image.open(latents / "reconstructions.png") as sheet:
-        assert sheet.width > 700
+    with Image.open(latents / "reconstructions.png") as grid:
+        assert grid.width > 700
 
 
-def test_a_cache_is_shared_with_its_card(latents):
+def test_a_cache_is_pushed_with_its_card(latents):
     code = """
 import sys
 from pathlib import Path
@@ -383,13 +401,13 @@ except ValueError as error:
         ({"crop": "left"}, "crop='left'"),
     ],
 )
-def test_bad_options_say_what_is_wrong(tmp_path, vae_folder, options, message):
+def test_bad_options_are_one_line_errors(tmp_path, vae_folder, options, message):
     options = {"vae": str(vae_folder), "resolution": "16", "num_images": 2, **options}
     with pytest.raises(ValueError, match=message):
         prepare_latents(str(tmp_path / "out"), "avatars", **options)
 
 
-def test_pictures_that_cannot_become_a_cache_are_one_line(tmp_path, vae_folder):
+def test_unusable_sources_are_one_line_errors(tmp_path, vae_folder):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"no image of broken can be used: a\.png: not an image"):
@@ -400,7 +418,7 @@ def test_pictures_that_cannot_become_a_cache_are_one_line(tmp_path, vae_folder):
         prepare_latents(str(tmp_path / "other"), str(tmp_path / "broken"), str(vae_folder), "16")
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path, vae_folder):
+def test_a_folder_with_other_files_is_left_alone(tmp_path, vae_folder):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="something else"):
         prepare_latents(str(tmp_path), "avatars", str(vae_folder), "16", num_images=2)

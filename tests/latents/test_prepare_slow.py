@@ -1,4 +1,4 @@
-"""Builds of a cache that are killed, and that several ranks share."""
+"""Builds of a cache that are killed, or shared by several ranks."""
 
 import json
 import os
@@ -29,19 +29,19 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, float]:
-    """A build that was left alone, and the seconds it took."""
+    """Build a cache without interruption; return its folder and the seconds it took."""
     folder = tmp_path_factory.mktemp("whole") / "latents"
-    subprocess.run([*command(folder.with_name("first")), "--num_images", "4000"], check=True)  # avatars are now drawn
+    subprocess.run([*command(folder.with_name("first")), "--num_images", "4000"], check=True)  # renders the avatars
     started = time.monotonic()
     subprocess.run(command(folder), check=True)
     return folder, time.monotonic() - started
 
 
-def test_killed_builds_end_with_the_same_bytes_and_encode_no_shard_twice(tmp_path, whole, request):
+def test_killed_builds_give_the_same_bytes_and_encode_no_shard_twice(tmp_path, whole, request):
     unbroken, seconds = whole
     rng, kills, partial = random.Random(0), request.config.getoption("--kills"), tmp_path / ".latents.partial"
     finished: dict[str, tuple[int, int]] = {}
-    done, struck = 0, []
+    done, finished_counts = 0, []
     while done < kills:
         process = subprocess.Popen(command(tmp_path / "latents"), start_new_session=True)
         time.sleep(rng.uniform(0.3, 1.0) * seconds * 0.8)
@@ -54,13 +54,13 @@ def test_killed_builds_end_with_the_same_bytes_and_encode_no_shard_twice(tmp_pat
         assert finished.items() <= now.items()
         notes = {f"{int(path.stem):05}" for path in partial.glob("building/*.json") if path.stem.isdigit()}
         finished = {name: value for name, value in now.items() if name.split("-")[1] in notes}
-        struck.append(len(finished))
+        finished_counts.append(len(finished))
         if (tmp_path / "latents").exists():  # it ended before the kill: begin another
             assert hashes(tmp_path / "latents") == hashes(unbroken)
-            (tmp_path / "latents").rename(tmp_path / f"done-{done}-{len(struck)}")
+            (tmp_path / "latents").rename(tmp_path / f"done-{done}-{len(finished_counts)}")
             finished = {}
     subprocess.run(command(tmp_path / "latents"), check=True)
-    print(f"{kills} kills, of which finished shards were found: {struck}")
+    print(f"{kills} kills; finished shards after each: {finished_counts}")
     assert hashes(tmp_path / "latents") == hashes(unbroken)
 
 
@@ -69,12 +69,12 @@ def test_two_ranks_build_the_same_cache_and_read_its_batches_in_slices(tmp_path,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*torchrun, *command(tmp_path / "latents")[1:]], check=True)
     one, two = hashes(unbroken), hashes(tmp_path / "latents")
-    # A rank has fewer threads, with which the images of the image grid can be decoded to another last bit.
+    # A rank has fewer threads, which can change the last bit of the decoded images in the grid.
     one_info, two_info = (
         json.loads((folder / "latents.json").read_text()) for folder in (unbroken, tmp_path / "latents")
     )
-    for found, info in ((one, one_info), (two, two_info)):
-        del found["reconstructions.png"], found["latents.json"], info["files"]["reconstructions.png"]
+    for files, info in ((one, one_info), (two, two_info)):
+        del files["reconstructions.png"], files["latents.json"], info["files"]["reconstructions.png"]
     assert one == two
     assert one_info == two_info
     reader = LatentReader(tmp_path / "latents")

@@ -9,7 +9,7 @@ from datasets import load_from_disk
 from dit_hf.latents.reader import BatchPrefetcher, LatentReader
 
 
-def test_reads_what_datasets_reads(latents):
+def test_reads_the_same_latents_as_datasets(latents):
     reader, cache = LatentReader(latents), load_from_disk(str(latents))
     rows = np.array([5, 0, 59, 5])
     for name in ("latent_mean", "latent_std", "latent_mean_flip"):
@@ -17,7 +17,7 @@ def test_reads_what_datasets_reads(latents):
         assert np.array_equal(reader.read(name, rows), expected)
 
 
-def test_an_epoch_is_every_training_picture_once_in_another_order(latents):
+def test_an_epoch_is_every_training_image_once_in_another_order(latents):
     reader = LatentReader(latents)
     n = len(reader)
     first, second = reader.rows(0, 0, n), reader.rows(0, n, n)
@@ -28,14 +28,14 @@ def test_an_epoch_is_every_training_picture_once_in_another_order(latents):
     assert set(splits[first]) == {"train"}
 
 
-def test_any_cut_of_the_sequence_is_the_same_sequence(latents):
+def test_the_order_does_not_depend_on_the_batches(latents):
     reader = LatentReader(latents)
     whole = reader.rows(7, 0, 200)
     assert np.array_equal(np.concatenate([reader.rows(7, i, 25) for i in range(0, 200, 25)]), whole)
     assert np.array_equal(LatentReader(latents).rows(7, 130, 70), whole[130:])
 
 
-def test_batches_flip_only_what_is_asked(latents):
+def test_batches_flip_only_the_requested_images(latents):
     reader = LatentReader(latents)
     flip = np.array([True, False, True, False])
     plain, flipped = reader.batch(0, 3, 4), reader.batch(0, 3, 4, flip)
@@ -59,7 +59,7 @@ def test_conditions_are_chosen_and_ordered_by_name(latents):
         LatentReader(latents, conditions=["Tall"])
 
 
-def test_travels_to_another_process(latents):
+def test_can_be_pickled(latents):
     reader = LatentReader(latents, "train", ["Male"])
     reader.batch(0, 0, 2)
     copy = pickle.loads(pickle.dumps(reader))
@@ -67,12 +67,12 @@ def test_travels_to_another_process(latents):
     assert list(copy.conditions) == ["Male"]
 
 
-def test_a_split_that_is_empty_is_named(latents):
+def test_the_error_names_an_empty_split(latents):
     with pytest.raises(ValueError, match="no test images"):
         LatentReader(latents, "test")
 
 
-def test_the_next_batch_is_read_while_the_last_is_worked_on():
+def test_the_next_batch_is_read_while_the_current_one_is_used():
     read, begun = [], threading.Event()
 
     def batch(key):
@@ -83,14 +83,14 @@ def test_the_next_batch_is_read_while_the_last_is_worked_on():
 
     batches = BatchPrefetcher(batch, torch.device("cpu"))
     assert batches.get((0, 0), (1, 0))["x"].tolist() == [0, 0]
-    assert begun.wait(10)  # nobody has asked for it yet
+    assert begun.wait(10)  # before it is requested
     assert batches.get((1, 0), (2, 0))["x"].tolist() == [1, 1]
-    assert batches.get((7, 0), (8, 0))["x"].tolist() == [7, 7]  # another than was foretold
+    assert batches.get((7, 0), (8, 0))["x"].tolist() == [7, 7]  # not the announced one
     assert read[:2] == [(0, 0), (1, 0)]
     assert read.count((1, 0)) == 1
 
 
-def test_an_error_of_the_thread_is_that_of_the_caller():
+def test_an_error_in_the_thread_is_raised_in_the_caller():
     def fail(key):
         raise ValueError("damaged")
 

@@ -11,7 +11,7 @@ from dit_hf.latents.vae import load_vae
 
 
 @pytest.mark.parametrize(("resolution", "latents"), [(64, 16), (128, 32)])
-def test_bundled_vae_rebuilds_avatars_it_has_not_seen(resolution, latents):
+def test_bundled_vae_reconstructs_new_avatars(resolution, latents):
     vae = load_vae("avatar")
     assert psnr(vae, open_images("avatars", resolution=resolution, num_images=200, seed=4711)) >= 32
     shape = vae.encode(torch.zeros(1, 3, resolution, resolution)).latent_dist.mean.shape
@@ -20,21 +20,21 @@ def test_bundled_vae_rebuilds_avatars_it_has_not_seen(resolution, latents):
 
 
 def unit(vae, resolution):
-    """Standard deviation of the scaled latents of 100 avatars."""
+    """Return the standard deviation of the scaled latents of 100 avatars."""
     faces = open_images("avatars", resolution=resolution, num_images=100, seed=4711)["image"]
     pixels = torch.stack([torch.from_numpy(np.array(face)).permute(2, 0, 1) / 127.5 - 1 for face in faces])
     with torch.no_grad():
         return (vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor).std().item()
 
 
-def test_bundled_vae_is_small_and_says_where_it_comes_from():
+def test_bundled_vae_is_small_and_documents_its_origin():
     folder = files("dit_hf") / "assets" / "avatar_vae"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
     assert "train-autoencoder" in (folder / "README.md").read_text()
     assert json.loads((folder / "training.json").read_text())["settings"]["source"] == "avatars"
 
 
-def test_training_one_lowers_the_error(tmp_path):
+def test_training_lowers_the_error(tmp_path):
     options = {"resolution": 16, "num_images": 200, "train_batch_size": 8}
     scores = []
     for steps in (1, 60):
@@ -56,6 +56,6 @@ def test_training_one_lowers_the_error(tmp_path):
         ({"mixed_precision": "fp8"}, "expected no or bf16"),
     ],
 )
-def test_bad_options_say_what_is_wrong(tmp_path, options, message):
+def test_bad_options_are_one_line_errors(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train_autoencoder(str(tmp_path / "out"), **{"resolution": 16, "num_images": 50, **options})

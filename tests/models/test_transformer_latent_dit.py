@@ -21,7 +21,7 @@ def inputs(batch=3, height=8, width=8, seed=1):
 
 
 def dit_forward(model, hidden_states, timestep, condition_ids):
-    """DiT as the paper's appendix describes it, written from the formulas on the state dict alone."""
+    """Compute DiT from the paper's formulas and the state dict alone."""
     w, config = dict(model.state_dict()), model.config
     heads, dim, p = config.num_attention_heads, model.inner_dim, config.patch_size
 
@@ -31,7 +31,7 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
     def norm(x):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
 
-    # positions: numpy, one axis after the other
+    # 1. Tokens and their positions, by numpy and one by one.
     batch, _, height, width = hidden_states.shape
     rows, columns = height // p, width // p
     omega = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
@@ -44,6 +44,7 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
     patches = F.unfold(hidden_states, p, stride=p).transpose(1, 2)  # [batch, tokens, channels * p * p]
     x = linear(patches, "proj_in") + torch.from_numpy(position).float().reshape(1, rows * columns, dim)
 
+    # 2. Timestep and conditions.
     frequency = torch.exp(-math.log(10000) * torch.arange(128) / 128)
     angle = timestep[:, None] * frequency
     c = linear(
@@ -55,6 +56,7 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
         offset += values + 1
     c = F.silu(c)
 
+    # 3. Blocks: attention, then feed-forward.
     for layer in range(config.num_layers):
         name = f"transformer_blocks.{layer}"
         s1, b1, g1, s2, b2, g2 = linear(c, f"{name}.modulation")[:, None].split(dim, -1)
@@ -69,12 +71,14 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
                 for x, n in ((q, "norm_q"), (k, "norm_k"))
             )
         if config.use_rotary_positional_embeddings:
-            q, k = (turned(x, rows, columns) for x in (q, k))
+            q, k = (rotated(x, rows, columns) for x in (q, k))
         attention = ((q @ k.transpose(2, 3)) / math.sqrt(dim // heads)).softmax(-1) @ v
         x = x + g1 * linear(attention.transpose(1, 2).reshape(batch, -1, dim), f"{name}.attn.to_out.0")
         h = linear(norm(x) * (1 + b2) + s2, f"{name}.ff.net.0.proj")
         h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
         x = x + g2 * linear(h, f"{name}.ff.net.2")
+
+    # 4. Output, patch by patch.
     shift, scale = linear(c, "modulation_out")[:, None].split(dim, -1)
     x = linear(norm(x) * (1 + scale) + shift, "proj_out")
     out = torch.zeros(batch, model.out_channels, height, width)
@@ -85,8 +89,8 @@ def dit_forward(model, hidden_states, timestep, condition_ids):
     return out
 
 
-def turned(x, rows, columns):
-    """Rotary positions by complex numbers, token by token: the head's first half by column, its second by row."""
+def rotated(x, rows, columns):
+    """Rotate heads by complex numbers, token by token: the first half by column, the second by row."""
     out, half = x.clone(), x.shape[-1] // 2
     omega = 100.0 ** (-np.arange(0, half, 2) / half)
     for i in range(rows):
@@ -100,7 +104,7 @@ def turned(x, rows, columns):
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": "rms_norm"}, {"use_rotary_positional_embeddings": True}])
-def test_forward_is_the_papers(options):
+def test_forward_is_that_of_the_paper(options):
     model = tiny_transformer(conditions=CONDITIONS, **options)
     hidden_states, timestep = inputs()
     ids = torch.tensor([[0, 1, 4], [1, 2, 5], [2, 0, 0]])
@@ -125,7 +129,7 @@ def test_reference_preset_has_the_reference_systems_size():
 
 @pytest.mark.parametrize(("preset", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
 def test_presets_have_the_papers_sizes(preset, millions):
-    """Table 4 of the paper, whose models know 1,000 classes and learn sigma."""
+    """Table 4 of the paper, whose models have 1,000 classes and a learned sigma."""
     with torch.device("meta"):
         model = LatentDiTTransformer2DModel(
             sample_size=32, out_channels=8, conditions={"class": 1000}, **PRESETS[preset]
@@ -141,14 +145,14 @@ def test_any_size_divisible_by_the_patch(height, width):
     assert out.isfinite().all()
 
 
-def test_rotary_positions_tell_how_far_apart_two_tokens_are():
+def test_rotary_positions_depend_on_the_distance_of_two_tokens():
     model = tiny_transformer(use_rotary_positional_embeddings=True)
     cos, sin = model._rotations(4, 4, torch.zeros(1))
     query, key = torch.randn(2, model.config.attention_head_dim)
     vectors = torch.stack([query, key]).expand(16, 2, -1)[None]  # the same two at every token
-    turned = apply_rotary_emb(vectors, cos, sin)
-    torch.testing.assert_close(turned, diffusers_rotary_emb(vectors, (cos, sin), sequence_dim=1))
-    query, key = turned[0].unbind(1)
+    rotated = apply_rotary_emb(vectors, cos, sin)
+    torch.testing.assert_close(rotated, diffusers_rotary_emb(vectors, (cos, sin), sequence_dim=1))
+    query, key = rotated[0].unbind(1)
     products = (query @ key.T).reshape(4, 4, 4, 4)  # row and column of the query, row and column of the key
     torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1], atol=1e-4, rtol=1e-4)
     assert products[0, 0].unique().numel() == 16
@@ -163,7 +167,7 @@ def test_positions_stretch_over_the_trained_extent():
     torch.testing.assert_close(large[::2], small)
 
 
-def test_null_conditions_are_the_default_and_matter():
+def test_null_conditions_are_the_default_and_have_an_effect():
     model = tiny_transformer(conditions=CONDITIONS)
     hidden_states, timestep = inputs()
     nulls = torch.tensor([[2, 2, 5]] * 3)
@@ -250,7 +254,7 @@ def test_fused_projections_give_the_same():
         (lambda: tiny_transformer()(*inputs(), torch.zeros(3, 1).long()), "no conditions"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -259,8 +263,8 @@ def test_what_does_not_fit_is_refused(make, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [LatentDiTLayerNorm, LatentDiTRMSNorm])
-def test_norms_hand_on_the_precision_they_are_given(kind, dtype):
-    """Under autocast too, which on a GPU would make float32 of it."""
+def test_norms_return_the_precision_of_their_input(kind, dtype):
+    """Under autocast too, which on a GPU would return float32."""
     norm = kind(64).cuda()
     x = 3 * torch.randn(5, 64, device="cuda").to(dtype) + 1
     with torch.autocast("cuda", dtype):

@@ -31,7 +31,7 @@ ROUNDING = {"atol": 2e-6, "rtol": 0}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def draw(pipeline, steps=3, **options):
+def generate(pipeline, steps=3, **options):
     pipeline.set_progress_bar_config(disable=True)
     options.setdefault("generator", torch.Generator().manual_seed(0))
     return pipeline({"Smiling": True}, num_inference_steps=steps, output_type="pt", **options).images
@@ -45,7 +45,7 @@ def lora(**options):
 
 @pytest.fixture(scope="module")
 def expected():
-    return draw(tiny_pipeline())
+    return generate(tiny_pipeline())
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +62,20 @@ def folder(tmp_path_factory):
 
 def test_shards_and_variants_load(folder, expected):
     assert len(list((folder / "transformer").glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 1
-    assert torch.equal(draw(DiffusionPipeline.from_pretrained(folder)), expected)
+    assert torch.equal(generate(DiffusionPipeline.from_pretrained(folder)), expected)
     half = DiffusionPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float16)
     parameters = dict(half.transformer.named_parameters())
     single = {name for name, parameter in parameters.items() if parameter.dtype == torch.float32}
     assert single == {name for name in parameters if name.startswith("time_embedding")}
-    torch.testing.assert_close(draw(half).float(), expected, atol=1e-2, rtol=0)
+    torch.testing.assert_close(generate(half).float(), expected, atol=1e-2, rtol=0)
 
 
 def test_dtypes_and_device_maps(folder, expected):
     mixed = DiffusionPipeline.from_pretrained(folder, dtype={"transformer": torch.bfloat16, "default": torch.float32})
     assert (mixed.transformer.dtype, mixed.vae.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(draw(mixed), expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(generate(mixed), expected, atol=0.05, rtol=0)
     pipeline = DiffusionPipeline.from_pretrained(folder, device_map="cpu")
-    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected)
     model = AutoModel.from_pretrained(str(folder), subfolder="transformer", device_map="auto")
     assert isinstance(model, LatentDiTTransformer2DModel)
     assert model.hf_device_map == {"": "cpu"}
@@ -87,7 +87,7 @@ def test_optional_components(folder):
     assert pipeline(num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
 
 
-def test_from_pipe_shares_the_weights_and_comes_back(expected):
+def test_from_pipe_shares_the_weights_both_ways(expected):
     pipeline = tiny_pipeline()
     for kind in (LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTEditPipeline):
         other = kind.from_pipe(pipeline)
@@ -95,7 +95,7 @@ def test_from_pipe_shares_the_weights_and_comes_back(expected):
         back = LatentDiTPipeline.from_pipe(other)
         assert back.config.guidance_scale == 2.0
         assert back.config.condition_labels == pipeline.config.condition_labels
-        torch.testing.assert_close(draw(back), expected, **ROUNDING)
+        torch.testing.assert_close(generate(back), expected, **ROUNDING)
 
 
 # Memory
@@ -104,10 +104,13 @@ def test_from_pipe_shares_the_weights_and_comes_back(expected):
 def test_layerwise_casting_stores_the_blocks_in_eight_bits(expected):
     pipeline = tiny_pipeline()
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    kept = {name for name, p in pipeline.transformer.named_parameters() if p.dtype == torch.float32}
-    assert "transformer_blocks.0.attn.to_q.weight" not in kept
-    assert {name.split(".")[0] for name in kept if "transformer_blocks" not in name} >= {"proj_in", "time_embedding"}
-    torch.testing.assert_close(draw(pipeline), expected, atol=0.01, rtol=0)
+    float32 = {name for name, p in pipeline.transformer.named_parameters() if p.dtype == torch.float32}
+    assert "transformer_blocks.0.attn.to_q.weight" not in float32
+    assert {name.split(".")[0] for name in float32 if "transformer_blocks" not in name} >= {
+        "proj_in",
+        "time_embedding",
+    }
+    torch.testing.assert_close(generate(pipeline), expected, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +125,8 @@ def test_group_offloading(tmp_path, monkeypatch, expected, options):
     monkeypatch.chdir(tmp_path)
     pipeline = tiny_pipeline()
     pipeline.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, **options)
-    assert torch.equal(draw(pipeline), expected)
-    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected)
     if "offload_to_disk_path" in options:
         assert len(list((tmp_path / "disk").glob("*.safetensors"))) > 10
 
@@ -134,7 +137,7 @@ def test_offloading_of_the_whole_pipeline(expected):
     by_group.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
     by_group.vae.enable_tiling()
     for pipeline in (by_model, by_group):
-        assert torch.equal(draw(pipeline), expected)
+        assert torch.equal(generate(pipeline), expected)
 
 
 # Attention
@@ -145,7 +148,7 @@ def test_attention_backends(expected, backend):
     pipeline = tiny_pipeline()
     try:
         pipeline.transformer.set_attention_backend(backend)
-        torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+        torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
     finally:
         pipeline.transformer.set_attention_backend("native")  # diffusers keeps it for all models
 
@@ -159,18 +162,18 @@ def test_processors_can_be_read_and_replaced(expected):
     before = pipeline.transformer.attn_processors
     assert list(before) == [f"transformer_blocks.{i}.attn.processor" for i in range(2)]
     pipeline.transformer.set_attn_processor(Doubled())
-    assert not torch.allclose(draw(pipeline), expected, atol=1e-3)
+    assert not torch.allclose(generate(pipeline), expected, atol=1e-3)
     pipeline.transformer.set_attn_processor(before)
-    torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
 
 
 def test_projections_fuse_and_unfuse(expected):
     pipeline = tiny_pipeline()
     pipeline.transformer.fuse_qkv_projections()
-    torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
     pipeline.transformer.unfuse_qkv_projections()
     assert not pipeline.transformer.transformer_blocks[0].attn.fused_projections
-    torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
 
 
 # Adapters
@@ -179,34 +182,34 @@ def test_projections_fuse_and_unfuse(expected):
 def test_lora_is_added_disabled_saved_and_loaded(tmp_path, expected):
     pipeline = tiny_pipeline()
     pipeline.transformer.add_adapter(lora(), "one")
-    adapted = draw(pipeline)
+    adapted = generate(pipeline)
     assert not torch.allclose(adapted, expected, atol=1e-3)
     pipeline.transformer.disable_adapters()
-    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected)
     pipeline.transformer.save_lora_adapter(tmp_path, adapter_name="one")
     assert os.listdir(tmp_path) == [LORA_FILE]
     other = tiny_pipeline()
     other.transformer.load_lora_adapter(str(tmp_path), prefix=None, weight_name=LORA_FILE, adapter_name="mine")
-    assert torch.equal(draw(other), adapted)
+    assert torch.equal(generate(other), adapted)
 
 
-def test_several_loras_are_weighed_fused_and_unloaded(expected):
+def test_several_loras_are_weighted_fused_and_unloaded(expected):
     pipeline = tiny_pipeline()
     transformer = pipeline.transformer
     transformer.add_adapter(lora(), "one")
     transformer.add_adapter(lora(target_modules=["modulation", "ff.net.2"]), "two")
     transformer.set_adapters(["one", "two"], [0.7, 0.3])
-    both = draw(pipeline)
+    both = generate(pipeline)
     transformer.fuse_lora()
-    torch.testing.assert_close(draw(pipeline), both, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), both, **ROUNDING)
     transformer.unfuse_lora()
     transformer.set_adapters("one")
-    assert not torch.allclose(draw(pipeline), both, atol=1e-3)
+    assert not torch.allclose(generate(pipeline), both, atol=1e-3)
     transformer.set_adapters("one", {"transformer_blocks.0": 0.0, "transformer_blocks.1": 0.0})
-    torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
     transformer.unload_lora()
     assert not hasattr(transformer, "peft_config")
-    torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -246,39 +249,39 @@ CACHES = {
 
 @pytest.mark.parametrize("config", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("options", [{}, {"guidance_start": 0.2, "guidance_end": 0.8}], ids=["whole", "interval"])
-def test_caches_leave_blocks_out_and_repeat_themselves(config, options):
+def test_caches_skip_blocks_and_are_reproducible(config, options):
     pipeline, calls = tiny_pipeline(), []
     pipeline.transformer.transformer_blocks[1].ff.register_forward_pre_hook(lambda *_: calls.append(1))
-    full = draw(pipeline, 20, **options)
+    full = generate(pipeline, 20, **options)
     assert len(calls) == 20
     pipeline.transformer.enable_cache(config)
-    cached = draw(pipeline, 20, **options)
+    cached = generate(pipeline, 20, **options)
     assert len(calls) - 20 < 19
     torch.testing.assert_close(cached, full, atol=0.02, rtol=0)
-    draw(pipeline, 2, batch_size=3)  # another shape in between
-    assert torch.equal(draw(pipeline, 20, **options), cached)
+    generate(pipeline, 2, batch_size=3)  # another shape in between
+    assert torch.equal(generate(pipeline, 20, **options), cached)
     pipeline.transformer.disable_cache()
-    assert torch.equal(draw(pipeline, 20, **options), full)
+    assert torch.equal(generate(pipeline, 20, **options), full)
 
 
-def test_caches_start_anew_after_an_inversion_and_an_error():
+def test_caches_are_reset_after_an_inversion_and_an_error():
     pipeline = tiny_pipeline()
     pipeline.transformer.enable_cache(CACHES["magnitude"])
-    alone = draw(pipeline, 10)
+    alone = generate(pipeline, 10)
     LatentDiTEditPipeline(**pipeline.components).invert(Image.radial_gradient("L"), num_inference_steps=7)
-    assert torch.equal(draw(pipeline, 10), alone)
+    assert torch.equal(generate(pipeline, 10), alone)
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw(pipeline, 10, callback_on_step_end=stop)
-    assert torch.equal(draw(pipeline, 10), alone)
+        generate(pipeline, 10, callback_on_step_end=stop)
+    assert torch.equal(generate(pipeline, 10), alone)
 
 
 def test_attention_is_broadcast_over_steps():
     pipeline, calls = tiny_pipeline(), []
-    full = draw(pipeline, 20)
+    full = generate(pipeline, 20)
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(10, 450),
@@ -287,7 +290,7 @@ def test_attention_is_broadcast_over_steps():
     )
     pipeline.transformer.transformer_blocks[1].attn.to_q.register_forward_pre_hook(lambda *_: calls.append(1))
     pipeline.transformer.enable_cache(config)
-    torch.testing.assert_close(draw(pipeline, 20), full, atol=0.02, rtol=0)
+    torch.testing.assert_close(generate(pipeline, 20), full, atol=0.02, rtol=0)
     assert len(calls) < 15
     assert pipeline.current_timestep is None
 
@@ -297,13 +300,13 @@ def test_layers_can_be_skipped(expected):
     apply_layer_skip(pipeline.transformer, LayerSkipConfig(indices=[1], fqn="transformer_blocks"))
     shorter = tiny_pipeline()
     del shorter.transformer.transformer_blocks[1]
-    torch.testing.assert_close(draw(pipeline), draw(shorter), **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), generate(shorter), **ROUNDING)
 
 
 def test_repeated_blocks_compile(expected):
     pipeline = tiny_pipeline()
     pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-    torch.testing.assert_close(draw(pipeline), expected, **ROUNDING)
+    torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
 
 
 # Callbacks
@@ -318,8 +321,8 @@ def test_a_callback_interrupts():
         return tensors
 
     pipeline = tiny_pipeline()
-    draw(pipeline, 5, callback_on_step_end=callback)
+    generate(pipeline, 5, callback_on_step_end=callback)
     assert seen == [0, 1]
     assert pipeline.interrupt
-    draw(pipeline, 3)  # the next call runs again
+    generate(pipeline, 3)  # the next call runs again
     assert not pipeline.interrupt

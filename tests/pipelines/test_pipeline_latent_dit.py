@@ -19,7 +19,7 @@ def run(pipeline, *args, seed=0, **options):
     return pipeline(*args, **options).images
 
 
-def test_draws_pictures_of_every_kind():
+def test_every_output_type():
     pipeline = tiny_pipeline()
     assert run(pipeline, output_type="pil")[0].size == (16, 16)
     assert run(pipeline, batch_size=2).shape == (2, 16, 16, 3)
@@ -35,14 +35,14 @@ def test_the_same_seed_gives_the_same_pixels_and_another_others():
     assert not np.array_equal(run(pipeline), run(pipeline, seed=1))
 
 
-def test_a_generator_an_image_makes_batches_irrelevant():
+def test_with_a_generator_an_image_the_batch_does_not_matter():
     pipeline = tiny_pipeline()
     together = run(pipeline, batch_size=2, generator=[torch.Generator().manual_seed(s) for s in (4, 5)])
     alone = [run(pipeline, seed=s)[0] for s in (4, 5)]
     np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
 
 
-def test_attributes_in_all_their_spellings():
+def test_attributes_in_all_spellings():
     pipeline = tiny_pipeline()
     assert pipeline.encode_attributes(None, 2).tolist() == [[2, 3], [2, 3]]
     rows = [{"Smiling": True, "class": "dog"}, {"class": 2, "Smiling": None}, {"Smiling": False}, {}]
@@ -54,9 +54,9 @@ def test_attributes_in_all_their_spellings():
 
 def test_guidance_is_the_formula_and_comes_from_the_config():
     pipeline = tiny_pipeline(guidance_scale=3.0)
-    asked = {"Smiling": True, "class": "owl"}
+    requested = {"Smiling": True, "class": "owl"}
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    out = run(pipeline, asked, latents=latents, num_inference_steps=1, output_type="latent")
+    out = run(pipeline, requested, latents=latents, num_inference_steps=1, output_type="latent")
     # By hand: one step from the noisiest level to the clean latent of the guided prediction.
     t = torch.tensor([499.0])
     with torch.no_grad():
@@ -64,20 +64,22 @@ def test_guidance_is_the_formula_and_comes_from_the_config():
     guided = free + 3.0 * (conditional - free)
     torch.testing.assert_close(out, pipeline.scheduler.predict_original_sample(guided, t, latents))
     assert torch.equal(
-        out, run(pipeline, asked, latents=latents, num_inference_steps=1, output_type="latent", guidance_scale=3.0)
+        out, run(pipeline, requested, latents=latents, num_inference_steps=1, output_type="latent", guidance_scale=3.0)
     )
-    unguided = run(pipeline, asked, latents=latents, num_inference_steps=1, output_type="latent", guidance_scale=1.0)
+    unguided = run(
+        pipeline, requested, latents=latents, num_inference_steps=1, output_type="latent", guidance_scale=1.0
+    )
     torch.testing.assert_close(unguided, pipeline.scheduler.predict_original_sample(conditional, t, latents))
 
 
 def predictions(pipeline, latents, *ids):
-    """At the noisiest level, one for each row of condition ids."""
+    """Return the predictions at the noisiest level, one for each row of condition ids."""
     with torch.no_grad():
         return [pipeline.transformer(latents, torch.tensor([499.0]), torch.tensor([row])).sample for row in ids]
 
 
 def last_step(pipeline, latents, output):
-    """The one step from the noisiest level to the clean latent of a prediction."""
+    """Return the end of a single step, from the noisiest level to the clean latent of a prediction."""
     return pipeline.scheduler.predict_original_sample(output, torch.tensor([499.0]), latents)
 
 
@@ -85,13 +87,13 @@ def one_step(pipeline, *args, **options):
     return run(pipeline, *args, num_inference_steps=1, output_type="latent", **options)
 
 
-def test_negative_attributes_take_the_place_of_nothing():
+def test_negative_attributes_replace_the_unconditional_prediction():
     pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
-    asked, away = predictions(pipeline, latents, [1, 2], [0, 0])
+    requested, away = predictions(pipeline, latents, [1, 2], [0, 0])
     out = one_step(pipeline, {"Smiling": True, "class": "owl"}, latents=latents, guidance_scale=3.0)
     options = {"latents": latents, "guidance_scale": 3.0, "negative_attributes": {"Smiling": False, "class": "cat"}}
     steered = one_step(pipeline, {"Smiling": True, "class": "owl"}, **options)
-    torch.testing.assert_close(steered, last_step(pipeline, latents, away + 3.0 * (asked - away)))
+    torch.testing.assert_close(steered, last_step(pipeline, latents, away + 3.0 * (requested - away)))
     assert not torch.equal(out, steered)
     # Without attributes too: away from a cat, to anything else.
     free, away = predictions(pipeline, latents, [2, 3], [2, 0])
@@ -108,7 +110,7 @@ def test_negative_attributes_are_given_for_each_row_of_the_call():
     torch.testing.assert_close(out[2:], alone)
 
 
-def test_pictures_that_are_no_numbers_are_refused():
+def test_images_that_are_not_finite_are_refused():
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias.fill_(float("inf"))
@@ -131,16 +133,16 @@ def test_weights_multiply_the_difference_that_an_attribute_makes(scale):
 
 def test_rescaled_guidance_has_the_deviation_of_the_unguided_prediction():
     pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
-    asked, free = predictions(pipeline, latents, [1, 2], [2, 3])
-    guided = free + 6.0 * (asked - free)
+    requested, free = predictions(pipeline, latents, [1, 2], [2, 3])
+    guided = free + 6.0 * (requested - free)
     options = {"latents": latents, "guidance_scale": 6.0}
     for rescale in (1.0, 0.7):
         out = one_step(pipeline, {"Smiling": True, "class": "owl"}, guidance_rescale=rescale, **options)
-        expected = rescale * guided * asked.std() / guided.std() + (1 - rescale) * guided
+        expected = rescale * guided * requested.std() / guided.std() + (1 - rescale) * guided
         torch.testing.assert_close(out, last_step(pipeline, latents, expected))
 
 
-def test_guidance_in_an_interval_predicts_once_outside_of_it():
+def test_outside_the_interval_of_guidance_there_is_one_prediction():
     pipeline = tiny_pipeline()
     batches = []
     pipeline.transformer.register_forward_pre_hook(lambda _module, args: batches.append(len(args[0])))
@@ -150,17 +152,17 @@ def test_guidance_in_an_interval_predicts_once_outside_of_it():
     assert np.array_equal(run(pipeline, {"Smiling": True}, guidance_start=0.5, guidance_end=0.5), without)
 
 
-def test_autoguidance_leads_away_from_a_weaker_model():
+def test_autoguidance_steers_away_from_a_weaker_model():
     pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
     weak = tiny_transformer(seed=5, num_layers=1, conditions={"Smiling": 2, "class": 3})
-    asked, free = predictions(pipeline, latents, [1, 2], [2, 3])
+    requested, free = predictions(pipeline, latents, [1, 2], [2, 3])
     with torch.no_grad():
         t = torch.tensor([499.0])
-        weak_asked, weak_free = (weak(latents, t, torch.tensor([row])).sample for row in ([1, 2], [2, 3]))
+        weak_requested, weak_free = (weak(latents, t, torch.tensor([row])).sample for row in ([1, 2], [2, 3]))
     options = {"latents": latents, "guidance_scale": 1.6, "guidance_transformer": weak}
     out = one_step(pipeline, {"Smiling": True, "class": "owl"}, **options)
-    torch.testing.assert_close(out, last_step(pipeline, latents, weak_asked + 1.6 * (asked - weak_asked)))
-    out = one_step(pipeline, **options)  # where nothing is asked for too
+    torch.testing.assert_close(out, last_step(pipeline, latents, weak_requested + 1.6 * (requested - weak_requested)))
+    out = one_step(pipeline, **options)  # unconditional images too
     torch.testing.assert_close(out, last_step(pipeline, latents, weak_free + 1.6 * (free - weak_free)))
 
 
@@ -179,13 +181,13 @@ def test_bad_guidance_is_refused(options, message):
         run(tiny_pipeline(), {"Smiling": True}, **options)
 
 
-def test_guidance_has_no_effect_where_nothing_is_asked_for():
+def test_guidance_has_no_effect_on_unconditional_images():
     pipeline = tiny_pipeline()
     assert np.array_equal(run(pipeline, guidance_scale=1.0), run(pipeline, guidance_scale=7.0))
     np.testing.assert_allclose(run(pipeline, {}, guidance_scale=7.0), run(pipeline), atol=1e-5)
 
 
-def test_interpolation_goes_from_noise_to_noise_over_the_arc():
+def test_interpolation_follows_the_arc_from_noise_to_noise():
     pipeline = tiny_pipeline()
     noises = torch.randn(3, 4, 8, 8)
     options = {"num_inference_steps": 2, "output_type": "pt", "attributes": {"Smiling": True}}
@@ -218,7 +220,7 @@ def test_without_statistics_the_vaes_scaling_is_used():
     assert pipeline.config.latents_mean == [0.0] * 4
 
 
-def test_other_sizes_than_trained_by_their_latents():
+def test_latents_of_another_size_than_trained():
     latents = torch.randn(1, 4, 8, 12)
     assert run(tiny_pipeline(), latents=latents).shape == (1, 16, 24, 3)
 
@@ -284,20 +286,20 @@ def test_vae_can_be_given_at_loading(tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", [CosineLatentScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-def test_half_precision_draws_the_same_pictures(scheduler):
-    """Only the model is half precision: latents and steps are not, so many steps add up no rounding."""
-    drawn = []
+def test_half_precision_generates_the_same_images(scheduler):
+    """Only the model has half precision, not latents and steps: errors do not add up over many steps."""
+    outputs = []
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = tiny_pipeline().to(dtype)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         options = {"num_inference_steps": 50, "output_type": "latent", "guidance_scale": 3.0}
-        drawn.append(run(pipeline, {"Smiling": True, "class": "owl"}, **options))
-        assert drawn[-1].dtype == torch.float32
-    difference = (drawn[1] - drawn[0]).square().mean().sqrt() / drawn[0].std()
+        outputs.append(run(pipeline, {"Smiling": True, "class": "owl"}, **options))
+        assert outputs[-1].dtype == torch.float32
+    difference = (outputs[1] - outputs[0]).square().mean().sqrt() / outputs[0].std()
     assert 0 < difference < 0.02
 
 
-def test_many_latents_are_decoded_a_few_at_a_time():
+def test_many_latents_are_decoded_in_small_batches():
     pipeline, sizes = tiny_pipeline(), []
     pipeline.vae.decoder.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
     latents = torch.randn(6, 4, 256, 256)  # as many pixels at once as 16 images of 256 px have
@@ -328,6 +330,6 @@ def test_many_latents_are_decoded_a_few_at_a_time():
         ({"batch_size": 2, "generator": [torch.Generator()]}, "1 generators for 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
+def test_invalid_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline()(**{"num_inference_steps": 1, **options})

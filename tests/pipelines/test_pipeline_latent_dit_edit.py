@@ -27,7 +27,7 @@ def decoded(pipeline, image):
     return pipeline.decode_latents(pipeline.encode_images(image), "np")
 
 
-def test_without_strength_the_image_comes_back(pipeline):
+def test_without_strength_the_image_is_returned(pipeline):
     options = {"image": face(), "attributes": {"Smiling": True}, "edit": {"class": "owl"}, "output_type": "np"}
     assert psnr(pipeline(**options, edit_strength=0.0).images, decoded(pipeline, face())) > 30
     changes = [
@@ -37,15 +37,15 @@ def test_without_strength_the_image_comes_back(pipeline):
     assert changes[0] < changes[1] < changes[2]
 
 
-def test_outside_of_guidances_interval_it_goes_on_as_it_is(pipeline):
+def test_outside_the_interval_of_guidance_the_image_stays(pipeline):
     options = {"image": face(), "attributes": {"class": "dog"}, "edit": {"class": "owl"}, "output_type": "np"}
     for edit_strength, interval in ((0.0, (0.3, 0.6)), (2.0, (0.5, 0.5))):
         start, end = interval
-        kept = pipeline(**options, edit_strength=edit_strength, guidance_start=start, guidance_end=end).images
-        assert psnr(kept, decoded(pipeline, face())) > 30
+        outputs = pipeline(**options, edit_strength=edit_strength, guidance_start=start, guidance_end=end).images
+        assert psnr(outputs, decoded(pipeline, face())) > 30
 
 
-def test_inverted_noise_gives_the_image_back_under_its_own_attributes(pipeline):
+def test_inverted_noise_generates_the_image_under_its_own_attributes(pipeline):
     faces, rows = [face(0), face(1)], [{"Smiling": True}, {"class": "dog"}]
     noise = pipeline.invert(faces, rows)
     assert noise.shape == (2, 4, 8, 8)
@@ -53,19 +53,19 @@ def test_inverted_noise_gives_the_image_back_under_its_own_attributes(pipeline):
     plain.set_progress_bar_config(disable=True)
     options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 50, "output_type": "np"}
     plain.scheduler = CosineLatentScheduler.from_config(plain.scheduler.config, multistep=False)
-    back, other = plain(rows, **options).images, plain([{"Smiling": False}, {"class": "cat"}], **options).images
-    assert psnr(back, decoded(pipeline, faces)) > 30
-    assert psnr(other, decoded(pipeline, faces)) < psnr(back, decoded(pipeline, faces))
+    same, other = plain(rows, **options).images, plain([{"Smiling": False}, {"class": "cat"}], **options).images
+    assert psnr(same, decoded(pipeline, faces)) > 30
+    assert psnr(other, decoded(pipeline, faces)) < psnr(same, decoded(pipeline, faces))
 
 
-def test_the_prediction_leads_from_the_images_own_attributes_to_those_asked_for(pipeline):
-    """One step from the noise, by hand."""
+def test_guidance_goes_from_the_images_own_attributes_to_the_requested_ones(pipeline):
+    """Compute one step from the noise by hand."""
     steps = {"num_inference_steps": 1}
     noise = pipeline.invert(face(), {"Smiling": False, "class": "cat"}, **steps)
     t = torch.tensor([499.0])
     with torch.no_grad():
-        own, asked = (pipeline.transformer(noise, t, torch.tensor([ids])).sample for ids in ([0, 0], [1, 0]))
-    expected = pipeline.scheduler.predict_original_sample(own + 1.5 * 2.0 * (asked - own), t, noise)
+        own, requested = (pipeline.transformer(noise, t, torch.tensor([ids])).sample for ids in ([0, 0], [1, 0]))
+    expected = pipeline.scheduler.predict_original_sample(own + 1.5 * 2.0 * (requested - own), t, noise)
     options = {"attributes": {"Smiling": False, "class": "cat"}, "edit": {"Smiling": True}, "edit_strength": 1.5}
     out = pipeline(image=face(), output_type="latent", **options, **steps).images
     torch.testing.assert_close(out, expected)
@@ -81,10 +81,10 @@ def test_partial_inversion_keeps_more(pipeline):
     np.testing.assert_allclose(pipeline(**options, strength=0.0).images, decoded(pipeline, face()), atol=1e-5)
 
 
-def test_a_stock_scheduler_is_left_as_it_is(pipeline):
+def test_a_stock_scheduler_is_restored(pipeline):
     options = {"image": face(), "edit": {"class": "owl"}, "output_type": "np", "num_inference_steps": 5}
     expected = pipeline(**options).images
-    settings = {"timestep_spacing": "leading"}  # which ours cannot have
+    settings = {"timestep_spacing": "leading"}  # impossible with ours
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **settings)
     np.testing.assert_allclose(pipeline(**options).images, expected, atol=1e-5)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
@@ -115,6 +115,6 @@ def test_one_image_with_several_edits_and_several_images_with_one(pipeline):
         ({"edit": [{"class": 0}, {"class": 1}], "attributes": [{}, {}, {}]}, "2 rows of attributes for 3 images"),
     ],
 )
-def test_what_does_not_fit_is_refused(pipeline, options, message):
+def test_invalid_arguments_are_refused(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"image": face(), "edit": {"class": "owl"}, "num_inference_steps": 1, **options})

@@ -42,7 +42,7 @@ def run(pipeline, **options):
 
 
 def reconstruction(pipeline, image):
-    """By the VAE alone."""
+    """Return an image as the VAE alone reconstructs it."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample
@@ -87,7 +87,7 @@ def test_strength_is_the_share_of_steps_and_the_level_of_noise(pipeline):
     torch.testing.assert_close(first["noisy"], expected)
 
 
-def test_pictures_are_encoded_by_mean_and_statistics_after_crop_and_resize(pipeline):
+def test_images_are_cropped_resized_encoded_as_the_mean_and_normalised(pipeline):
     wide = Image.new("RGB", (24, 16))
     wide.paste(face(), (4, 0))
     torch.testing.assert_close(pipeline.encode_images(wide), pipeline.encode_images(face()))
@@ -115,7 +115,7 @@ def test_a_vae_without_a_posterior_encodes_too(pipeline):
 
 
 @pytest.mark.parametrize("scheduler", STOCK)
-def test_any_scheduler_begins_where_the_strength_says(pipeline, scheduler):
+def test_any_scheduler_begins_at_the_level_of_the_strength(pipeline, scheduler):
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     options = {"image": face(), "num_inference_steps": 10}
     first = []
@@ -129,11 +129,11 @@ def test_any_scheduler_begins_where_the_strength_says(pipeline, scheduler):
     np.testing.assert_allclose(run(pipeline, strength=0.0, **options), expected, atol=1e-5)
 
 
-def test_several_pictures_and_several_images_of_each(pipeline):
+def test_several_images_and_several_outputs_for_each(pipeline):
     faces = [face(0), face(1)]
     images = run(pipeline, image=faces, num_images_per_prompt=2, strength=0.2, attributes=[{"Smiling": True}, {}])
     assert images.shape == (4, 16, 16, 3)
-    expected = [reconstruction(pipeline, picture)[0] for picture in faces for _ in range(2)]
+    expected = [reconstruction(pipeline, image)[0] for image in faces for _ in range(2)]
     np.testing.assert_allclose(
         run(pipeline, image=faces, num_images_per_prompt=2, strength=0.0), np.stack(expected), atol=1e-5
     )
@@ -141,7 +141,7 @@ def test_several_pictures_and_several_images_of_each(pipeline):
 
 
 @pytest.mark.parametrize("kind", [LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTEditPipeline])
-def test_parts_of_a_pipeline_make_another_with_the_same_statistics(kind, tmp_path):
+def test_components_of_a_pipeline_make_another_with_the_same_statistics(kind, tmp_path):
     plain = tiny_pipeline(latents_mean=[0.1, 0.2, 0.3, 0.4])
     made = [kind(**plain.components), kind(**plain.components, **plain.parameters), kind.from_pipe(plain)]
     plain.save_pretrained(tmp_path / "plain")
@@ -153,7 +153,7 @@ def test_parts_of_a_pipeline_make_another_with_the_same_statistics(kind, tmp_pat
         assert pipeline.config.condition_labels == {"class": ["cat", "dog", "owl"]}
     assert made[0].transformer is plain.transformer
     made[0].save_pretrained(tmp_path / "kind")
-    # What is saved is the base pipeline, which loads without dit_hf too; its class makes it of the kind again.
+    # The base pipeline is saved, which loads without dit_hf too; loading it by the class makes it that kind again.
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "kind")) is LatentDiTPipeline
     assert type(kind.from_pretrained(tmp_path / "kind")) is kind
     assert type(LatentDiTPipeline.from_pipe(made[0])) is LatentDiTPipeline
@@ -177,7 +177,7 @@ def test_half_precision(pipeline):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(pipeline, options, message):
+def test_invalid_arguments_are_refused(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         run(pipeline, **{"image": face(), **options})
     pipeline.vae = None

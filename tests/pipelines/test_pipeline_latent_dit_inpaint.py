@@ -21,7 +21,7 @@ def face(seed=0, size=16):
 
 
 def half(level=255, size=16):
-    """The left half is to be painted anew."""
+    """Return a mask whose left half is to be inpainted."""
     mask = Image.new("L", (size, size))
     mask.paste(level, (0, 0, size // 2, size))
     return mask
@@ -36,25 +36,25 @@ def arrays(images):
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_outside_the_mask_every_pixel_is_the_pictures_own(pipeline):
+def test_outside_the_mask_every_pixel_is_the_original(pipeline):
     for image in (face(), face(size=48)):
-        (painted,) = arrays(run(pipeline, image=image))
+        (inpainted,) = arrays(run(pipeline, image=image))
         own = np.asarray(pipeline.image_processor.resize(image, 16, 16))
-        assert np.array_equal(painted[:, 8:], own[:, 8:])
-        assert not np.array_equal(painted[:, :8], own[:, :8])
+        assert np.array_equal(inpainted[:, 8:], own[:, 8:])
+        assert not np.array_equal(inpainted[:, :8], own[:, :8])
 
 
-def test_without_pasting_the_known_part_is_the_vaes_reconstruction_in_latents(pipeline):
+def test_without_pasting_the_rest_is_the_vaes_reconstruction_in_latents(pipeline):
     latents = run(pipeline, output_type="latent")
-    known = pipeline.encode_images(face())
-    torch.testing.assert_close(latents[..., 4:], known[..., 4:])
-    assert (latents[..., :4] - known[..., :4]).abs().mean() > 0.1
+    image_latents = pipeline.encode_images(face())
+    torch.testing.assert_close(latents[..., 4:], image_latents[..., 4:])
+    assert (latents[..., :4] - image_latents[..., :4]).abs().mean() > 0.1
     assert not np.array_equal(arrays(run(pipeline, paste_back=False))[0][:, 8:], np.asarray(face())[:, 8:])
 
 
-def test_at_every_step_the_known_part_is_the_picture_at_that_level(pipeline):
+def test_at_every_step_the_rest_is_the_image_at_that_level(pipeline):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    known, seen = pipeline.encode_images(face()), []
+    image_latents, seen = pipeline.encode_images(face()), []
 
     def callback(_pipe, step, timestep, tensors):
         seen.append(tensors["latents"])
@@ -63,7 +63,9 @@ def test_at_every_step_the_known_part_is_the_picture_at_that_level(pipeline):
     run(pipeline, callback_on_step_end=callback, output_type="latent", jump_n_sample=1)
     for latents, following in zip(seen, [399, 299, 199, 99, None], strict=True):
         expected = (
-            known if following is None else pipeline.scheduler.add_noise(known, noise, torch.tensor([following]))
+            image_latents
+            if following is None
+            else pipeline.scheduler.add_noise(image_latents, noise, torch.tensor([following]))
         )
         torch.testing.assert_close(latents[..., 4:], expected[..., 4:])
 
@@ -78,27 +80,27 @@ def test_grey_blends_and_black_keeps_all(pipeline):
     assert np.array_equal(grey[:, 8:], own[:, 8:])
 
 
-def test_a_latent_is_painted_anew_if_any_of_its_pixels_is(pipeline):
+def test_a_latent_is_inpainted_if_any_of_its_pixels_is(pipeline):
     mask = Image.new("L", (16, 16))
     mask.putpixel((5, 6), 255)
-    latents, known = run(pipeline, mask_image=mask, output_type="latent"), pipeline.encode_images(face())
-    different = ((latents - known).abs().amax(1)[0] > 1e-4).nonzero().tolist()
+    latents, image_latents = run(pipeline, mask_image=mask, output_type="latent"), pipeline.encode_images(face())
+    different = ((latents - image_latents).abs().amax(1)[0] > 1e-4).nonzero().tolist()
     assert different == [[3, 2]]
-    painted, own = arrays(run(pipeline, mask_image=mask))[0], np.asarray(face())
-    assert [tuple(place) for place in np.argwhere((painted != own).any(-1))] in ([(6, 5)], [])
+    inpainted, own = arrays(run(pipeline, mask_image=mask))[0], np.asarray(face())
+    assert [tuple(place) for place in np.argwhere((inpainted != own).any(-1))] in ([(6, 5)], [])
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler])
 def test_stock_schedulers(pipeline, scheduler):
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     for strength in (1.0, 0.5):
-        (painted,) = arrays(run(pipeline, strength=strength, num_inference_steps=10))
-        assert np.array_equal(painted[:, 8:], np.asarray(face())[:, 8:])
+        (inpainted,) = arrays(run(pipeline, strength=strength, num_inference_steps=10))
+        assert np.array_equal(inpainted[:, 8:], np.asarray(face())[:, 8:])
     with pytest.raises(ValueError, match="needs a CosineLatentScheduler"):
         run(pipeline, jump_n_sample=2)
 
 
-def test_each_step_is_done_four_times_unless_told(pipeline):
+def test_each_step_is_done_four_times_by_default(pipeline):
     seen = []
     pipeline.transformer.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
     run(pipeline)
@@ -109,7 +111,7 @@ def test_each_step_is_done_four_times_unless_told(pipeline):
     assert len(seen) == 5
 
 
-def test_jumps_do_steps_again_from_the_level_they_began_at(pipeline):
+def test_jumps_repeat_steps_from_the_level_at_which_they_began(pipeline):
     seen, inputs = [], []
 
     def callback(_pipe, step, timestep, tensors):
@@ -124,8 +126,8 @@ def test_jumps_do_steps_again_from_the_level_they_began_at(pipeline):
     assert np.array_equal(arrays(out)[0][:, 8:], np.asarray(face())[:, 8:])
 
 
-def test_noising_again_gives_the_level_it_should(pipeline):
-    """From clean latents of unit variance, whatever the way, the noise has the level's own variance."""
+def test_noising_again_leads_to_the_right_level(pipeline):
+    """From constant latents over any levels in between, the noise has the variance of the last level."""
     pipeline.scheduler.set_timesteps(5)
     schedule, generator = pipeline.scheduler.timesteps, torch.Generator().manual_seed(0)
     latents = torch.full((1, 4, 200, 200), 2.0)
@@ -136,12 +138,12 @@ def test_noising_again_gives_the_level_it_should(pipeline):
         assert latents.std() == pytest.approx(sigma.item(), abs=0.02)
 
 
-def test_several_pictures_masks_and_images_of_each(pipeline):
+def test_several_images_masks_and_outputs_for_each(pipeline):
     faces, masks = [face(0), face(1)], [half(), half().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-    painted = arrays(run(pipeline, image=faces, mask_image=masks, num_images_per_prompt=2))
-    for index, kept in enumerate([slice(8, 16), slice(8, 16), slice(0, 8), slice(0, 8)]):
-        assert np.array_equal(painted[index][:, kept], np.asarray(faces[index // 2])[:, kept])
-    assert not np.array_equal(painted[0], painted[1])
+    inpainted = arrays(run(pipeline, image=faces, mask_image=masks, num_images_per_prompt=2))
+    for index, outside in enumerate([slice(8, 16), slice(8, 16), slice(0, 8), slice(0, 8)]):
+        assert np.array_equal(inpainted[index][:, outside], np.asarray(faces[index // 2])[:, outside])
+    assert not np.array_equal(inpainted[0], inpainted[1])
     one = arrays(run(pipeline, attributes=[{"class": i} for i in range(3)]))
     assert len(one) == 3
     assert np.array_equal(one[2][:, 8:], np.asarray(face())[:, 8:])
@@ -156,6 +158,6 @@ def test_several_pictures_masks_and_images_of_each(pipeline):
         ({"jump_length": 0}, "jump_length=0"),
     ],
 )
-def test_what_does_not_fit_is_refused(pipeline, options, message):
+def test_invalid_arguments_are_refused(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         run(pipeline, **options)

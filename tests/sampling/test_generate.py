@@ -13,7 +13,7 @@ from dit_hf.training.trainer import train
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_every_image_is_in_one_batch_whoever_draws_it(num_ranks):
+def test_every_image_is_in_one_batch_on_any_number_of_ranks(num_ranks):
     whole = batches(10, 4)
     assert whole == [range(4), range(4, 8), range(8, 10)]
     shared = [batch for rank in range(num_ranks) for batch in batches(10, 4, rank, num_ranks)]
@@ -29,12 +29,12 @@ def test_an_image_is_a_function_of_seed_and_number():
     for place, image in enumerate(range(2, 6)):
         alone = generate_images(pipeline, [image], rows, 7, **options).astype(int)
         assert np.abs(alone[0] - together[place]).max() <= 1
-    asked_anew = generate_images(pipeline, [4], [rows[1]], 7, **options).astype(int)
-    assert np.abs(asked_anew[0] - together[2]).max() <= 1
+    again = generate_images(pipeline, [4], [rows[1]], 7, **options).astype(int)
+    assert np.abs(again[0] - together[2]).max() <= 1
     assert np.abs(generate_images(pipeline, [4], rows, 8, **options).astype(int)[0] - together[2]).max() > 10
 
 
-def test_pictures_are_rounded_as_pil_is_given_them():
+def test_images_are_rounded_as_diffusers_does_for_pil():
     pixels = torch.rand(2, 3, 5, 4) * 1.2 - 0.1
     expected = [
         tiny_pipeline().image_processor.numpy_to_pil(p.permute(1, 2, 0).clamp(0, 1).numpy())[0] for p in pixels
@@ -53,8 +53,8 @@ def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
         load_pipeline(str(tmp_path / "x.png"))
 
 
-def test_torch_may_be_built_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
-    """As PyPI's is on Linux: asked for the accelerator it names CUDA, unless it is told to look."""
+def test_torch_may_be_built_for_a_missing_gpu(tmp_path, monkeypatch):
+    """PyPI's torch for Linux names CUDA as its accelerator, unless it is made to check."""
 
     def accelerator(check_available=False):
         return None if check_available else torch.device("cuda")
@@ -68,15 +68,15 @@ def test_a_checkpoint_is_a_model_too(config):
     run = train(config)
     last, earlier = load_pipeline(f"{run}/checkpoint-8", "cpu"), load_pipeline(f"{run}/checkpoint-4", "cpu")
     exported = load_pipeline(str(run), "cpu")
-    drawn = [
+    images = [
         generate_images(pipeline, [0], [{"Smiling": 1}], 0, num_inference_steps=2) for pipeline in (last, exported)
     ]
-    assert np.array_equal(*drawn)
+    assert np.array_equal(*images)
     for name in ("guidance_scale", "condition_labels", "latents_mean", "latents_std"):
         assert last.config[name] == exported.config[name]
     assert weights_sha256(earlier.transformer) != weights_sha256(last.transformer)
     assert load_pipeline(f"{run}/checkpoint-4", "cpu", dtype=torch.bfloat16, vae=None).dtype == torch.bfloat16
-    # Without its end the run is no model, and says what is.
+    # Without its export the run is not a model, and the error names those that are.
     shutil.rmtree(run / "pipeline")
     with pytest.raises(ValueError, match=rf"the run is not finished; name one of its checkpoints \({run}/checkpoint-"):
         load_pipeline(str(run))

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i in range(2):
         render_face(choose_face(0, i), 16).save(folder / f"face-{i}.png")
     mask = Image.new("L", (16, 16))
@@ -39,17 +39,17 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]).astype(int)
 
 
-def test_pictures_with_their_settings(model, tmp_path):
+def test_images_with_their_settings(model, tmp_path):
     rows = [{"Smiling": True}, {"class": "owl"}]
     options = {"num_images": 5, "attributes": rows, "num_inference_steps": 2, "seed": 3, "batch_size": 2}
     folder = sample(model, str(tmp_path / "out"), **options, options={"guidance_rescale": 0.5})
     expected = generate_images(tiny_pipeline(), range(4, 5), rows, 3, num_inference_steps=2, guidance_rescale=0.5)
     assert np.abs(pixels(folder)[4] - expected[0]).max() <= 1
     text = Image.open(folder / "00003.png").text["dit_hf"]
-    facts = json.loads(text)
-    assert facts["attributes"] == {"class": "owl"}
-    assert (facts["image_number"], facts["seed"], facts["num_inference_steps"]) == (3, 3, 2)
-    assert facts["model"] == "faces"
+    metadata = json.loads(text)
+    assert metadata["attributes"] == {"class": "owl"}
+    assert (metadata["image_number"], metadata["seed"], metadata["num_inference_steps"]) == (3, 3, 2)
+    assert metadata["model"] == "faces"
     assert str(tmp_path) not in text + (folder / "settings.json").read_text()
     assert model not in text
     assert {path.name for path in folder.iterdir()} == {
@@ -59,7 +59,7 @@ def test_pictures_with_their_settings(model, tmp_path):
     }
 
 
-def test_what_is_missing_is_drawn_and_what_is_there_is_left(model, tmp_path):
+def test_missing_images_are_generated_and_the_others_left(model, tmp_path):
     options = {"num_images": 6, "num_inference_steps": 2, "batch_size": 2}
     folder = sample(model, str(tmp_path / "out"), **options)
     before, times = pixels(folder), {p.name: p.stat().st_mtime_ns for p in folder.glob("0*.png")}
@@ -80,7 +80,7 @@ def test_what_is_missing_is_drawn_and_what_is_there_is_left(model, tmp_path):
         sample(model, str(tmp_path), **options)
 
 
-def test_a_call_that_failed_before_the_first_picture_blocks_nothing(model, tmp_path):
+def test_a_call_that_failed_before_the_first_image_blocks_nothing(model, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match="guidance_rescale=2"):
         sample(model, out, num_images=1, num_inference_steps=1, options={"guidance_rescale": 2})
@@ -99,14 +99,14 @@ def test_more_frames_than_files_may_be_open(model, tmp_path):
     assert Image.open(folder / "film.gif").n_frames == 118
 
 
-def test_a_series_goes_on_with_the_batches_that_are_missing(model, tmp_path, monkeypatch):
+def test_a_series_resumes_with_the_missing_batches(model, tmp_path, monkeypatch):
     options = {"num_images": 5, "num_inference_steps": 2, "batch_size": 2, "output_format": "npz"}
     whole = np.load(sample(model, str(tmp_path / "whole"), **options) / "samples.npz")["arr_0"]
-    drawn = []
+    batches = []
 
     def fails_later(pipeline, images, *args, **kwargs):
-        drawn.append(images.start)
-        if images.start == 4 and len(drawn) == 3:
+        batches.append(images.start)
+        if images.start == 4 and len(batches) == 3:
             raise OSError("the disk is gone")
         return generate_images(pipeline, images, *args, **kwargs)
 
@@ -115,10 +115,10 @@ def test_a_series_goes_on_with_the_batches_that_are_missing(model, tmp_path, mon
         sample(model, str(tmp_path / "cut"), **options)
     again = np.load(sample(model, str(tmp_path / "cut"), **options) / "samples.npz")["arr_0"]
     assert np.array_equal(again, whole)
-    assert drawn == [0, 2, 4, 4]
+    assert batches == [0, 2, 4, 4]
 
 
-def test_one_npz_holds_the_same_pictures(model, tmp_path):
+def test_one_npz_holds_the_same_images(model, tmp_path):
     options = {"num_images": 5, "num_inference_steps": 2, "batch_size": 2}
     folder = sample(model, str(tmp_path / "png"), **options)
     packed = sample(model, str(tmp_path / "npz"), **options, output_format="npz")
@@ -131,44 +131,44 @@ def test_one_npz_holds_the_same_pictures(model, tmp_path):
     assert sorted(path.name for path in packed.iterdir()) == ["samples.npz", "settings.json", "sheet.png"]
 
 
-def test_from_given_pictures(model, faces, tmp_path):
+def test_from_given_images(model, faces, tmp_path):
     own = np.stack([np.asarray(Image.open(faces / f"face-{i}.png")) for i in range(2)])
     options = {"image": str(faces), "num_inference_steps": 4}
     mask = str(faces.parent / "mask.png")
-    painted = sample(model, str(tmp_path / "inpaint"), mode="inpaint", mask_image=mask, num_images=4, **options)
-    assert np.array_equal(pixels(painted)[:, :, 8:], own[[0, 1, 0, 1]][:, :, 8:])
-    assert not np.array_equal(pixels(painted)[0], pixels(painted)[2])
+    inpainted = sample(model, str(tmp_path / "inpaint"), mode="inpaint", mask_image=mask, num_images=4, **options)
+    assert np.array_equal(pixels(inpainted)[:, :, 8:], own[[0, 1, 0, 1]][:, :, 8:])
+    assert not np.array_equal(pixels(inpainted)[0], pixels(inpainted)[2])
     near = pixels(sample(model, str(tmp_path / "near"), mode="img2img", strength=0.25, **options))
     far = pixels(sample(model, str(tmp_path / "far"), mode="img2img", strength=1.0, **options))
-    kept = pixels(sample(model, str(tmp_path / "kept"), mode="img2img", strength=0.0, **options))
+    reconstructed = pixels(sample(model, str(tmp_path / "reconstructed"), mode="img2img", strength=0.0, **options))
     assert len(near) == 2
-    assert np.abs(near - kept).mean() < np.abs(far - kept).mean()
-    # Of what was sampled the images are taken, and not the image grid beside them.
-    again = sample(model, str(tmp_path / "again"), mode="img2img", image=str(painted), num_inference_steps=2)
+    assert np.abs(near - reconstructed).mean() < np.abs(far - reconstructed).mean()
+    # Of a sampled series the images are read, not the image grid beside them.
+    again = sample(model, str(tmp_path / "again"), mode="img2img", image=str(inpainted), num_inference_steps=2)
     assert len(pixels(again)) == 4
     options = {"image": str(faces), "mode": "edit", "attributes": {"Smiling": False}, "edit": {"Smiling": True}}
     edited = sample(model, str(tmp_path / "edit"), edit_strength=0.0, **options)
-    assert np.abs(pixels(edited) - kept).mean() < 4
+    assert np.abs(pixels(edited) - reconstructed).mean() < 4
     assert json.loads(Image.open(edited / "00001.png").text["dit_hf"])["image"] == "face-1.png"
 
 
-def test_films_between_noises_and_between_pictures(model, faces, tmp_path):
+def test_films_between_noises_and_between_images(model, faces, tmp_path):
     options = {"mode": "interpolate", "num_frames": 4, "num_inference_steps": 2}
     folder = sample(model, str(tmp_path / "noises"), num_images=3, attributes={"class": "cat"}, **options)
     assert len(pixels(folder)) == 7
     film = Image.open(folder / "film.gif")
-    assert film.n_frames == 12  # there and back
+    assert film.n_frames == 12  # forth and back
     ends = generate_images(tiny_pipeline(), [0, 1, 2], [{"class": "cat"}], 0, num_inference_steps=2)
     assert np.abs(pixels(folder)[[0, 3, 6]] - ends).max() <= 1
     options["num_inference_steps"] = 50
-    between = pixels(sample(model, str(tmp_path / "pictures"), image=str(faces), **options))
-    kept = sample(model, str(tmp_path / "kept"), mode="img2img", image=str(faces), strength=0.0)
-    assert np.abs(between[[0, 3]] - pixels(kept)).mean() < 4
+    between = pixels(sample(model, str(tmp_path / "images"), image=str(faces), **options))
+    reconstructed = sample(model, str(tmp_path / "reconstructed"), mode="img2img", image=str(faces), strength=0.0)
+    assert np.abs(between[[0, 3]] - pixels(reconstructed)).mean() < 4
 
 
-def test_pictures_are_read_as_for_a_latent_cache(model, tmp_path):
-    """Transparency is on white, EXIF turns; what is hidden or no file is left out."""
-    folder = tmp_path / "pictures"
+def test_images_are_read_as_for_a_latent_cache(model, tmp_path):
+    """Transparency is on white, EXIF is applied; hidden files and folders are left out."""
+    folder = tmp_path / "images"
     (folder / "folder.png").mkdir(parents=True)
     (folder / "._a.png").write_text("of another system")
     face = render_face(choose_face(0, 0), 16)
@@ -179,15 +179,15 @@ def test_pictures_are_read_as_for_a_latent_cache(model, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees
     turned.transpose(Image.Transpose.ROTATE_90).save(folder / "b.png", exif=exif)
-    drawn = sample(model, str(tmp_path / "out"), mode="img2img", image=str(folder), strength=0.0)
-    first, second = pixels(drawn)
+    out = sample(model, str(tmp_path / "out"), mode="img2img", image=str(folder), strength=0.0)
+    first, second = pixels(out)
     assert np.abs(first - second).max() <= 1
     plain = LatentDiTImg2ImgPipeline(**tiny_pipeline().components)
     expected = np.asarray(plain(image=turned, strength=0.0).images[0])
     assert np.abs(first - expected).max() <= 1
 
 
-def test_a_mask_for_each_picture_and_several_edits_of_one(model, faces, tmp_path):
+def test_a_mask_for_each_image_and_several_edits_of_one(model, faces, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     for name, box in (("a", (0, 0, 8, 16)), ("b", (8, 0, 16, 16))):
@@ -195,18 +195,18 @@ def test_a_mask_for_each_picture_and_several_edits_of_one(model, faces, tmp_path
         mask.paste(255, box)
         mask.save(masks / f"{name}.png")
     options = {"mode": "inpaint", "num_inference_steps": 2, "mask_image": str(masks)}
-    painted = pixels(sample(model, str(tmp_path / "out"), image=str(faces), **options))
+    inpainted = pixels(sample(model, str(tmp_path / "out"), image=str(faces), **options))
     own = [np.asarray(Image.open(faces / f"face-{i}.png")) for i in range(2)]
-    assert np.array_equal(painted[0][:, 8:], own[0][:, 8:])
-    assert np.array_equal(painted[1][:, :8], own[1][:, :8])
-    # As a layer of strokes on nothing it is the same mask.
+    assert np.array_equal(inpainted[0][:, 8:], own[0][:, 8:])
+    assert np.array_equal(inpainted[1][:, :8], own[1][:, :8])
+    # The same mask as a layer of strokes on a transparent background.
     for name in ("a", "b"):
         strokes = Image.open(masks / f"{name}.png")
         layer = Image.new("RGBA", strokes.size, (255, 255, 255, 0))
         layer.putalpha(strokes)
         layer.save(masks / f"{name}.png")
     layered = pixels(sample(model, str(tmp_path / "layered"), image=str(faces), **options))
-    assert np.array_equal(layered, painted)
+    assert np.array_equal(layered, inpainted)
     with pytest.raises(ValueError, match="2 masks for 1 images"):
         sample(model, str(tmp_path / "one"), image=str(faces / "face-0.png"), **options)
     edits = [{"class": name} for name in ("cat", "dog", "owl")]
@@ -246,13 +246,13 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
     options |= {"num_images": 3}
     by_cache = sample(str(tmp_path / "smiles"), str(tmp_path / "cache"), attributes=str(latents), **options)
     reader = LatentReader(latents, conditions=["Smiling"])
-    asked = [json.loads(Image.open(by_cache / f"0000{i}.png").text["dit_hf"])["attributes"] for i in range(3)]
-    assert asked == reader.attributes(3)
+    requested = [json.loads(Image.open(by_cache / f"0000{i}.png").text["dit_hf"])["attributes"] for i in range(3)]
+    assert requested == reader.attributes(3)
     assert str(latents) not in (by_cache / "settings.json").read_text()
 
 
-def test_classes_of_a_cache_are_asked_for_by_their_names(cats_and_owls, tmp_path, vae_folder):
-    """The model knows cats, dogs and owls; here owls are the second of two."""
+def test_classes_of_a_cache_are_matched_by_name(cats_and_owls, tmp_path, vae_folder):
+    """The model has cats, dogs and owls; in the cache owls are the second of two."""
     cache = prepare_latents(str(tmp_path / "cache"), str(cats_and_owls), str(vae_folder), "16")
     reader = LatentReader(cache, conditions=["class"])
     labels = tiny_pipeline().config.condition_labels
@@ -290,14 +290,14 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
         ({"mode": "img2img", "image": "x.png", "strength": 1.5}, "--strength 1.5 must be between 0 and 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(model, tmp_path, options, message):
+def test_invalid_arguments_are_refused(model, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         sample(model, str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_draws(model, tmp_path):
+def test_two_ranks_generate_the_images_of_one(model, tmp_path):
     common = ["sample", model, "--num_images", "7", "--batch_size", "2", "--num_inference_steps", "2"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dit_hf"]

@@ -20,7 +20,7 @@ def ddim_like(scheduler):
 
 
 def fake_model(sample, t):
-    """Some smooth function of both, the same for every scheduler."""
+    """Return a smooth function of both, the same for every scheduler."""
     return torch.tanh(sample * 0.7 + math.sin(float(t) / 90)) * 0.9
 
 
@@ -92,7 +92,7 @@ def test_the_second_order_is_diffusers_dpm_solver_over_a_full_loop(prediction_ty
 
 
 def gaussian(scheduler):
-    """The perfect denoiser of N(0.5, 0.6^2), in closed form."""
+    """Return the perfect denoiser of N(0.5, 0.6^2), in closed form."""
 
     def denoiser(sample, t):
         alpha, sigma = scheduler.levels(torch.as_tensor(float(t)))
@@ -104,7 +104,7 @@ def gaussian(scheduler):
     return denoiser
 
 
-def test_the_second_order_ends_far_nearer_to_the_distribution_in_the_same_steps():
+def test_the_second_order_is_much_more_accurate_in_the_same_steps():
     errors = []
     for multistep in (False, True):
         scheduler = CosineLatentScheduler(multistep=multistep)
@@ -113,22 +113,22 @@ def test_the_second_order_ends_far_nearer_to_the_distribution_in_the_same_steps(
     assert errors[1] < errors[0] / 4
 
 
-def test_a_step_that_does_not_follow_the_last_is_of_the_first_order():
-    """After a jump, and where a loop begins anew, nothing of before counts."""
+def test_a_step_that_does_not_follow_the_previous_one_is_of_the_first_order():
+    """After a jump and at the start of a new loop earlier predictions have no effect."""
     scheduler, ddim = CosineLatentScheduler(), CosineLatentScheduler(multistep=False)
     for one in (scheduler, ddim):
         one.set_timesteps(10)
 
-    def step(one, place, seed):
-        return one.step(noise(seed=seed), one.timesteps[place], noise(seed=9)).prev_sample
+    def step(one, index, seed):
+        return one.step(noise(seed=seed), one.timesteps[index], noise(seed=9)).prev_sample
 
-    for place in (0, 1, 2):
-        step(scheduler, place, place)
+    for index in (0, 1, 2):
+        step(scheduler, index, index)
     assert not torch.equal(step(scheduler, 3, 3), step(ddim, 3, 3))
     assert torch.equal(step(scheduler, 1, 4), step(ddim, 1, 4))  # back
-    assert torch.equal(step(scheduler, 5, 5), step(ddim, 5, 5))  # further on
+    assert torch.equal(step(scheduler, 5, 5), step(ddim, 5, 5))  # ahead
     scheduler.set_timesteps(10)
-    assert torch.equal(step(scheduler, 6, 6), step(ddim, 6, 6))  # anew
+    assert torch.equal(step(scheduler, 6, 6), step(ddim, 6, 6))  # a new loop
     step(scheduler, 8, 7)
     assert torch.equal(step(scheduler, 9, 8), step(ddim, 9, 8))  # to the clean latent
 
@@ -171,7 +171,7 @@ def test_timesteps_are_trailing_and_evenly_spaced():
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("stock", ["", *SCHEDULERS])
 def test_stock_schedulers_sample_the_same_model(stock, prediction_type):
-    """Every sampler that `dit-hf sample` offers must end near the distribution that the denoiser is of."""
+    """Every sampler that `dit-hf sample` offers must end near the distribution of the denoiser."""
     scheduler = CosineLatentScheduler(prediction_type=prediction_type)
     settings = SCHEDULERS.get(stock, {})
     sampler = getattr(diffusers, stock).from_config(scheduler.config, **settings) if stock else scheduler
@@ -182,8 +182,8 @@ def test_stock_schedulers_sample_the_same_model(stock, prediction_type):
     assert out.std().item() == pytest.approx(0.6, abs=0.03)
 
 
-def test_heun_needs_the_settings_that_sample_gives_it():
-    """By timesteps its first step spans nearly all noise levels, and what comes out is far too wide."""
+def test_heun_needs_the_settings_of_sample():
+    """Evenly spaced by timestep, its first step spans nearly all noise levels, and the result is far too wide."""
     scheduler, widths = CosineLatentScheduler(), []
     for settings in ({}, SCHEDULERS["HeunDiscreteScheduler"]):
         heun = HeunDiscreteScheduler.from_config(scheduler.config, **settings)
@@ -203,7 +203,7 @@ def test_config_survives_saving(tmp_path):
     assert {scheduler.__name__ for scheduler in loaded.compatibles} == {"CosineLatentScheduler", *SCHEDULERS}
 
 
-def test_other_betas_can_be_brought_along():
+def test_other_betas_can_be_given():
     linear = torch.linspace(1e-4, 0.02, 1000)
     scheduler = CosineLatentScheduler(1000, trained_betas=linear.tolist())
     alpha, _ = scheduler.levels(torch.tensor([999.0]))
@@ -221,6 +221,6 @@ def test_other_betas_can_be_brought_along():
         (lambda: loop(CosineLatentScheduler(), 5, eta=2.0), "eta=2.0"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
