@@ -240,9 +240,7 @@ class Config:
             ValueError: naming the key.
         """
         if self.model.preset not in PRESETS:
-            raise ValueError(
-                f"model.preset={self.model.preset!r} is unknown; the presets are {', '.join(PRESETS)}"
-            )
+            raise ValueError(f"model.preset={self.model.preset!r} is unknown; the presets are {', '.join(PRESETS)}")
         for section, options in vars(self).items():
             for option in dataclasses.fields(options):
                 _check_bounds(f"{section}.{option.name}", getattr(options, option.name), **option.metadata)

@@ -28,7 +28,7 @@ def celeba_images(sizes: dict[str, int], left_out: list[tuple[str, str]]) -> dic
     for name in aligned or sizes:
         image_id, stem = PurePosixPath(name).name, PurePosixPath(name).stem
         if stem in stems:
-            left_out.append((name, "another image has the same number"))
+            left_out.append((name, "another picture has the same number"))
         else:
             paths[image_id] = name
             stems.add(stem)

@@ -125,7 +125,7 @@ def join_tables(
         for key, row in table.rows.items():
             if row and key not in present and row[""] not in listed:
                 missing.setdefault(key, (row[""], []))[1].append(table.name)
-    left_out += [(name, f"no such image; it has a row in {' and '.join(files)}") for name, files in missing.values()]
+    left_out += [(name, f"no such picture; it has a row in {' and '.join(files)}") for name, files in missing.values()]
 
     # Images without a row, and merged rows.
     described: dict[str, dict[str, Any]] = {}

@@ -86,7 +86,7 @@ def _plant(images: Path, rows: list, partition: list) -> dict[str, str]:
     left_out["900008.jpg"] = "no row in list_attr_celeba.csv and list_eval_partition.csv"
     rows.append(["900009.jpg", *rows[0][1:]])
     partition.append(["900009.jpg", "0"])
-    left_out["900009.jpg"] = "no such image"
+    left_out["900009.jpg"] = "no such picture"
     rows.append(list(rows[1]))
     left_out[rows[1][0]] = "duplicate row"
     for name, row in {"900010.jpg": [1, 1], "900011.jpg": ["yes", *rows[0][2:]]}.items():

@@ -141,7 +141,7 @@ def test_metadata(tmp_path, name):
     left_out = dict(source.left_out)
     assert left_out["images/2.png"].startswith("duplicate row: 4")
     assert left_out["images/3.png"] == f"no row in {name}"
-    assert left_out["images/9.png"].startswith("no such image")
+    assert left_out["images/9.png"].startswith("no such picture")
     assert len(left_out) == (3 if name == "metadata.csv" else 4)
 
 
@@ -316,3 +316,20 @@ def test_bad_sources_are_one_line_errors(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_source(source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_unusable_rows_has_the_hash_that_version_0_1_0_gave_it(tmp_path):
+    """The reasons are hashed too: other words for them would make every such cache another one."""
+    celeba, own = tmp_path / "faces", tmp_path / "own"
+    (celeba / "img_align_celeba").mkdir(parents=True)
+    for name in ("000001.jpg", "000002.jpg", "000003.jpg", "000003.png"):
+        (celeba / "img_align_celeba" / name).write_bytes(b"x" * len(name))
+    rows = "000001.jpg,1,-1\n000002.jpg,-1,2\n000003.jpg,1,1\n000009.jpg,1,1\n000001.jpg,1,1\n"
+    (celeba / "list_attr_celeba.csv").write_text(f"image_id,Smiling,Male\n{rows}")
+    assert open_source(str(celeba)).sha256 == "5b92e6e682264c0794d0a53d6e5d87d43fd1f6c72eefe11411e637899d49d7c6"
+    own.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (own / name).write_bytes(b"x" * 7)
+    (own / "d.heic").write_bytes(b"x")
+    (own / "metadata.csv").write_text("file_name,smiling\na.jpg,1\nb.jpg,0\nz.jpg,1\nc.jpg,\n")
+    assert open_source(str(own)).sha256 == "6309cf22ed3814c48d1cc96790cfdc4217a9b841503530ab9555fda39f624cff"
