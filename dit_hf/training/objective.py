@@ -107,7 +107,8 @@ def noise_level(timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tens
     """Return the tenth of the schedule that each timestep is in, float32 one-hot [batch, NOISE_LEVELS]."""
     # One-hot, so that sums by level are matrix products: index_add_ is not deterministic on a GPU.
     levels = (timesteps * NOISE_LEVELS / num_train_timesteps).long()
-    return F.one_hot(levels, NOISE_LEVELS).float()
+    # Not F.one_hot, which on a CPU reads the largest level back to check it.
+    return (levels[:, None] == torch.arange(NOISE_LEVELS, device=levels.device)).float()  # [batch, NOISE_LEVELS]
 
 
 def training_target(

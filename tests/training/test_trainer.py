@@ -14,6 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf import LatentDiTTransformer2DModel
@@ -73,10 +74,31 @@ def test_resumed_run_ends_with_the_same_bits_and_log(config, tmp_path):
     assert not list(cut.glob(".*"))
 
 
-def test_between_rows_of_the_log_nothing_waits_for_the_device(config, monkeypatch):
+class RecordsReads(TorchDispatchMode):
+    """Records when a value is read on the host, which on a GPU waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_between_rows_of_the_log_nothing_waits_for_the_device(config, optimizer, monkeypatch):
     paused, steps = Speed.paused, []
     monkeypatch.setattr(Speed, "paused", lambda speed: steps.append(speed.steps) or paused(speed))
-    train(config)
+    run = Path(config.train.output_dir)
+    trainer = Trainer(changed(config, optim={"optimizer": optimizer}))
+    with RecordsReads() as recorder:
+        for step in range(3):
+            trainer.step(step)
+        assert recorder.reads == 0
+        trainer.step.window.sum().item()
+        assert recorder.reads == 1  # so a read would have been seen
+    trainer.fit(run)
     assert len(steps) == 4  # of 8 steps: rows of the log at 3 and 6, checkpoints at 4 and 8
 
 
