@@ -2,7 +2,7 @@
 
     python tests/golden/keep.py
 
-`latents/` is a latent cache, `run/` a run of the avatars recipe that was told to stop after step 6 of 12, and
+`latents/` is a latent cache, `run/` a run of the avatars recipe that was stopped gracefully after step 6 of 12, and
 `pipeline/` what the same run exported when nothing stopped it: a resumed `run/` must end with its weights. The model
 is of width 32 with one block, and the VAE a tenth of the size of the tests' tiny one.
 
@@ -67,7 +67,7 @@ def stopped_after(steps: int) -> Iterator[None]:
     hook = register_optimizer_step_post_hook(stop)
     try:
         yield
-    except SystemExit:  # the exit code of a run that was told to stop
+    except SystemExit:  # the exit code of a graceful shutdown
         return
     finally:
         hook.remove()
