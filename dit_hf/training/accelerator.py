@@ -48,9 +48,11 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 
-    # Dynamo's DDP optimizer would split every compiled block at DDP's buckets. The option is read from a module with a
-    # leading underscore, in torch 2.13.
+    # Dynamo's DDP optimizer would split every compiled block at DDP's buckets. And every kind of model, batch and
+    # precision that a process trains or samples with compiles the blocks' code once more: with `fullgraph`, the ninth
+    # would be an error by default. Both options belong to a module with a leading underscore; read in torch 2.13.
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 64
 
     # accelerate accepts fp16 on a CPU and computes in float32 without a warning.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

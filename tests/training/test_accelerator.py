@@ -1,0 +1,39 @@
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import tiny_transformer
+
+from dit_hf.config import TrainConfig
+from dit_hf.training.accelerator import build_accelerator, effective_precision
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator_state():
+    """accelerate keeps the first Accelerator's precision for the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_one_process_may_train_and_sample_with_many_kinds_of_compiled_models(tmp_path):
+    build_accelerator(TrainConfig(output_dir=str(tmp_path)), None, cpu=True, log=print)
+    images = torch.randn(2, 4, 8, 8)
+    for layers, heads, dtype in [(1, 1, torch.float32), (1, 2, torch.float32), (2, 1, torch.float64)]:
+        model = tiny_transformer(num_layers=layers, num_attention_heads=heads).to(dtype)
+        expected = model(images.to(dtype), 5).sample
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        for train in (False, True):
+            for grad in (False, True):
+                model.train(train)
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(model(images.to(dtype), 5).sample, expected)
+
+
+def test_half_precision_on_a_cpu_is_float32_and_says_so(tmp_path):
+    lines = []
+    train = TrainConfig(output_dir=str(tmp_path), mixed_precision="fp16")
+    accelerator = build_accelerator(train, None, cpu=True, log=lines.append)
+    assert lines == ["no GPU: training in float32 instead of fp16"]
+    assert effective_precision(accelerator.mixed_precision, accelerator.device) == "no"
+    assert effective_precision("fp16", torch.device("cuda")) == "fp16"
+    assert effective_precision("bf16", torch.device("cpu")) == "bf16"
