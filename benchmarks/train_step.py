@@ -101,7 +101,10 @@ def ours(
 
 def compare(steps: dict[str, Callable[[int], Any]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time the contestants in turn, and the machine's ceiling in every round; yield the result so far after each."""
-    first = {name: seconds(lambda step=step: step(0)) for name, step in steps.items()}
+    first = {}
+    for name, step in steps.items():
+        first[name] = seconds(lambda: step(0))  # noqa: B023
+        print(f"{name}: first step {first[name]:.1f} s", flush=True)
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, int | None] = {}
     ceilings = []
