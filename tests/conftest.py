@@ -76,7 +76,7 @@ def vae_folder(tmp_path_factory) -> Path:
 def latents(tmp_path_factory, vae_folder) -> Path:
     """A cache of 60 avatars at 16 px as latents [4, 8, 8], mirrored too. Not to be written to."""
     folder = tmp_path_factory.mktemp("cache") / "latents"
-    prepare_latents(str(folder), "avatars", str(vae_folder), "16", flip=True, num_images=60)
+    prepare_latents("avatars", str(folder), str(vae_folder), "16", flip=True, num_images=60)
     return folder
 
 
@@ -84,7 +84,7 @@ def latents(tmp_path_factory, vae_folder) -> Path:
 def training_latents(tmp_path_factory, vae_folder) -> Path:
     """Likewise of 200 avatars, some of them held out for validation."""
     folder = tmp_path_factory.mktemp("training-cache") / "latents"
-    prepare_latents(str(folder), "avatars", str(vae_folder), "16", flip=True, num_images=200)
+    prepare_latents("avatars", str(folder), str(vae_folder), "16", flip=True, num_images=200)
     return folder
 
 

@@ -70,8 +70,8 @@ class CacheSpec:
 
 
 def prepare_latents(
+    source: str,
     output_dir: str,
-    source: str = AVATARS,
     vae: str = "stabilityai/sd-vae-ft-ema",
     resolution: str = "256",
     crop: str = "center",
@@ -92,10 +92,10 @@ def prepare_latents(
     number of threads (on a CPU, those of Stable Diffusion's VAE differ by rounding).
 
     Args:
-        output_dir: the cache's folder. If it already holds the finished cache of the same images, VAE and geometry,
-            nothing is done.
         source: a folder of images (CelebA with its lists, CelebA-HQ, subfolders that are classes or splits,
             metadata.csv, ...), parquet or webdataset shards, a dataset on the Hub (`OWNER/NAME`), or `avatars`.
+        output_dir: the cache's folder. If it already holds the finished cache of the same images, VAE and geometry,
+            nothing is done.
         vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder of a diffusers `AutoencoderKL`,
             `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
         resolution: `N` or `HxW` in pixels, divisible by the VAE's reduction of a side.

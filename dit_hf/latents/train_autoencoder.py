@@ -29,8 +29,8 @@ EMA_DECAY = 0.999
 
 
 def train_autoencoder(
+    source: str,
     output_dir: str,
-    source: str = "avatars",
     resolution: int = 64,
     crop: str = "center",
     num_images: int | None = None,
@@ -48,8 +48,8 @@ def train_autoencoder(
     standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
 
     Args:
-        output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
         source: any source of [`open_images`]; 2 % of it, chosen by the hash of the id, are held out.
+        output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
         resolution: side of the square training images in pixels, divisible by 4; the trained VAE takes any size.
         crop: see [`open_images`].
         num_images: number of images of the source; all by default.

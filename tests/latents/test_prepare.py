@@ -53,7 +53,7 @@ def test_a_cache_opens_with_datasets_and_holds_the_vae_s_latents(latents):
 
 
 def test_two_percent_are_held_out_by_their_id(tmp_path, vae_folder):
-    prepare_latents(str(tmp_path / "a"), "avatars", str(vae_folder), "8", num_images=400)
+    prepare_latents("avatars", str(tmp_path / "a"), str(vae_folder), "8", num_images=400)
     cache, info = open_latents(tmp_path / "a")
     assert set(cache["split"]) == {"train", "validation"}
     assert info["counts"]["train"] + info["counts"]["validation"] == 400
@@ -84,10 +84,10 @@ def test_the_folder_holds_everything_that_training_needs(latents):
 
 def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents, vae_folder, capsys):
     before = (latents / "latents.json").stat().st_mtime_ns
-    prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=60)
+    prepare_latents("avatars", str(latents), str(vae_folder), "16", flip=True, num_images=60)
     assert "already holds" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"source avatars, 60 images.*, now avatars, 61 images"):
-        prepare_latents(str(latents), "avatars", str(vae_folder), "16", flip=True, num_images=61)
+        prepare_latents("avatars", str(latents), str(vae_folder), "16", flip=True, num_images=61)
     assert (latents / "latents.json").stat().st_mtime_ns == before
 
 
@@ -103,7 +103,7 @@ def folder_of_avatars(tmp_path, count):
 def test_broken_images_are_listed_and_too_many_stop_the_build(tmp_path, vae_folder):
     folder = folder_of_avatars(tmp_path, 150)
     (folder / "050.png").write_bytes(b"broken")
-    prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
+    prepare_latents(str(folder), str(tmp_path / "latents"), str(vae_folder), "16")
     cache, info = open_latents(tmp_path / "latents")
     assert len(cache) == 149
     assert "050.png" not in cache["id"]
@@ -113,7 +113,7 @@ def test_broken_images_are_listed_and_too_many_stop_the_build(tmp_path, vae_fold
     for i in range(5):
         (folder / f"{i:03}.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"6 of 150 images cannot be used.*000\.png"):
-        prepare_latents(str(tmp_path / "other"), str(folder), str(vae_folder), "16")
+        prepare_latents(str(folder), str(tmp_path / "other"), str(vae_folder), "16")
     assert not (tmp_path / "other").exists()
 
 
@@ -125,10 +125,10 @@ def test_faults_of_another_split_do_not_stop_the_build(tmp_path, vae_folder):
     (folder / "metadata.csv").write_text("\n".join(rows))
     options = (str(vae_folder), "16")
     with pytest.raises(ValueError, match="4 of 250 images cannot be used"):
-        prepare_latents(str(tmp_path / "all"), str(folder), *options)
-    prepare_latents(str(tmp_path / "train"), str(folder), *options, split="train")
+        prepare_latents(str(folder), str(tmp_path / "all"), *options)
+    prepare_latents(str(folder), str(tmp_path / "train"), *options, split="train")
     assert open_latents(tmp_path / "train")[1]["counts"]["left_out"] == 2
-    prepare_latents(str(tmp_path / "few"), str(folder), *options, split="train", num_images=20)
+    prepare_latents(str(folder), str(tmp_path / "few"), *options, split="train", num_images=20)
     assert sum(open_latents(tmp_path / "few")[1]["counts"][name] for name in ("train", "validation")) == 20
 
 
@@ -136,7 +136,7 @@ def test_the_error_names_images_of_an_unsupported_format(tmp_path, vae_folder):
     folder = folder_of_avatars(tmp_path, 20)
     (folder / "IMG_1.HEIC").write_bytes(b"ftypheic")
     with pytest.raises(ValueError, match=r"1 of 21 images .*IMG_1\.HEIC: \.heic is not read: convert it"):
-        prepare_latents(str(tmp_path / "latents"), str(folder), str(vae_folder), "16")
+        prepare_latents(str(folder), str(tmp_path / "latents"), str(vae_folder), "16")
 
 
 def test_an_unfinished_or_damaged_cache_is_not_read(latents, tmp_path):
@@ -196,7 +196,7 @@ def other_vaes():
 def test_other_vaes_and_training_on_their_latents(tmp_path, config, kind):
     vae = other_vaes()[kind].eval()
     vae.save_pretrained(tmp_path / "vae")
-    prepare_latents(str(tmp_path / "latents"), "avatars", str(tmp_path / "vae"), "16", num_images=40)
+    prepare_latents("avatars", str(tmp_path / "latents"), str(tmp_path / "vae"), "16", num_images=40)
     cache, info = open_latents(tmp_path / "latents")
     pixels = pixels_of(open_images("avatars", resolution=16, num_images=40)[3]["image"])
     with torch.no_grad():
@@ -232,8 +232,8 @@ class Stopped(Exception):
 
 
 def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards, monkeypatch):
-    options = ("avatars", str(vae_folder), "16")
-    whole = prepare_latents(str(tmp_path / "whole"), *options, num_images=70)
+    options = (str(vae_folder), "16")
+    whole = prepare_latents("avatars", str(tmp_path / "whole"), *options, num_images=70)
     encoded, encode = [], ShardEncoder._encode_batch
 
     def stop_in_the_third_shard(self, batch, **kwargs):
@@ -244,15 +244,15 @@ def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards
 
     monkeypatch.setattr(ShardEncoder, "_encode_batch", stop_in_the_third_shard)
     with pytest.raises(Stopped):
-        prepare_latents(str(tmp_path / "stopped"), *options, num_images=70)
+        prepare_latents("avatars", str(tmp_path / "stopped"), *options, num_images=70)
     assert not (tmp_path / "stopped").exists()
     partial = tmp_path / ".stopped.partial"
     finished = {path: path.stat().st_mtime_ns for path in partial.glob("data-*.arrow")}
     assert len(finished) == 2
     with pytest.raises(FileExistsError, match=r"unfinished cache of source avatars, 70 .*, now avatars, 80"):
-        prepare_latents(str(tmp_path / "stopped"), *options, num_images=80)
+        prepare_latents("avatars", str(tmp_path / "stopped"), *options, num_images=80)
     (partial / "building" / "tmp123").write_bytes(b"half a shard")  # what a kill leaves of a shard begun
-    resumed = prepare_latents(str(tmp_path / "stopped"), *options, num_images=70)
+    resumed = prepare_latents("avatars", str(tmp_path / "stopped"), *options, num_images=70)
     assert hashes(resumed) == hashes(whole)
     assert len(encoded) == 6 + 5  # batches of 8: two shards of two stay, the rest of 70 is encoded
     assert not partial.exists()
@@ -262,13 +262,13 @@ def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards
 
 def test_a_complete_build_is_put_in_place(tmp_path, latents, vae_folder):
     shutil.copytree(latents, tmp_path / ".latents.partial")
-    prepare_latents(str(tmp_path / "latents"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
+    prepare_latents("avatars", str(tmp_path / "latents"), str(vae_folder), "16", flip=True, num_images=60)
     assert hashes(tmp_path / "latents") == hashes(latents)
 
 
 def test_processes_make_the_same_cache(tmp_path, vae_folder):
-    one = prepare_latents(str(tmp_path / "one"), "avatars", str(vae_folder), "8", num_images=600)
-    two = prepare_latents(str(tmp_path / "two"), "avatars", str(vae_folder), "8", num_images=600, num_proc=2)
+    one = prepare_latents("avatars", str(tmp_path / "one"), str(vae_folder), "8", num_images=600)
+    two = prepare_latents("avatars", str(tmp_path / "two"), str(vae_folder), "8", num_images=600, num_proc=2)
     assert hashes(one) == hashes(two)
     assert len(list(one.glob("*.arrow"))) == 2
 
@@ -279,7 +279,7 @@ def test_two_builds_of_one_cache_are_locked_out(tmp_path, vae_folder):
         FileLock(tmp_path / ".latents.partial" / "building" / "lock"),
         pytest.raises(FileExistsError, match="being written by another process"),
     ):
-        prepare_latents(str(tmp_path / "latents"), "avatars", str(vae_folder), "16", num_images=4)
+        prepare_latents("avatars", str(tmp_path / "latents"), str(vae_folder), "16", num_images=4)
 
 
 def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_folder):
@@ -287,18 +287,18 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
     source.mkdir()
     for i in range(6):
         render_face(choose_face(0, i), 32).save(source / f"{i}.png")
-    prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
+    prepare_latents(str(source), str(tmp_path / "latents"), str(vae_folder), "16")
     render_face(choose_face(1, 0), 32).save(source / "5.png")
     with pytest.raises(FileExistsError, match=r"source faces, 6 images \(\w+\), now faces, 6 images \(\w+\)"):
-        prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16")
+        prepare_latents(str(source), str(tmp_path / "latents"), str(vae_folder), "16")
     render_face(choose_face(0, 5), 32).save(source / "5.png")
     other_vaes()["tiny"].save_pretrained(tmp_path / "vae")
     with pytest.raises(FileExistsError, match=r"vae vae \(\w+\), now vae \(\w+\)"):
-        prepare_latents(str(tmp_path / "latents"), str(source), str(tmp_path / "vae"), "16")
+        prepare_latents(str(source), str(tmp_path / "latents"), str(tmp_path / "vae"), "16")
     with pytest.raises(FileExistsError, match="crop center, now none"):
-        prepare_latents(str(tmp_path / "latents"), str(source), str(vae_folder), "16", crop="none")
+        prepare_latents(str(source), str(tmp_path / "latents"), str(vae_folder), "16", crop="none")
     source.rename(tmp_path / "faces2")  # the same images elsewhere are the same
-    prepare_latents(str(tmp_path / "latents"), str(tmp_path / "faces2"), str(vae_folder), "16")
+    prepare_latents(str(tmp_path / "faces2"), str(tmp_path / "latents"), str(vae_folder), "16")
 
 
 def test_identity_keeps_the_spelling_of_format_2():
@@ -328,7 +328,7 @@ def run_limited(limit: str, *options: str) -> subprocess.CompletedProcess:
 
 def test_a_full_disk_is_one_line_and_the_build_resumes_with_more_room(tmp_path, vae_folder):
     options = ["--vae", str(vae_folder), "--resolution", "128", "--num_images", "40"]
-    options += ["--output_dir", str(tmp_path / "latents")]
+    options += ["--source", "avatars", "--output_dir", str(tmp_path / "latents")]
     failed = run_limited("resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))", *options)
     assert failed.returncode == 1
     error = failed.stderr.splitlines()[-1]
@@ -344,10 +344,10 @@ def test_the_error_names_a_partly_copied_cache(tmp_path, latents, vae_folder):
     shutil.copytree(latents, tmp_path / "half")
     next((tmp_path / "half").glob("*.arrow")).unlink()
     with pytest.raises(ValueError, match="damaged: data-"):
-        prepare_latents(str(tmp_path / "half"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
+        prepare_latents("avatars", str(tmp_path / "half"), str(vae_folder), "16", flip=True, num_images=60)
     (tmp_path / "half" / "latents.json").unlink()
     with pytest.raises(FileExistsError, match=r"holds something else \(no latents\.json\); name a new folder"):
-        prepare_latents(str(tmp_path / "half"), "avatars", str(vae_folder), "16", flip=True, num_images=60)
+        prepare_latents("avatars", str(tmp_path / "half"), str(vae_folder), "16", flip=True, num_images=60)
 
 
 def test_the_card_and_the_image_grid(latents):
@@ -407,22 +407,22 @@ except ValueError as error:
 def test_bad_options_are_one_line_errors(tmp_path, vae_folder, options, message):
     options = {"vae": str(vae_folder), "resolution": "16", "num_images": 2, **options}
     with pytest.raises(ValueError, match=message):
-        prepare_latents(str(tmp_path / "out"), "avatars", **options)
+        prepare_latents("avatars", str(tmp_path / "out"), **options)
 
 
 def test_unusable_sources_are_one_line_errors(tmp_path, vae_folder):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"no image of broken can be used: a\.png: not an image"):
-        prepare_latents(str(tmp_path / "out"), str(tmp_path / "broken"), str(vae_folder), "16", max_left_out=1.0)
+        prepare_latents(str(tmp_path / "broken"), str(tmp_path / "out"), str(vae_folder), "16", max_left_out=1.0)
     Image.new("RGB", (16, 16)).save(tmp_path / "broken" / "a.png")
     (tmp_path / "broken" / "metadata.csv").write_text("file_name,latent_mean\na.png,1\n")
     with pytest.raises(ValueError, match="the source has a column latent_mean, which is a column of the cache too"):
-        prepare_latents(str(tmp_path / "other"), str(tmp_path / "broken"), str(vae_folder), "16")
+        prepare_latents(str(tmp_path / "broken"), str(tmp_path / "other"), str(vae_folder), "16")
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, vae_folder):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="something else"):
-        prepare_latents(str(tmp_path), "avatars", str(vae_folder), "16", num_images=2)
+        prepare_latents("avatars", str(tmp_path), str(vae_folder), "16", num_images=2)
     assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -38,14 +38,14 @@ def test_training_lowers_the_error(tmp_path):
     options = {"resolution": 16, "num_images": 200, "train_batch_size": 8}
     scores = []
     for steps in (1, 60):
-        train_autoencoder(str(tmp_path / str(steps)), max_train_steps=steps, **options)
+        train_autoencoder("avatars", str(tmp_path / str(steps)), max_train_steps=steps, **options)
         scores.append(json.loads((tmp_path / str(steps) / "training.json").read_text())["psnr_db"])
     assert scores[1] > scores[0] + 2
     vae = load_vae(str(tmp_path / "60"))
     assert vae.dtype == torch.float32
     assert unit(vae, 16) == pytest.approx(1, rel=0.1)
     with pytest.raises(FileExistsError, match="not empty"):
-        train_autoencoder(str(tmp_path / "60"), max_train_steps=1, **options)
+        train_autoencoder("avatars", str(tmp_path / "60"), max_train_steps=1, **options)
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_training_lowers_the_error(tmp_path):
 )
 def test_bad_options_are_one_line_errors(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        train_autoencoder(str(tmp_path / "out"), **{"resolution": 16, "num_images": 50, **options})
+        train_autoencoder("avatars", str(tmp_path / "out"), **{"resolution": 16, "num_images": 50, **options})

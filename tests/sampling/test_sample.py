@@ -253,7 +253,7 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
 
 def test_classes_of_a_cache_are_matched_by_name(cats_and_owls, tmp_path, vae_folder):
     """The model has cats, dogs and owls; in the cache owls are the second of two."""
-    cache = prepare_latents(str(tmp_path / "cache"), str(cats_and_owls), str(vae_folder), "16")
+    cache = prepare_latents(str(cats_and_owls), str(tmp_path / "cache"), str(vae_folder), "16")
     reader = LatentReader(cache, conditions=["class"])
     labels = tiny_pipeline().config.condition_labels
     assert {row["class"] for row in reader.attributes(6)} == {0, 1}

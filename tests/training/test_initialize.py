@@ -46,7 +46,7 @@ def test_with_new_conditions_those_of_the_earlier_model_keep_their_meaning(confi
 
 def test_at_another_resolution_positions_are_stretched(config, earlier, vae_folder, tmp_path):
     folder = tmp_path / "larger"
-    prepare_latents(str(folder), "avatars", str(vae_folder), "32", flip=True, num_images=40)
+    prepare_latents("avatars", str(folder), str(vae_folder), "32", flip=True, num_images=40)
     config = changed(config, data={"latents": str(folder)}, model={"init_from": str(earlier)})
     run = train(changed(config, data={"conditions": ["Smiling", "Eyeglasses"]}))
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")

@@ -192,7 +192,7 @@ def test_a_finished_run_exports_its_pipeline_with_another_guidance(config):
 def test_a_run_does_not_resume_with_another_cache_of_as_many_images(config, vae_folder, tmp_path):
     train(config)
     others = str(tmp_path / "others")
-    prepare_latents(others, "avatars", str(vae_folder), "16", flip=True, num_images=200, seed=1)
+    prepare_latents("avatars", others, str(vae_folder), "16", flip=True, num_images=200, seed=1)
     options = {"max_train_steps": 10, "resume_from_checkpoint": "latest"}
     config = changed(config, data={"latents": others}, train=options)
     with pytest.raises(ValueError, match=r"another recipe: found\.pictures_sha256 was '\w{12}', now '\w{12}'$"):
