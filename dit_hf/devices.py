@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from .storage import first_line
+
 
 def default_device() -> torch.device:
     """Return the accelerator of this machine (CUDA, MPS, XPU, ...), or the CPU where there is none."""
@@ -19,7 +21,8 @@ def compiler_problem(device: torch.device) -> str | None:
     try:
         torch.compile(_one_kernel, fullgraph=True)(torch.ones(8, device=device))
     except RuntimeError as error:  # the base class of the errors of Inductor and Dynamo
-        return str(error).strip().splitlines()[0]
+        # Dynamo's own message begins with the name of its backend; the cause is inside.
+        return first_line(getattr(error, "inner_exception", error))
     return None
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
+from ..pipelines.image_inputs import to_rgb
 from ..storage import first_line
 
 CROPS = ("celeba-178", "celeba-140", "center", "none")
@@ -45,7 +45,7 @@ class Geometry:
         Raises:
             ValueError: if the image is smaller than the crop, or its pixels are neither 8 nor 16 bits wide.
         """
-        image = _as_rgb(ImageOps.exif_transpose(image), self.background)
+        image = to_rgb(image, self.background)
         box = self._box(image.width, image.height)
         if self.resolution is None:
             return image.crop(box)
@@ -118,19 +118,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)
-
-
-def _as_rgb(image: PILImage.Image, background: str) -> PILImage.Image:
-    """Return an image as 8-bit RGB, with transparent pixels on `background`."""
-    # 16 bits (PIL opens some of them as 32): keep the upper 8.
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit pixels")
-        return PILImage.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")

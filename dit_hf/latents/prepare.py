@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, load_from_disk
 from tqdm import tqdm
 
 from ..data.image_folder import CACHE_INFO
-from ..data.sources import AVATARS, MAX_LEFT_OUT, Source, open_source
+from ..data.sources import MAX_LEFT_OUT, Source, open_source
 from ..data.transforms import Geometry, parse_resolution
 from ..storage import (
     disk_errors,

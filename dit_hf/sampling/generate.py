@@ -12,6 +12,7 @@ import torch
 from ..latents.vae import weights_sha256
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..seeds import mixed_seed
 from ..storage import hash_json
 
 
@@ -47,12 +48,7 @@ def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1)
 
 def generators(seed: int, images: Sequence[int]) -> list[torch.Generator]:
     """Return one generator an image, seeded by (seed, image); on the CPU, for the same noise on every device."""
-    return [torch.Generator().manual_seed(image_seed(seed, image)) for image in images]
-
-
-def image_seed(seed: int, image: int) -> int:
-    """Return the 63-bit seed of one image of a series."""
-    return int(np.random.SeedSequence([seed, image]).generate_state(1, np.uint64)[0] >> 1)
+    return [torch.Generator().manual_seed(mixed_seed(seed, image)) for image in images]
 
 
 def generate_images(

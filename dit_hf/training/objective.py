@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..config import ObjectiveConfig
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
+from ..seeds import mixed_seed
 
 # The log and the validation report losses by tenths of the schedule.
 NOISE_LEVELS = 10
@@ -56,7 +57,7 @@ def sample_step_randomness(
     """
     # One generator for all, so the order of these calls is part of what a seed means: never reorder them, and add new
     # ones at the end.
-    generator = torch.Generator(device).manual_seed(step_seed(seed, step))
+    generator = torch.Generator(device).manual_seed(mixed_seed(seed, step))
     batch = latents_shape[0]
     timesteps = sample_timesteps(config, batch, generator, device)
     noise = torch.randn(latents_shape, generator=generator, device=device)
@@ -95,12 +96,6 @@ def sample_flips(seed: int, step: int, batch: int) -> np.ndarray:
     """Sample which images of a step's global batch are mirrored, bool [batch]."""
     # With numpy and a third word in the seed: the batch is read on the CPU, ahead of the step's other random numbers.
     return np.random.default_rng([seed, step, 1]).random(batch) < 0.5
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Return a 63-bit seed that is well mixed for neighbouring seeds and steps."""
-    # torch takes signed 64-bit seeds, hence the shift.
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def noise_level(timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
