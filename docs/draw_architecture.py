@@ -1,4 +1,4 @@
-"""Draws architecture.png, the way of the data and the model: python docs/draw_architecture.py"""
+"""Draw architecture.png, the data flow and the model: python docs/draw_architecture.py"""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend
     )
 
 
-def draw_way_of_the_data(axes: Axes) -> None:
+def draw_data_flow(axes: Axes) -> None:
     axes.set(xlim=(0, 14), ylim=(0, 2.1))
     axes.axis("off")
     stages = [
@@ -89,7 +89,7 @@ def draw_transformer(axes: Axes) -> None:
 def main() -> None:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 3])
-    draw_way_of_the_data(top)
+    draw_data_flow(top)
     draw_transformer(bottom)
     figure.savefig(Path(__file__).parent / "architecture.png", dpi=110)
 
