@@ -29,7 +29,7 @@ from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, find_run, load_pipeline
 from ..sampling.generate import describe_model, generate_images
-from ..storage import disk_errors, hash_json
+from ..storage import disk_errors, folder_taken, hash_json
 from .attribute_probe import AttributeHead, train_head
 from .extract import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
@@ -226,9 +226,8 @@ class Evaluation:
         same_precision = previous["protocol"]["dtype"] == self.dtype
         same_model = previous["model"] == identity if same_precision else previous_name == name
         if not same_model:
-            raise FileExistsError(
-                f"output_dir {self.folder} holds the evaluation of another model, {previous_name}; name a new folder"
-            )
+            problem = f"holds the evaluation of another model, {previous_name}"
+            raise FileExistsError(folder_taken(f"output_dir {self.folder}", problem))
 
     def _remove_stale_features(self, identity: dict[str, Any]) -> None:
         """Remove the features of samples that other weights than `identity` generated in this precision."""

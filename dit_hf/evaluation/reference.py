@@ -16,7 +16,15 @@ from safetensors.numpy import load_file, save_file
 
 from ..data.conditions import remap_class_ids
 from ..pipelines.attributes import Attributes
-from ..storage import disk_errors, is_missing_or_empty, new_folder, partial_folder, read_manifest, write_manifest
+from ..storage import (
+    disk_errors,
+    folder_taken,
+    is_missing_or_empty,
+    new_folder,
+    partial_folder,
+    read_manifest,
+    write_manifest,
+)
 from .extract import Collected, collect, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
@@ -141,16 +149,16 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         FileExistsError: if the folder holds other statistics, or something else.
         ValueError: if too many of the images cannot be read.
     """
-    state, identity = ranks(), statistics_identity(images, net)
+    state, identity, place = ranks(), statistics_identity(images, net), f"output_dir {folder}"
     finished = (folder / INFO).is_file()
     if not (finished or is_missing_or_empty(folder)):
-        raise FileExistsError(f"output_dir {folder} holds something else (no {INFO}); name a new folder")
+        raise FileExistsError(folder_taken(place, missing=INFO))
     # All ranks must have looked at the folder before the main process writes to it.
     state.wait_for_everyone()
     if not finished:
         # Features are collected beside the folder, so that it appears complete or not at all.
         parts = partial_folder(folder).with_name(f".{folder.name}.features")
-        with disk_errors(f"output_dir {folder}"):
+        with disk_errors(place):
             collected = collect(
                 parts,
                 net,
@@ -168,7 +176,7 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         state.wait_for_everyone()
     statistics = load_reference(folder)
     if statistics.info["asked"] != identity:
-        raise FileExistsError(f"{folder} holds other statistics ({describe(statistics)}); name a new folder")
+        raise FileExistsError(folder_taken(place, f"holds other statistics ({describe(statistics)})"))
     return statistics
 
 

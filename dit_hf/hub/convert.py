@@ -19,7 +19,7 @@ from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from ..storage import disk_errors, first_line, is_missing_or_empty, new_folder
+from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, new_folder
 
 GUIDANCE_SCALE = 4.0  # the default of both
 
@@ -77,13 +77,14 @@ def convert(
         OSError: if the folder cannot be written or the disk is full.
     """
     folder = Path(output_dir)
+    place = f"output_dir {folder}"
     if not is_missing_or_empty(folder):
-        raise FileExistsError(f"output_dir {folder} is not empty; name a new folder")
+        raise FileExistsError(folder_taken(place, "is not empty"))
     if Path(source).is_file():
         pipeline = from_checkpoint(Path(source), vae, num_attention_heads)
     else:
         pipeline = from_diffusers(source)
-    with disk_errors(f"output_dir {folder}"), new_folder(folder) as partial:
+    with disk_errors(place), new_folder(folder) as partial:
         pipeline.save_pretrained(partial)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"{folder} is the pipeline: {parameters:,} parameters, {pipeline.transformer.config.conditions}", flush=True)

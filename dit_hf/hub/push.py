@@ -35,7 +35,7 @@ from ..runs import (
     load_pipeline,
 )
 from ..sampling.generate import generate_images
-from ..storage import disk_errors, new_folder, write_text
+from ..storage import disk_errors, folder_taken, new_folder, write_text
 from ..upload import upload_folder
 from .card import example_attributes, write_card
 from .to_diffusers import BuiltinExport, to_builtin
@@ -244,14 +244,12 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: naming up to three such files.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    place, names = f"output_dir {folder}", sorted(path.name for path in folder.iterdir())
     others = [name for name in names if name not in (*_FOLDERS, *_FILES, *_SYSTEM_FILES)]
     if others:
-        raise FileExistsError(
-            f"output_dir {folder} holds {', '.join(others[:3])}, which no push has written; name a new folder"
-        )
+        raise FileExistsError(folder_taken(place, f"holds {', '.join(others[:3])}, which no push has written"))
     if names and not overwrite:
-        raise FileExistsError(f"output_dir {folder} is not empty; name a new folder, or give --overwrite true")
+        raise FileExistsError(f"{folder_taken(place, 'is not empty')}, or give --overwrite true")
 
 
 def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:

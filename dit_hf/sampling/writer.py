@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..image_grid import make_grid, save_grid
-from ..storage import is_missing_or_empty, new_file, write_text
+from ..storage import folder_taken, is_missing_or_empty, new_file, write_text
 from .generate import batches
 
 SETTINGS = "settings.json"
@@ -99,7 +99,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
 
     Settings without an image do not count: the call that wrote them failed before its first batch.
     """
-    path = folder / SETTINGS
+    path, place = folder / SETTINGS, f"output_dir {folder}"
     text = json.dumps(settings, indent=2) + "\n"
     if path.is_file() and any(_is_output(file.name) for file in folder.iterdir()):
         # Both through JSON, which turns tuples into lists.
@@ -107,9 +107,9 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
         if different:
-            raise FileExistsError(f"output_dir {folder} holds images of other settings ({different})")
+            raise FileExistsError(folder_taken(place, f"holds images of other settings ({different})"))
     elif not (path.is_file() or is_missing_or_empty(folder)):
-        raise FileExistsError(f"output_dir {folder} holds something else (no {SETTINGS}); name a new folder")
+        raise FileExistsError(folder_taken(place, missing=SETTINGS))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
