@@ -12,9 +12,9 @@ import sys
 from typing import Any, NoReturn
 
 import docstring_parser
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from .devices import memory_errors
 from .storage import first_line
 
 # verb: module, function, then the arguments that are positional on the command line.
@@ -91,20 +91,19 @@ def main(args: list[str] | None = None) -> int:
 def _run(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> int:
     """Call the verb's function and turn the errors that a user can fix into one line and an exit code."""
     try:
-        _call(verb, function, parser, options)
+        with memory_errors("fewer images at once (--batch_size) need less"):
+            _call(verb, function, parser, options)
     except subprocess.CalledProcessError as error:  # from a process that the verb started, which printed the reason
         return max(1, error.returncode)
     except KeyboardInterrupt:
         print(f"dit-hf {verb}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("DIT_HF_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")
-        reason = first_line(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = f"the GPU's memory is full; fewer images at once (--batch_size) need less ({reason})"
-        print(f"dit-hf {verb}{f' (rank {rank})' if rank != '0' else ''}: error: {reason}", file=sys.stderr)
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"dit-hf {verb}{where}: error: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,8 +1,10 @@
-"""Capabilities of the machine: compiler and CPU cores."""
+"""Capabilities of the machine: accelerator and its memory, compiler, CPU cores."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -13,6 +15,19 @@ def default_device() -> torch.device:
     """Return the accelerator of this machine (CUDA, MPS, XPU, ...), or the CPU where there is none."""
     # check_available, because a torch built for CUDA names CUDA on a machine without a GPU too.
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn torch's error for a full GPU memory into one line that gives `advice`: what needs less of it.
+
+    Raises:
+        OSError: if the memory is full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OSError(f"the GPU's memory is full; {advice} ({first_line(error)})") from error
 
 
 def compiler_problem(device: torch.device) -> str | None:

@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import MAX_LEFT_OUT, Source, open_source
 from ..data.transforms import Geometry, parse_resolution
+from ..devices import memory_errors
 from ..storage import (
     disk_errors,
     hash_json,
@@ -119,7 +119,7 @@ def prepare_latents(
         FileExistsError: if `output_dir` holds something else, or a cache of other images, VAE or geometry (the
             message names the difference).
         ValueError: for options that do not fit, or if too many of the images cannot be used.
-        OSError: if the folder cannot be written or the disk is full.
+        OSError: if the folder cannot be written, or the disk or the GPU's memory is full.
     """
     # Options. The timeout is long because the ranks wait for the slowest, and for the main one to finish the cache.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
@@ -147,7 +147,7 @@ def prepare_latents(
     finished = is_finished(final, identity)
     state.wait_for_everyone()
     if not finished:
-        with disk_errors(f"output_dir {final}"), _memory_errors():
+        with disk_errors(f"output_dir {final}"), memory_errors("a smaller --resolution needs less"):
             _build(final, spec, num_proc, state)
 
     # Report and upload.
@@ -360,12 +360,3 @@ def _statistics(notes: list[ShardNotes]) -> dict[str, list[float]]:
     sums = torch.tensor([note.sums for note in notes], dtype=torch.float64).sum(0)  # [3, channels]
     mean, mean_square, variance = sums / sum(note.count for note in notes)
     return {"mean": mean.tolist(), "std": (mean_square - mean.square() + variance).sqrt().tolist()}
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn torch's report of a full GPU memory into one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of GPU memory at this resolution: {str(error).partition('.')[0]}") from error

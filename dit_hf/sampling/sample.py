@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from ..devices import memory_errors
 from ..pipelines.guidance import GuidanceOptions, build_guidance
 from ..pipelines.interpolation import interpolate_noises
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -170,11 +171,9 @@ def _sample(folder: Path, settings: dict[str, Any]) -> Path:
 
     # 4. Generate what is missing.
     as_npz = settings["output_format"] == "npz"
-    try:
-        with disk_errors(f"output_dir {folder}"):
-            write_series(folder, series, _portable(settings) | hashes, batch_size, as_npz, state)
-    except torch.OutOfMemoryError as error:
-        raise OSError(f"the GPU's memory is too small for --batch_size {batch_size}; give a smaller one") from error
+    advice = f"a --batch_size below {batch_size} needs less"
+    with memory_errors(advice), disk_errors(f"output_dir {folder}"):
+        write_series(folder, series, _portable(settings) | hashes, batch_size, as_npz, state)
     if state.is_main_process:
         print(f"{folder}: {series.num_images} images; {folder / GRID} shows the first", flush=True)
     return folder

@@ -13,13 +13,14 @@ from accelerate import PartialState, init_empty_weights
 from tqdm import tqdm
 
 from ..config import Config
+from ..devices import memory_errors
 from ..hub.background_push import BackgroundPush
 from ..latents.cache import parse_identity
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import RunFolder, base_model, build_pipeline, migrate_recipe, read_state
-from ..storage import disk_errors, locked, write_text
+from ..storage import disk_errors, folder_taken, locked, write_text
 from .accelerator import build_accelerator, effective_precision, should_compile, use_deterministic_kernels
 from .checkpoint import (
     TrainingTensors,
@@ -54,24 +55,23 @@ def train(config: Config) -> Path:
     config.check()
     run = Path(config.train.output_dir)
 
+    place = f"train.output_dir {run}"
+
     # Refuse to overwrite before anything is loaded. The first message names the usual case, a run started twice.
     if not config.train.resume_from_checkpoint and RunFolder(run).config.exists():
-        raise FileExistsError(
-            f"train.output_dir {run} holds a run; resume it with --train.resume_from_checkpoint latest, "
-            "or name a new folder"
-        )
+        advice = "or resume it with --train.resume_from_checkpoint latest"
+        raise FileExistsError(f"{folder_taken(place, 'holds a run')}, {advice}")
     if not config.train.resume_from_checkpoint and RunFolder(run).checkpoints():
-        raise FileExistsError(f"train.output_dir {run} holds checkpoints of something else; name a new folder")
+        raise FileExistsError(folder_taken(place, "holds checkpoints of something else"))
 
-    try:
+    advice = (
+        "a larger train.gradient_accumulation_steps, or train.gradient_checkpointing true, needs less; "
+        f"checkpoints in {run} are good"
+    )
+    with memory_errors(advice):
         trainer = Trainer(config)
-        with disk_errors(f"train.output_dir {run}"), trainer.exclusive(run):
+        with disk_errors(place), trainer.exclusive(run):
             trainer.fit(run)
-    except torch.OutOfMemoryError as error:
-        raise OSError(
-            "the GPU's memory is full: a larger train.gradient_accumulation_steps, or train.gradient_checkpointing "
-            f"true, needs less; checkpoints in {run} are good"
-        ) from error
     return run
 
 
