@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import compare_versions
 from PIL import Image
@@ -55,22 +56,34 @@ def choose_tracker(report_to: str, log: Callable[[str], None]) -> tuple[str | No
     return report_to, {"mode": "offline"}
 
 
-def init_options(run: Path, tracker: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the tracker's `init_kwargs` for accelerate, with the wandb id that a resumed run keeps.
+def start_tracker(
+    accelerator: Accelerator, run: Path, tracker: str | None, options: dict[str, Any], recipe: dict[str, Any]
+) -> None:
+    """Start the tracker on the first rank, with the recipe as its config.
 
     Args:
+        accelerator: Of the run.
         run: The run's folder.
-        tracker: Its name; None is none.
+        tracker: The tracker's name; None is none.
         options: Its init options, from `choose_tracker`.
+        recipe: Values by section.
     """
-    if tracker != "wandb":
-        return {}
+    if not accelerator.is_main_process:
+        return
+    flat = {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
+    # TensorBoard's hyperparameters take no other types.
+    simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
+    init_kwargs = {"wandb": {**_wandb_run(run), **options}} if tracker == "wandb" else {}
+    accelerator.init_trackers("dit_hf", config=simple, init_kwargs=init_kwargs)
+
+
+def _wandb_run(run: Path) -> dict[str, Any]:
+    """Return the options of `wandb.init` for a run, with the id that a resumed run keeps."""
     file = RunFolder(run).wandb_id
     if not file.is_file():
         write_text(file, uuid.uuid4().hex[:8])
     # "allow" continues the run of that id, or starts it where wandb has none (offline, or deleted).
-    identity = {"id": file.read_text(encoding="utf-8"), "resume": "allow"}
-    return {"wandb": {"dir": str(run), "name": run.name, **identity, **options}}
+    return {"dir": str(run), "name": run.name, "id": file.read_text(encoding="utf-8"), "resume": "allow"}
 
 
 def log_sample_grid(trackers: list[GeneralTracker], path: Path, step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,18 +14,16 @@ from tqdm import tqdm
 from ..config import Config
 from ..devices import memory_errors
 from ..hub.background_push import BackgroundPush
-from ..latents.cache import parse_identity
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..runs import RunFolder, base_model, build_pipeline, migrate_recipe, read_state
+from ..runs import RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, folder_taken, locked, write_text
-from .accelerator import build_accelerator, effective_precision, should_compile, use_deterministic_kernels
+from .accelerator import build_accelerator, should_compile, use_deterministic_kernels
 from .checkpoint import (
     TrainingTensors,
     agreed_checkpoint,
     check_disk_space,
-    check_same_recipe,
     remove_partial_checkpoints,
     save_checkpoint,
     write_best,
@@ -37,10 +34,11 @@ from .initialize import build_transformer
 from .log import COLUMNS, append_log, measure, print_once, start_log
 from .objective import NOISE_LEVELS
 from .preemption import Preempted, StopSignal
+from .recipe import resolved_config, resolved_recipe, resumed_recipe
 from .sample_quality import SampleQuality
 from .step import TrainingStep
 from .throughput import Speed
-from .trackers import choose_tracker, init_options, log_sample_grid
+from .trackers import choose_tracker, log_sample_grid, start_tracker
 from .validation import choose_validation
 
 
@@ -99,14 +97,7 @@ class Trainer:
         PartialState(cpu=cpu)
 
         # Data: read before the accelerator and the model are built, so that a wrong option fails within a second.
-        self.reader = LatentReader(
-            config.data.latents, conditions=config.data.conditions, posterior=config.data.sample_posterior
-        )
-        if self.reader.conditions and not config.objective.condition_dropout and train.guidance_scale != 1:
-            raise ValueError(
-                "objective.condition_dropout=0 never learns what guidance leads away from; give one above 0, or "
-                "train.guidance_scale 1"
-            )
+        self.reader = _open_reader(config)
 
         # Machine: trackers are chosen first, since accelerate takes their names when it is built.
         self.tracker, self.tracker_options = choose_tracker(train.report_to, print_once)
@@ -118,18 +109,12 @@ class Trainer:
         self.checkpoint = agreed_checkpoint(Path(train.output_dir), name, print_once) if name else None
         state = read_state(self.checkpoint) if self.checkpoint is not None else None
 
-        self._build_model(state)
-        self.step = TrainingStep(config, self.reader, self.accelerator, self.transformer, self.normalization)
-        if config.optim.optimizer == "apex_fused_adam" and "apex" not in self.step.optimizer_name:
-            print_once(
-                f"optim.optimizer apex_fused_adam needs fp16 on CUDA and NVIDIA's apex: training with "
-                f"{self.step.optimizer_name}, which takes the same steps"
-            )
-
-        # Recipe: compared only now, because it holds the name of the optimizer that was built.
-        self.base_model = base_model(config)
+        # Recipe: compared only when the step is built, because it holds the name of the optimizer.
+        self._build_step(state)
         if self.checkpoint is not None and state is not None:
-            self._check_recipe(self.checkpoint, state)
+            self.recipe = resumed_recipe(self.step, self.checkpoint, state)
+        else:
+            self.recipe = resolved_recipe(self.step)
 
         # Everything that works between steps.
         self.tensors = TrainingTensors(self.transformer, self.step.emas, self.step.optimizer)
@@ -160,7 +145,7 @@ class Trainer:
         start = self._resume()
         self._prepare_folder(run, start)
         if start < total:
-            self._start_trackers(run)
+            start_tracker(self.accelerator, run, self.tracker, self.tracker_options, self.recipe)
             print_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
 
         stop, speed = StopSignal(), Speed()
@@ -194,8 +179,8 @@ class Trainer:
             return None
         return build_pipeline(self.config, self.reader, self._transformer_with(weights), self.normalization)
 
-    def _build_model(self, state: dict[str, Any] | None) -> None:
-        """Build the transformer on the device, with its normalization, and compile it where that is wanted."""
+    def _build_step(self, state: dict[str, Any] | None) -> None:
+        """Build the transformer on the device, compile it where that is wanted, and build its optimizer step."""
         config = self.config
         if state is None:
             transformer, self.normalization = build_transformer(config, self.reader, print_once)
@@ -212,23 +197,18 @@ class Trainer:
         if self.compiled:
             transformer.compile_repeated_blocks(fullgraph=True)
 
-    def _check_recipe(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Refuse to resume from a checkpoint of another recipe; keep the name of the model that the run started from.
-
-        Raises:
-            ValueError: naming every key that differs.
-        """
-        before = migrate_recipe(state["recipe"])
-        self.base_model = before["found"].get("base_model", self.base_model)
-        # Early checkpoints of runs on a CPU say fp16, although they were computed in float32.
-        before["train"]["mixed_precision"] = effective_precision(before["train"]["mixed_precision"], self.device)
-        check_same_recipe(before, self._recipe(), checkpoint)
+        self.step = TrainingStep(config, self.reader, self.accelerator, self.transformer, self.normalization)
+        if config.optim.optimizer == "apex_fused_adam" and "apex" not in self.step.optimizer_name:
+            print_once(
+                f"optim.optimizer apex_fused_adam needs fp16 on CUDA and NVIDIA's apex: training with "
+                f"{self.step.optimizer_name}, which takes the same steps"
+            )
 
     def _prepare_folder(self, run: Path, start: int) -> None:
         """Write the recipe, cut the log back to step `start`, and make sure that a checkpoint fits on the disk."""
         if self.accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
-            write_text(RunFolder(run).config, self._resolved_config().to_yaml())
+            write_text(RunFolder(run).config, resolved_config(self.config, self.accelerator, self.compiled).to_yaml())
             start_log(run, start, self._columns())
             if start < self.config.train.max_train_steps:
                 # The export of an earlier end of the run is out of date from now on.
@@ -241,14 +221,19 @@ class Trainer:
     def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed, bar: tqdm) -> bool:
         """Log, validate, sample and save what is due after `done` steps; return whether a checkpoint was saved."""
         train = self.config.train
-        checkpoint_due = done % train.checkpointing_steps == 0 or done == train.max_train_steps
-        samples_due = train.sampling_steps > 0 and done % train.sampling_steps == 0
-        push_due = self.hub is not None and train.push_to_hub_steps > 0 and done % train.push_to_hub_steps == 0
-        quality = self.quality if train.evaluation_steps and done % train.evaluation_steps == 0 else None
+
+        def due(every: int) -> bool:
+            return every > 0 and done % every == 0
+
+        checkpoint_due = due(train.checkpointing_steps) or done == train.max_train_steps
+        samples_due = due(train.sampling_steps)
+        quality = self.quality if due(train.evaluation_steps) else None
+        # The last push is that of the finished run, see `_export`.
+        push_due = self.hub is not None and due(train.push_to_hub_steps) and done < train.max_train_steps
 
         # A checkpoint, an evaluation and a push always come with a row, which also checks that the numbers are finite.
         row: dict[str, Any] = {}
-        if checkpoint_due or quality or push_due or done % train.logging_steps == 0:
+        if checkpoint_due or quality or push_due or due(train.logging_steps):
             row = measure(self.step, run, done, grad_norm, speed)
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
         if not row and not samples_due:
@@ -272,8 +257,7 @@ class Trainer:
                 self._save_samples(run, done)
             if checkpoint_due:
                 self._save(run, done, row)
-            # The last push is that of the finished run, see `_export`.
-            if push_due and done < train.max_train_steps:
+            if push_due:
                 self._push(run, done, self.pipeline())
         return checkpoint_due
 
@@ -295,36 +279,6 @@ class Trainer:
         """Columns of the log."""
         extra = [f"validation_loss{name.removeprefix('ema')}" for name in self.step.emas if name != "ema"]
         return [*COLUMNS, *extra, *([self.quality.name] if self.quality else [])]
-
-    def _recipe(self) -> dict[str, Any]:
-        """Return all that a resumed run must share with its checkpoint: the recipe and what it resolved to."""
-        recipe = self.config.resume_keys()
-        recipe["train"] |= {"mixed_precision": effective_precision(self.accelerator.mixed_precision, self.device)}
-        # These names are keys of checkpoints on disk and do not change.
-        cache = self.reader.info["identity"]
-        recipe["found"] = {
-            "pictures": len(self.reader),
-            "pictures_sha256": parse_identity(cache)["source"]["sha256"],
-            "crop": cache["crop"],
-            "flip": cache["flip"],
-            "vae_sha256": self.reader.info["vae_sha256"],
-            "latent_shape": list(self.reader.latent_shape),
-            "condition_values": self.reader.conditions,
-            "optimizer": self.step.optimizer_name,
-            "base_model": self.base_model,
-        }
-        return recipe
-
-    def _resolved_config(self) -> Config:
-        """Return the recipe with what this machine resolved, such as the precision, as `config.yaml` holds it."""
-        # `resume_from_checkpoint` belongs to this call: a run of the written recipe must not go back by itself.
-        train = dataclasses.replace(
-            self.config.train,
-            mixed_precision=effective_precision(self.accelerator.mixed_precision, self.device),
-            torch_compile=self.compiled,
-            resume_from_checkpoint=None,
-        )
-        return dataclasses.replace(self.config, train=train)
 
     def _resume(self) -> int:
         """Load the checkpoint, if there is one, and return the number of steps done.
@@ -364,7 +318,7 @@ class Trainer:
         options = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
         state = {
             "step": done,
-            "recipe": self._recipe(),
+            "recipe": self.recipe,
             "transformer": options,
             "normalization": self.normalization,
             "torch_compile": self.compiled,
@@ -378,15 +332,6 @@ class Trainer:
         if accelerator.is_main_process:
             save_checkpoint(run, state, contents, train.checkpoints_total_limit, train.best_checkpoints_limit)
         accelerator.wait_for_everyone()
-
-    def _start_trackers(self, run: Path) -> None:
-        """Start the tracker on the first rank, with the recipe as its config."""
-        flat = {f"{s}.{k}": v for s, values in self._recipe().items() for k, v in values.items()}
-        # TensorBoard's hyperparameters take no other types.
-        simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
-        if self.accelerator.is_main_process:
-            options = init_options(run, self.tracker, self.tracker_options)
-            self.accelerator.init_trackers("dit_hf", config=simple, init_kwargs=options)
 
     def _transformer_with(self, weights: dict[str, torch.Tensor]) -> LatentDiTTransformer2DModel:
         """Build a transformer like the one in training, with other weights, on the device."""
@@ -419,7 +364,7 @@ class Trainer:
         if pipeline is not None:
             write_best(run, train.best_checkpoints_limit)
             transformers = {name: self._transformer_with(weights) for name, weights in extra.items()}
-            export(run, self.config, self.reader, pipeline, transformers, self._recipe())
+            export(run, self.config, self.reader, pipeline, transformers, self.recipe)
         self.accelerator.wait_for_everyone()
 
         # No barrier after the push, which may take longer than the ranks' timeout. The push before it must have ended,
@@ -432,4 +377,17 @@ class Trainer:
     def _push(self, run: Path, done: int, pipeline: LatentDiTPipeline | None) -> None:
         """Start to push the EMA weights, on the first rank."""
         if self.hub is not None and pipeline is not None:
-            share(self.hub, run, self.config, self.reader, pipeline, self._recipe(), done)
+            share(self.hub, run, self.config, self.reader, pipeline, self.recipe, done)
+
+
+def _open_reader(config: Config) -> LatentReader:
+    """Open the training images, and refuse guidance of a conditional model that never learns to be unconditional."""
+    reader = LatentReader(
+        config.data.latents, conditions=config.data.conditions, posterior=config.data.sample_posterior
+    )
+    if reader.conditions and not config.objective.condition_dropout and config.train.guidance_scale != 1:
+        raise ValueError(
+            "objective.condition_dropout=0 never learns what guidance leads away from; give one above 0, or "
+            "train.guidance_scale 1"
+        )
+    return reader
