@@ -8,7 +8,7 @@ import importlib.util
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,18 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
-from ..data.image_folder import CACHE_INFO
-from ..data.sources import AVATARS
 from ..hub.card import write_run_card
 from ..image_grid import save_grid
-from ..latents.cache import open_latents
 from ..latents.vae import weights_sha256
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, find_run, load_pipeline
+from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
 from ..sampling.generate import describe_model, generate_images
 from ..storage import disk_errors, folder_taken, hash_json
 from .attribute_probe import AttributeHead, train_head
@@ -36,8 +32,8 @@ from .features import FeatureNet, load_features
 from .memorization import Neighbours, describe_pairs, find_neighbours, make_pairs_grid
 from .metrics import NEIGHBOURS, Gaussian, measure
 from .reference import INFO, Reference, load_reference, make_reference, statistics_identity, versions
-from .reference_images import ReferenceImages, open_reference_images, reconstruction_reader
-from .report import figure_name, markdown, write_report
+from .reference_images import ReferenceImages, open_reference_images, open_training_images, reconstruction_reader
+from .report import bias_note, figure_name, markdown, write_report
 
 MIN_SAMPLES = 16
 
@@ -95,38 +91,21 @@ def evaluate(
         ValueError: for invalid options, a reference that does not match, or weights that cannot be obtained.
     """
     # Refuse invalid options before anything is loaded.
-    for name, value, least in (
-        ("num_samples", num_samples, MIN_SAMPLES),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if importlib.util.find_spec("torchmetrics") is None:
-        raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
+    _check_options(num_samples, batch_size, seed)
 
     # Load the two sides of the comparison.
     device = ranks().device
     net = load_features(features, feature_weights, device)
     pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))
     folder = _report_folder(model, output_dir)
-    resolution = _output_resolution(pipeline)
+    resolution = "x".join(map(str, pipeline.resolution))  # HxW in pixels
     images = _open_images(model, reference, resolution, crop, split, num_images)
     statistics = _load_statistics(reference, images, folder, net, resolution, batch_size)
 
     # Measure every combination of guidance scale and steps.
     settings = _combine_settings(guidance_scale, num_inference_steps, pipeline.config.guidance_scale)
     evaluation = Evaluation(
-        pipeline=pipeline,
-        net=net,
-        reference=statistics,
-        reference_images=images,
-        folder=folder,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        save_images=save_images,
+        pipeline, net, statistics, images, folder, num_samples, batch_size, seed, dtype, save_images
     )
     with disk_errors(f"output_dir {folder}"):
         evaluation.run(_model_name(model), settings, own_folder=output_dir is None)
@@ -204,7 +183,7 @@ class Evaluation:
             "protocol": self._protocol(requested, settings[0]),
             "figures": {k: v for k, v in first.items() if k not in (*settings[0], "accuracy", "attributes")},
             "floor": {"vae": self._floor(rebuilt, rest), "real": self._floor(real, rest)},
-            "bias": _bias_note(self.num_samples, self.net.dim),
+            "bias": bias_note(self.num_samples, self.net.dim),
             "memorisation": neighbours.figures() | {"closest": describe_pairs(neighbours)},
             "attributes": first["attributes"],
             "settings": [{k: v for k, v in row.items() if k != "attributes"} for row in measured],
@@ -274,8 +253,12 @@ class Evaluation:
             return "the reference's images are themselves decoded latents"
         # In float32 whatever the pipeline's precision, so that the floor does not depend on it.
         vae = copy.deepcopy(self.pipeline.vae).float()
+        rebuild = reconstruction_reader(self.reference_images, vae)
+
+        def read(rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+            return rebuild(rows), np.array(rows)
+
         rows = self.reference.rows[held_out]
-        read = _with_rows(reconstruction_reader(self.reference_images, vae))
         metadata = {"vae_sha256": weights_sha256(vae), "pictures": self.reference.info["pictures"]}
         name = "reconstructions"
         folder = self.folder / "features" / name
@@ -344,6 +327,19 @@ class Evaluation:
         }
 
 
+def _check_options(num_samples: int, batch_size: int, seed: int) -> None:
+    """Refuse numbers that are too low, and a machine without torchmetrics."""
+    for name, value, least in (
+        ("num_samples", num_samples, MIN_SAMPLES),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
+
+
 def _combine_settings(
     guidance_scale: float | list[float] | None, num_inference_steps: int | list[int], default_scale: float
 ) -> list[dict[str, Any]]:
@@ -368,21 +364,6 @@ def _hash_rows(rows: list[Attributes]) -> str:
     return digest.hexdigest()
 
 
-def _with_rows(read: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int]], Any]:
-    """Return a reader that gives the rows beside the images, as `collect` expects."""
-    return lambda rows: (read(rows), np.array(rows))
-
-
-def _bias_note(num_samples: int, dim: int) -> str:
-    text = (
-        f"A Fréchet distance of N = {num_samples:,} images is too high by an amount that falls as 1 / N: compare it "
-        "with others of the same N only, and with the floor"
-    )
-    if num_samples <= dim:
-        text += f"; with no more images than features ({dim:,}) most of it can be this"
-    return f"{text}."
-
-
 def _model_name(model: str) -> str:
     """Return a Hub id as it is, or the name of the run's folder; never a path of this machine."""
     path = Path(model).resolve()
@@ -399,32 +380,15 @@ def _report_folder(model: str, output_dir: str | None) -> Path:
     return RunFolder(Path(model)).evaluation
 
 
-def _output_resolution(pipeline: LatentDiTPipeline) -> str:
-    """Return the size of a pipeline's images, `HxW` in pixels."""
-    height, width = pipeline.resolution
-    return f"{height}x{width}"
-
-
 def _open_images(
     model: str, reference: str | None, resolution: str, crop: str, split: str | None, num_images: int | None
 ) -> ReferenceImages | None:
     """Open the reference's images, by default those that the run was trained on; None for statistics."""
-    if reference is not None and (Path(reference) / INFO).is_file():
+    if reference is None:
+        return open_training_images(model, resolution, split, num_images)
+    if (Path(reference) / INFO).is_file():
         return None
-    if reference is not None:
-        return open_reference_images(reference, resolution, crop, split, num_images)
-    # The run's recipe names the latent cache that it was trained on.
-    config = RunFolder(find_run(model) or Path(model)).config
-    cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
-    if cache is None or not (cache / CACHE_INFO).is_file():
-        raise ValueError(f"{model}: its training images are not here; give --reference a source or statistics")
-    settings = open_latents(cache)[1]["settings"]
-    # Avatars can be rendered again; of any other source only the decoded latents are certain to be at hand.
-    if settings["source"] == AVATARS:
-        return open_reference_images(
-            AVATARS, resolution, num_images=num_images or settings["num_images"], seed=settings["seed"]
-        )
-    return open_reference_images(str(cache), resolution, split=split or "train", num_images=num_images)
+    return open_reference_images(reference, resolution, crop, split, num_images)
 
 
 def _load_statistics(

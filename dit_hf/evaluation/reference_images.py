@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import ClassLabel, Dataset
 
 from ..data.image_folder import CACHE_INFO
@@ -17,6 +18,7 @@ from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..latents.cache import open_latents, parse_identity
 from ..latents.vae import VAE, decode, encode, load_vae
+from ..runs import RunFolder, find_run
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,31 @@ def open_reference_images(
     conditions, features = _read_conditions(rows), rows.features
     labels = {name: features[name].names for name in conditions if isinstance(features[name], ClassLabel)}
     return ReferenceImages(len(rows), summary, conditions, labels, read)
+
+
+def open_training_images(model: str, resolution: str, split: str | None, num_images: int | None) -> ReferenceImages:
+    """Open the images that a run was trained on, from the latent cache that its recipe names.
+
+    Args:
+        model: The run's folder, or that of its pipeline or of a checkpoint.
+        resolution: `HxW` pixels, of avatars only.
+        split: Only this split; None is the training split.
+        num_images: Only the first so many images.
+
+    Raises:
+        ValueError: if there is no such cache.
+    """
+    config = RunFolder(find_run(model) or Path(model)).config
+    cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
+    if cache is None or not (cache / CACHE_INFO).is_file():
+        raise ValueError(f"{model}: its training images are not here; give --reference a source or statistics")
+    settings = open_latents(cache)[1]["settings"]
+    # Avatars can be rendered again; of any other source only the decoded latents are certain to be at hand.
+    if settings["source"] == AVATARS:
+        return open_reference_images(
+            AVATARS, resolution, num_images=num_images or settings["num_images"], seed=settings["seed"]
+        )
+    return _open_decoded(str(cache), split or "train", num_images)
 
 
 def reconstruction_reader(images: ReferenceImages, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:

@@ -24,6 +24,17 @@ def figure_name(label: str, num_samples: int) -> str:
     return f"{label}-{count}"
 
 
+def bias_note(num_samples: int, dim: int) -> str:
+    """Describe how a Fréchet distance depends on its number of samples; `dim` is that of the features."""
+    text = (
+        f"A Fréchet distance of N = {num_samples:,} images is too high by an amount that falls as 1 / N: compare it "
+        "with others of the same N only, and with the floor"
+    )
+    if num_samples <= dim:
+        text += f"; with no more images than features ({dim:,}) most of it can be this"
+    return f"{text}."
+
+
 def write_report(folder: Path, report: dict[str, Any], neighbours: Neighbours) -> None:
     """Write the table, the plots and, last, the JSON: where it is, the report is complete.
 
