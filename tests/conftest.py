@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import constants
 from local_hub import Hub, running_hub
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel, upload
 from dit_hf.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
@@ -70,6 +71,25 @@ def vae_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "vae"
     tiny_vae().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A run's folder with a pipeline of random weights. Not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "faces"
+    tiny_pipeline().save_pretrained(folder / "pipeline")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory) -> str:
+    """A vision model of random weights with 16 features, by its folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("net") / "dino"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -41,3 +41,19 @@ def test_entries_of_a_list_are_within_bounds_and_none_always_is():
 def test_two_configs_share_no_list():
     Config().optim.extra_ema_decays.append(0.5)
     assert Config().optim.extra_ema_decays == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_read_and_its_command_names_it(path):
+    config = read_config(path)
+    config.check()
+    assert f"--config recipes/{path.name}" in path.read_text()
+    assert f"--output_dir {config.data.latents}\n" in path.read_text()
+
+
+def test_shipped_recipes_are_found_by_name():
+    assert recipe_path("recipes/avatars.yaml").name == "avatars.yaml"
+    assert recipe_path("celeba-l1").is_file()
+    for name in ("nothing", "elsewhere/avatars.yaml", ""):
+        with pytest.raises(FileNotFoundError, match=f"{name}.*: no such file"):
+            recipe_path(name)

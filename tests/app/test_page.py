@@ -12,9 +12,6 @@ from conftest import tiny_pipeline
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from dit_hf.app.app import app
-from dit_hf.cli import main
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -44,17 +41,6 @@ SHOWN = """([selector, count]) => {
     const images = [...document.querySelectorAll(selector)]
     return images.length === count && images.every(image => image.naturalWidth === 16)
 }"""
-
-
-def test_a_model_that_cannot_be_served_is_one_line(capsys, tmp_path, monkeypatch):
-    assert main(["app", str(tmp_path / "nowhere")]) == 1
-    err = capsys.readouterr().err
-    assert "nowhere: no pipeline could be loaded" in err
-    assert len([line for line in err.splitlines() if "error" in line]) == 1
-    monkeypatch.setitem(sys.modules, "gradio", None)  # as where it is not installed
-    monkeypatch.delitem(sys.modules, "dit_hf.app.page", raising=False)
-    with pytest.raises(ValueError, match=re.escape("pip install gradio")):
-        app(str(tmp_path))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
-"""Helpers for tests of repositories: processes without dit_hf, the snippets of a card, a search for private data."""
+"""Helpers for tests of repositories: pushes, processes without dit_hf, snippets of cards, private data."""
 
 import os
 import re
 import subprocess
 import sys
+
+from dit_hf.cli import main
 
 # Code that makes `import dit_hf` fail in a process, even if it is installed.
 HIDE_DIT_HF = """
@@ -37,3 +39,11 @@ def assert_no_leaks(folder):
             content = path.read_bytes()
             for secret in (str(folder), os.getcwd(), "hf_test", os.path.expanduser("~") + "/"):
                 assert secret.encode() not in content, f"{path} has {secret}"
+
+
+def push(capsys, *args):
+    """Run `dit-hf push` and return its exit code and the last line of its output."""
+    code = main(["push", *map(str, args)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, (captured.err if code else captured.out).splitlines()[-1]

@@ -14,9 +14,9 @@ from repositories import read_snippets
 from dit_hf import LatentDiTPipeline
 from dit_hf.cli import main
 from dit_hf.hub.card import card_data, example_attributes, is_hub_id, write_card, write_run_card
-from dit_hf.hub.push import without_paths, write_repository
+from dit_hf.hub.push import write_repository
 from dit_hf.latents.vae import weights_sha256
-from dit_hf.runs import exported_summary, find_run, load_pipeline
+from dit_hf.runs import exported_summary, load_pipeline
 from dit_hf.training.trainer import train
 
 # The keys that the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
@@ -145,7 +145,8 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_unchanged(config, tmp_pat
         for code in read_snippets(text):
             names: dict = {}
             exec(code, names)
-            assert Image.open("image.png").size == (16, 16)
+            with Image.open("image.png") as image:
+                assert image.size == (16, 16)
             assert type(names["pipe"]).__name__ == "LatentDiTPipeline"
         assert f"![samples]({sheet})" in text
         for image in re.findall(r"!\[\w+\]\(([^)]*)\)", text):
@@ -168,8 +169,6 @@ def test_the_evaluation_is_copied_without_paths_and_neighbours(config, tmp_path)
     pipeline = load_pipeline(str(run), "cpu")
     write_evaluation(run, pipeline)
     (run / "evaluation" / "neighbours.png").write_bytes(b"images of the data")
-    assert find_run(str(run)) == find_run(str(run / "pipeline")) == run
-    assert find_run(str(tmp_path)) is None
     write_repository(tmp_path / "out", pipeline, str(run / "pipeline"), "faces", "you/faces")
     assert [path.name for path in (tmp_path / "out" / "evaluation").iterdir()] == ["evaluation.json"]
     assert json.loads((tmp_path / "out" / "evaluation" / "evaluation.json").read_text())["path"] == "x"
@@ -187,9 +186,7 @@ def test_the_evaluation_is_copied_without_paths_and_neighbours(config, tmp_path)
     assert "not measured" in (run / "README.md").read_text()
 
 
-def test_paths_hub_ids_and_examples():
-    report_with_paths = {"a": ["/home/me/x", "b/c", 1], "d": "../up", "e": "~/f"}
-    assert without_paths(report_with_paths) == {"a": ["x", "b/c", 1], "d": "up", "e": "f"}
+def test_hub_ids_and_examples():
     assert all(is_hub_id(name) for name in ("a/b", "you/x-1.0"))
     assert not any(is_hub_id(name) for name in ("a/b/c", "/a", "./a", "a", None))
     pipeline = tiny_pipeline()

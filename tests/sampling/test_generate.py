@@ -1,15 +1,9 @@
-import shutil
-
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
-from PIL import Image
 
-from dit_hf.latents.vae import weights_sha256
-from dit_hf.runs import load_pipeline
 from dit_hf.sampling.generate import batches, generate_images, to_uint8
-from dit_hf.training.trainer import train
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -40,47 +34,3 @@ def test_images_are_rounded_as_diffusers_does_for_pil():
         tiny_pipeline().image_processor.numpy_to_pil(p.permute(1, 2, 0).clamp(0, 1).numpy())[0] for p in pixels
     ]
     assert np.array_equal(to_uint8(pixels), np.stack([np.asarray(image) for image in expected]))
-
-
-def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
-    for name in ("run", "run/pipeline"):
-        assert load_pipeline(str(tmp_path / name)).config.guidance_scale == 2.0
-    with pytest.raises(ValueError, match=r"nowhere: no pipeline could be loaded from there \("):
-        load_pipeline(str(tmp_path / "nowhere"))
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no pipeline could be loaded"):
-        load_pipeline(str(tmp_path / "x.png"))
-
-
-def test_torch_may_be_built_for_a_missing_gpu(tmp_path, monkeypatch):
-    """PyPI's torch for Linux names CUDA as its accelerator, unless it is made to check."""
-
-    def accelerator(check_available=False):
-        return None if check_available else torch.device("cuda")
-
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
-    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
-    assert load_pipeline(str(tmp_path / "pipeline")).device.type == "cpu"
-
-
-def test_a_checkpoint_is_a_model_too(config):
-    run = train(config)
-    last, earlier = load_pipeline(f"{run}/checkpoint-8", "cpu"), load_pipeline(f"{run}/checkpoint-4", "cpu")
-    exported = load_pipeline(str(run), "cpu")
-    images = [
-        generate_images(pipeline, [0], [{"Smiling": 1}], 0, num_inference_steps=2) for pipeline in (last, exported)
-    ]
-    assert np.array_equal(*images)
-    for name in ("guidance_scale", "condition_labels", "latents_mean", "latents_std"):
-        assert last.config[name] == exported.config[name]
-    assert weights_sha256(earlier.transformer) != weights_sha256(last.transformer)
-    assert load_pipeline(f"{run}/checkpoint-4", "cpu", dtype=torch.bfloat16, vae=None).dtype == torch.bfloat16
-    # Without its export the run is not a model, and the error names those that are.
-    shutil.rmtree(run / "pipeline")
-    with pytest.raises(ValueError, match=rf"the run is not finished; name one of its checkpoints \({run}/checkpoint-"):
-        load_pipeline(str(run))
-    weights = run / "checkpoint-4" / "ema.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="checkpoint-4 is damaged"):
-        load_pipeline(f"{run}/checkpoint-4")

@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import tiny_transformer
 
+from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.config import TrainConfig
 from dit_hf.training.accelerator import build_accelerator, effective_precision
 
@@ -37,3 +42,20 @@ def test_half_precision_on_a_cpu_is_float32_and_says_so(tmp_path):
     assert effective_precision(accelerator.mixed_precision, accelerator.device) == "no"
     assert effective_precision("fp16", torch.device("cuda")) == "fp16"
     assert effective_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-machines", "fsdp2", "fsdp2-machines"])
+def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
+    """By its launcher's own code, which turns them into the environment of the ranks."""
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    assert defaults.num_machines == args.num_machines == (2 if "machines" in name else 1)
+    environment = prepare_multi_gpu_env(args)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("bf16" if "fsdp2" in name else "fp16")
+    if "fsdp2" in name:
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in LatentDiTTransformer2DModel._no_split_modules

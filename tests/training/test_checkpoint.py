@@ -6,7 +6,13 @@ from torch import nn
 
 from dit_hf.config import Config, OptimConfig
 from dit_hf.runs import RunFolder, migrate_recipe
-from dit_hf.training.checkpoint import TrainingTensors, check_same_recipe, find_checkpoint, save_checkpoint
+from dit_hf.training.checkpoint import (
+    TrainingTensors,
+    check_disk_space,
+    check_same_recipe,
+    find_checkpoint,
+    save_checkpoint,
+)
 from dit_hf.training.ema import EMA
 from dit_hf.training.optimizer import build_optimizer
 
@@ -130,3 +136,8 @@ def test_an_early_recipe_with_resolved_values_among_the_requested_ones_is_read(t
         check_same_recipe(
             migrate_recipe(before), now | {"found": resolved | {"optimizer": built, "pictures": 9}}, tmp_path
         )
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
+    with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
+        check_disk_space(tmp_path, 10**18)

@@ -1,6 +1,4 @@
-"""The layout of a saved pipeline, which loads with dit_hf and without it."""
-
-import json
+"""The code in a saved pipeline, which loads without dit_hf."""
 
 import numpy as np
 import torch
@@ -8,7 +6,7 @@ from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline
 from repositories import assert_no_leaks, run_without_dit_hf
 
-from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTPipeline
+from dit_hf import LatentDiTPipeline
 
 CALL = "num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type='np').images"
 
@@ -43,15 +41,6 @@ assert not any(name.partition(".")[0] == "dit_hf" for name in sys.modules)
         for file in ("model_index.json", "pipeline.py"):
             assert (tmp_path / name / file).read_text() == (tmp_path / "first" / file).read_text()
     assert_no_leaks(tmp_path)
-
-
-def test_other_pipelines_save_the_base_layout(tmp_path):
-    pipeline = tiny_pipeline()
-    for kind in (LatentDiTImg2ImgPipeline, LatentDiTEditPipeline):
-        kind.from_pipe(pipeline).save_pretrained(tmp_path)
-        assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "LatentDiTPipeline"
-        assert type(DiffusionPipeline.from_pretrained(tmp_path)) is LatentDiTPipeline
-        assert type(kind.from_pretrained(tmp_path)) is kind
 
 
 def test_its_own_code_does_not_replace_the_packages_classes(tmp_path):

@@ -1,0 +1,69 @@
+"""Reference statistics: those of the images, never replaced by others, and with the conditions of their rows."""
+
+import numpy as np
+import pytest
+
+from dit_hf import open_images
+from dit_hf.cli import main
+from dit_hf.evaluation.features import load_features
+from dit_hf.evaluation.metrics import frechet_distance
+from dit_hf.evaluation.reference import load_reference, reference
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory, net):
+    """Reference statistics of 80 avatars at 16 px."""
+    folder = tmp_path_factory.mktemp("reference") / "avatars"
+    return reference("avatars", str(folder), net, resolution="16", num_images=80)
+
+
+def test_statistics_are_those_of_the_images(tmp_path):
+    images = open_images("avatars", 16, num_images=30)
+    features = load_features("efficientnet-lite0")(np.stack([np.asarray(image) for image in images["image"]]))
+    loaded = load_reference(reference("avatars", str(tmp_path / "statistics"), resolution="16", num_images=30))
+    np.testing.assert_allclose(loaded.features, features, atol=1e-3)
+    np.testing.assert_allclose(loaded.gaussian.mean, features.mean(0), atol=1e-3)
+    assert loaded.attributes(["Smiling", "Bald", "Nose"]) == [
+        {"Smiling": row["Smiling"], "Bald": row["Bald"]} for row in images.remove_columns("image")
+    ]
+    assert loaded.info["pictures"]["pictures"] == 30
+    assert loaded.info["pictures"]["pixels_sha256"]
+
+
+def test_other_statistics_are_not_replaced_and_the_same_are_not_computed_again(statistics, net):
+    written = (statistics / "reference.json").stat().st_mtime_ns
+    reference("avatars", str(statistics), net, resolution="16", num_images=80)
+    assert (statistics / "reference.json").stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="holds other statistics"):
+        reference("avatars", str(statistics), net, resolution="16", num_images=70)
+
+
+def test_a_folder_with_other_content_is_not_replaced(net, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match=r"holds something else \(no reference\.json\); name a new folder"):
+        reference("avatars", str(tmp_path), net, resolution="16", num_images=40)
+    assert (tmp_path / "mine.txt").is_file()
+
+
+def test_classes_are_matched_by_their_names(cats_and_owls, net, tmp_path):
+    loaded = load_reference(reference(str(cats_and_owls), str(tmp_path / "out"), net, resolution="16"))
+    assert loaded.attributes(["class"]) == [{"class": i} for i in (0, 0, 1, 1)]
+    assert loaded.attributes(["class"], {"class": ["cat", "dog", "owl"]}) == [{"class": i} for i in (0, 0, 2, 2)]
+    # Ids stay as they are if a side has no names or mere numbers, or if no name of equally many is shared.
+    for labels in ({}, {"class": ["0", "1", "2"]}, {"class": ["a cat", "an owl"]}):
+        assert loaded.attributes(["class"], labels) == loaded.attributes(["class"])
+    with pytest.raises(ValueError, match="class='owl' is unknown to the model; valid names are cat, dog"):
+        loaded.attributes(["class"], {"class": ["cat", "dog"]})
+
+
+def test_statistics_with_more_images_than_features_are_the_same_distribution(statistics):
+    """They are read back by their covariance."""
+    loaded = load_reference(statistics)
+    assert loaded.features.shape == (80, 16)
+    assert frechet_distance(loaded.gaussian, loaded.features) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_missing_source_is_one_line(tmp_path, capsys):
+    assert main(["reference", "nowhere", "--output_dir", str(tmp_path / "out")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,43 @@
+"""Device, compiler and cores of this machine."""
+
+import os
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from torch._inductor import config
+from torch._inductor.utils import fresh_cache
+
+from dit_hf.devices import available_cpus, compiler_problem
+from dit_hf.runs import load_pipeline
+
+
+def test_torch_may_be_built_for_a_missing_gpu(tmp_path, monkeypatch):
+    """PyPI's torch for Linux names CUDA as its accelerator, unless it is made to check."""
+
+    def accelerator(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    assert load_pipeline(str(tmp_path / "pipeline")).device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own code
+def test_a_missing_compiler_is_one_line():
+    torch.compiler.reset()  # or a kernel that was compiled before is used again
+    with fresh_cache(), config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        problem = compiler_problem(torch.device("cpu"))
+    assert "no-such-compiler" in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to cores")
+def test_cores_are_those_that_the_process_may_use():
+    cores = os.sched_getaffinity(0)
+    assert available_cpus() == len(cores)
+    os.sched_setaffinity(0, {min(cores)})  # as SLURM and containers bind a process
+    try:
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -1,0 +1,74 @@
+"""MODEL: a run's folder, a checkpoint or a pipeline's folder; and the files of a run."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from PIL import Image
+from training_runs import changed
+
+from dit_hf.latents.vae import weights_sha256
+from dit_hf.runs import find_run, load_pipeline
+from dit_hf.sampling.generate import generate_images
+from dit_hf.training.trainer import Trainer, train
+
+
+def test_a_run_trained_for_more_steps_is_not_a_model_until_its_end(config):
+    run = train(config)
+    trainer = Trainer(changed(config, train={"max_train_steps": 12, "resume_from_checkpoint": "latest"}))
+    trainer.transformer.proj_in.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+    with pytest.raises(ValueError, match="not finite at step 9"):
+        trainer.fit(run)
+    with pytest.raises(ValueError, match="the run is not finished; name one of its checkpoints"):
+        load_pipeline(str(run))
+    assert load_pipeline(str(run / "pipeline")).config.guidance_scale == 2.0
+
+
+def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
+    for name in ("run", "run/pipeline"):
+        assert load_pipeline(str(tmp_path / name)).config.guidance_scale == 2.0
+    with pytest.raises(ValueError, match=r"nowhere: no pipeline could be loaded from there \("):
+        load_pipeline(str(tmp_path / "nowhere"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no pipeline could be loaded"):
+        load_pipeline(str(tmp_path / "x.png"))
+
+
+def test_a_checkpoint_is_a_model_too(config):
+    run = train(config)
+    last, earlier = load_pipeline(f"{run}/checkpoint-8", "cpu"), load_pipeline(f"{run}/checkpoint-4", "cpu")
+    exported = load_pipeline(str(run), "cpu")
+    images = [
+        generate_images(pipeline, [0], [{"Smiling": 1}], 0, num_inference_steps=2) for pipeline in (last, exported)
+    ]
+    assert np.array_equal(*images)
+    for name in ("guidance_scale", "condition_labels", "latents_mean", "latents_std"):
+        assert last.config[name] == exported.config[name]
+    assert weights_sha256(earlier.transformer) != weights_sha256(last.transformer)
+    assert load_pipeline(f"{run}/checkpoint-4", "cpu", dtype=torch.bfloat16, vae=None).dtype == torch.bfloat16
+    # Without its export the run is not a model, and the error names those that are.
+    shutil.rmtree(run / "pipeline")
+    with pytest.raises(ValueError, match=rf"the run is not finished; name one of its checkpoints \({run}/checkpoint-"):
+        load_pipeline(str(run))
+    weights = run / "checkpoint-4" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged"):
+        load_pipeline(f"{run}/checkpoint-4")
+
+
+def test_a_run_is_found_by_its_folder_its_pipeline_and_its_checkpoints(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for folder in (run / "pipeline", run / "checkpoint-8", tmp_path / "other" / "pipeline"):
+        folder.mkdir(parents=True)
+    for name in ("config.yaml", "training_log.csv"):
+        (run / name).touch()
+    (tmp_path / "other" / "config.yaml").touch()  # which other tools write, too
+    for model in (run, run / "pipeline", run / "checkpoint-8"):
+        assert find_run(str(model)) == run
+    for model in (tmp_path, tmp_path / "other", tmp_path / "other" / "pipeline", "you/faces"):
+        assert find_run(str(model)) is None
+    monkeypatch.chdir(run)
+    assert find_run("pipeline").samefile(run)

@@ -1,0 +1,42 @@
+"""Uploads to a small Hub of our own: whole or not at all, and refused in one line."""
+
+import pytest
+from conftest import tiny_pipeline
+from huggingface_hub import constants
+from repositories import push
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A pipeline that fits diffusers' own, too."""
+    tiny_pipeline(rotary=False).save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_a_push_that_is_interrupted_changes_nothing_and_is_resumed(hub, folder, capsys):
+    hub.broken = {"POST */commit/*"}
+    code, line = push(capsys, folder, "you/faces")
+    assert code == 1
+    assert line.startswith("dit-hf push: error: you/faces: ")
+    assert line.endswith("nothing was changed there, and a second call sends only what is missing")
+    assert set(hub.repositories["you/faces"]) == {".gitattributes"}
+    assert len(hub.stored) == 3  # two files of weights and the image grid have been uploaded
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3  # and were sent once in three attempts
+    hub.broken, hub.requests = set(), []
+    assert push(capsys, folder, "you/faces")[0] == 0
+    assert not any(request.startswith("PUT") for request in hub.requests)
+    assert "model_index.json" in hub.repositories["you/faces"]
+
+
+def test_a_refusal_of_the_hub_is_one_line(hub, folder, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, line = push(capsys, folder, "you/faces")
+    assert (code, line) == (1, "dit-hf push: error: you/faces: no valid token; log in with `hf auth login`")
+    monkeypatch.delenv("HF_TOKEN")
+    assert push(capsys, folder, "you/faces") == (code, line)
+    assert hub.repositories == {}
+    code, line = push(capsys, folder, "no such/name!")
+    assert code == 1
+    assert "no such/name!" in line
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push(capsys, folder, "you/faces")[0] == 1
