@@ -1,4 +1,4 @@
-"""A small CelebA in Kaggle's layout, of avatars, with every kind of bad image and row planted in it."""
+"""A small CelebA in Kaggle's layout, of avatars, with every kind of bad image and row in it; and red squares."""
 
 import csv
 import io
@@ -56,6 +56,17 @@ def make_celeba(folder: Path, count: int = 60, faults: bool = True) -> CelebA:
     _write(folder / "list_attr_celeba.csv", [["image_id", *ATTRIBUTES], *rows])
     _write(folder / "list_eval_partition.csv", [["image_id", "partition"], *partition])
     return CelebA(folder, attributes, splits, left_out)
+
+
+def small_image() -> Image.Image:
+    """Return a red square."""
+    return Image.new("RGB", (20, 20), "red")
+
+
+def save_image(path: Path) -> None:
+    """Write a red square, and first the folder that it belongs in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small_image().save(path)
 
 
 def _plant(images: Path, rows: list, partition: list) -> dict[str, str]:

@@ -1,0 +1,103 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from celeba import save_image, small_image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+from dit_hf import open_images
+from dit_hf.data.hf_dataset import read_hf_dataset
+from dit_hf.data.sources import open_source
+
+
+def data_set(count: int) -> Dataset:
+    smiling = [i % 2 == 0 for i in range(count)]
+    rows = {"face": [small_image()] * count, "Smiling": smiling, "kind": [0, 1] * (count // 2)}
+    kinds = ClassLabel(names=["round", "square"])
+    return Dataset.from_dict(rows, Features({"face": Image(), "Smiling": Value("bool"), "kind": kinds}))
+
+
+def check_data_set(rows):
+    assert rows["Smiling"] == [1, 0, 1, 0, 1, 0]
+    assert rows.features["kind"].names == ["round", "square"]
+    assert rows["split"] == ["train"] * 4 + ["test"] * 2
+    assert rows["id"] == ["train-0", "train-1", "train-2", "train-3", "test-0", "test-1"]
+
+
+def test_parquet_shards_and_saved_datasets(tmp_path):
+    (tmp_path / "shards").mkdir()
+    data_set(4).to_parquet(tmp_path / "shards" / "train-00000-of-00001.parquet")
+    data_set(2).to_parquet(tmp_path / "shards" / "test-00000-of-00001.parquet")
+    DatasetDict({"train": data_set(4), "test": data_set(2)}).save_to_disk(tmp_path / "saved")
+    for folder in ("shards", "saved"):
+        check_data_set(open_source(str(tmp_path / folder)).rows)
+    save_image(tmp_path / "shards" / "preview.png")  # as repositories have them
+    check_data_set(open_source(str(tmp_path / "shards")).rows)
+    (tmp_path / "listed").mkdir()
+    data_set(2).to_parquet(tmp_path / "listed" / "features.parquet")
+    save_image(tmp_path / "listed" / "a.png")
+    (tmp_path / "listed" / "metadata.csv").write_text("file_name\na.png\n")
+    assert open_source(str(tmp_path / "listed")).rows["id"] == ["a.png"]
+    one = open_images(str(tmp_path / "shards" / "train-00000-of-00001.parquet"), resolution=8)
+    assert np.asarray(one[3]["image"]).shape == (8, 8, 3)
+    assert len(one) == 4
+
+
+def test_a_column_that_a_split_lacks_has_no_values_there(tmp_path):
+    parts = {"train": data_set(4).remove_columns("kind"), "test": data_set(2).remove_columns("Smiling")}
+    DatasetDict(parts).save_to_disk(tmp_path)
+    _, images, _, columns = read_hf_dataset(str(tmp_path), None)
+    assert len(images) == 6
+    assert columns["Smiling"].values == [True, False, True, False, None, None]
+    assert columns["kind"].values == [None, None, None, None, 0, 1]
+
+
+def test_webdataset(tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
+            for i in range(3):
+                png = io.BytesIO()
+                small_image().save(png, "png")
+                data = {"png": png.getvalue(), "json": json.dumps({"Male": bool(i), "caption": f"no. {i}"}).encode()}
+                for suffix, content in data.items():
+                    entry = tarfile.TarInfo(f"{i:04}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    rows = open_images(str(tmp_path), resolution=8)
+    assert rows["id"] == [f"shard-{shard}/{i:04}" for shard in range(2) for i in range(3)]
+    assert rows["Male"] == [0, 1, 1, 0, 1, 1]
+    assert rows[5]["image"].size == (8, 8)
+
+
+def two_configurations(folder):
+    for name in ("small", "large"):
+        (folder / name).mkdir()
+        data_set(2).to_parquet(folder / name / "train.parquet")
+    both = [f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("large", "small")]
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(both)}---\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: "someone/nothing", "source someone/nothing: no such folder, and as a dataset on the Hub"),
+        (lambda folder: (folder / "x.parquet").write_bytes(b"no parquet") and str(folder), "source .*: "),
+        (
+            lambda folder: Dataset.from_dict({"a": [1]}).to_parquet(folder / "x.parquet") and str(folder),
+            "no column of",
+        ),
+        (
+            lambda folder: (folder / "a.zip").write_bytes(b"zip") and str(folder / "a.zip"),
+            "or the folder of the images",
+        ),
+        (two_configurations, "name one by --dataset_config_name: large, small"),
+    ],
+)
+def test_bad_sources_are_one_line_errors(tmp_path, make, message):
+    source = make(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(source)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,47 @@
+from celeba import save_image
+from datasets import ClassLabel
+
+from dit_hf.data.sources import open_source
+
+
+def test_subfolders_are_classes_and_splits(tmp_path):
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            save_image(tmp_path / split / label / "a.png")
+    rows = open_source(str(tmp_path)).rows
+    assert rows["id"] == ["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "val/dog/a.png"]
+    assert rows["split"] == ["train", "train", "validation", "validation"]
+    assert rows.features["class"] == ClassLabel(names=["cat", "dog"])
+    assert rows["class"] == [0, 1, 0, 1]
+    save_image(tmp_path / "train" / "c.png")  # at another depth: subfolders are no classes here
+    assert "class" not in open_source(str(tmp_path)).rows.column_names
+
+
+def test_subfolders_of_any_names_are_classes_except_those_of_a_thousand_images_each(tmp_path):
+    for names in (["2019", "2020"], ["747", "cat"], ["001", "010"], ["00000", "01000"]):
+        for name in names:
+            for i in range(2):
+                save_image(tmp_path / "".join(names) / name / f"{i}.png")
+        rows = open_source(str(tmp_path / "".join(names))).rows
+        if "00000" in names:
+            assert "class" not in rows.column_names
+        else:
+            assert rows.features["class"] == ClassLabel(names=names)
+            assert rows["class"] == [0, 0, 1, 1]
+
+
+def test_a_cache_inside_its_source_is_skipped(tmp_path):
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "latents" / "reconstructions.png")
+    for name in ("latents.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "latents" / name).touch()
+    assert open_source(str(tmp_path)).rows["id"] == ["a.png"]
+
+
+def test_links_are_followed_once_and_hidden_files_are_skipped(tmp_path):
+    save_image(tmp_path / "real" / "a.png")
+    save_image(tmp_path / "source" / ".hidden.png")
+    save_image(tmp_path / "source" / "b.png")
+    (tmp_path / "source" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "source" / "again").symlink_to(tmp_path / "source")
+    assert open_source(str(tmp_path / "source")).rows["id"] == ["b.png", "linked/a.png"]

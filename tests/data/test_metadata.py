@@ -1,0 +1,69 @@
+import csv
+import json
+
+import pytest
+from celeba import save_image
+from datasets import Dataset
+
+from dit_hf.data.sources import open_source
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_metadata(tmp_path, name):
+    for i in range(4):
+        save_image(tmp_path / "images" / f"{i}.png")
+    rows = [
+        {"file_name": "images/0.png", "smiling": True, "age": "old", "caption": "a red square"},
+        {"file_name": "images/1.png", "smiling": False, "age": "young", "caption": "a square that is red"},
+        {"file_name": "images/2.png", "smiling": False, "age": "young", "caption": "red, square"},
+        {"file_name": "images/2.png", "smiling": True, "age": "young", "caption": "again"},
+        {"file_name": "images/9.png", "smiling": True, "age": "old", "caption": "nothing"},
+    ]
+    if name == "metadata.csv":
+        with open(tmp_path / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name == "metadata.parquet":
+        Dataset.from_list(rows).to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    source = open_source(str(tmp_path))
+    assert source.rows["id"] == ["images/0.png", "images/1.png", "images/2.png"]
+    assert source.rows["smiling"] == [1, 0, 0]
+    assert "caption" not in source.rows.column_names
+    assert source.unused == ["age", "caption"]  # two ages of three images are too few to be classes
+    left_out = dict(source.left_out)
+    assert left_out["images/2.png"].startswith("duplicate row: 4")
+    assert left_out["images/3.png"] == f"no row in {name}"
+    assert left_out["images/9.png"].startswith("no such picture")
+    assert len(left_out) == (4 if name == "metadata.jsonl" else 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name\na", "no column file_name"),
+        (f'file_name,text\na,"{"x" * 200_000}', "metadata.csv cannot be read .*is there a quote that is not closed"),
+    ],
+)
+def test_bad_metadata_is_a_one_line_error(tmp_path, text, message):
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_cannot_be_read_are_left_out_with_their_number(tmp_path):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png")
+    rows = ["file_name,split,smiling", "0.png,Val,1", "1.png,holdout,1", "2.png,train", "3.png,train,0", ",train,0"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    source = open_source(str(tmp_path))
+    assert source.rows["id"] == ["0.png", "3.png"]
+    assert source.rows["split"] == ["validation", "train"]
+    assert {
+        ("1.png", "split 'holdout' is unknown, in row 2 of metadata.csv"),
+        ("2.png", "row 3 of metadata.csv is ragged"),
+        ("metadata.csv:5", "a row without file_name"),
+    } <= set(source.left_out)
