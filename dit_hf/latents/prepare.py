@@ -123,10 +123,7 @@ def prepare_latents(
     """
     # Options. The timeout is long because the ranks wait for the slowest, and for the main one to finish the cache.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    if num_proc < 1 or (num_proc > 1 and (state.num_processes > 1 or state.device.type != "cpu")):
-        raise ValueError(
-            f"num_proc={num_proc}: expected 1, or more on a CPU with one rank; several GPUs need `accelerate launch`"
-        )
+    _check_num_proc(num_proc, state)
     geometry = Geometry(parse_resolution(resolution), crop)
     if geometry.resolution is None:
         raise ValueError("resolution is needed: all latents of a cache have one shape")
@@ -147,8 +144,7 @@ def prepare_latents(
     finished = is_finished(final, identity)
     state.wait_for_everyone()
     if not finished:
-        with disk_errors(f"output_dir {final}"), memory_errors("a smaller --resolution needs less"):
-            _build(final, spec, num_proc, state)
+        _build(final, spec, num_proc, state)
 
     # Report and upload.
     if state.is_main_process:
@@ -156,6 +152,14 @@ def prepare_latents(
         if push_to_hub:
             push_latents(final, push_to_hub, private)
     return final
+
+
+def _check_num_proc(num_proc: int, state: PartialState) -> None:
+    """Refuse several processes where ranks or a GPU share the work already."""
+    if num_proc < 1 or (num_proc > 1 and (state.num_processes > 1 or state.device.type != "cpu")):
+        raise ValueError(
+            f"num_proc={num_proc}: expected 1, or more on a CPU with one rank; several GPUs need `accelerate launch`"
+        )
 
 
 def _report(folder: Path, was_there: bool) -> None:
@@ -168,8 +172,9 @@ def _report(folder: Path, was_there: bool) -> None:
 def _build(final: Path, spec: CacheSpec, num_proc: int, state: PartialState) -> None:
     """Encode the unfinished shards on all ranks, complete the cache and put it in place."""
     partial = partial_folder(final)
-    lock = locked(partial / "building" / "lock", str(partial))
-    with lock if state.is_main_process else contextlib.nullcontext():
+    lock = locked(partial / "building" / "lock", str(partial)) if state.is_main_process else contextlib.nullcontext()
+    advice = "a smaller --resolution needs less"
+    with disk_errors(f"output_dir {final}"), memory_errors(advice), lock:
         # The main rank prepares the folder before the others look for finished shards in it.
         if state.is_main_process:
             _open_partial(partial, spec)

@@ -79,27 +79,17 @@ def train_autoencoder(
         "seed": seed,
     }
     folder = Path(output_dir)
-    if not is_missing_or_empty(folder):
-        raise FileExistsError(folder_taken(f"output_dir {folder}", "is not empty"))
-    if max_train_steps < 1 or train_batch_size < 1:
-        raise ValueError("max_train_steps and train_batch_size must be at least 1")
-    if resolution % 4:
-        raise ValueError(f"resolution={resolution} must be divisible by 4")
-    if mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision={mixed_precision!r} : expected no or bf16")
+    _check_options(folder, resolution, max_train_steps, train_batch_size, mixed_precision)
     torch.manual_seed(seed)
-    device = default_device()
 
     # Images.
     images = _readable(open_images(source, resolution, crop, num_images, seed=seed))
-    held_out = [is_held_out(image_id) for image_id in images["id"]]
-    train = images.select([row for row, held in enumerate(held_out) if not held])
-    validation = images.select([row for row, held in enumerate(held_out) if held])
+    train, validation = _hold_out(images)
     if not len(validation) or len(train) < train_batch_size:
         raise ValueError(f"source {source}: {len(images)} images are too few for batches of {train_batch_size}")
 
     # Training.
-    vae = new_autoencoder(resolution).to(device)
+    vae = new_autoencoder(resolution).to(default_device())
     batches = _batches(train, train_batch_size, seed)
     started = time.monotonic()
     ema = _fit(vae, batches, max_train_steps, learning_rate, bf16=mixed_precision == "bf16")
@@ -154,6 +144,20 @@ def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
     return torch.cat(values).mean().item()
 
 
+def _check_options(
+    folder: Path, resolution: int, max_train_steps: int, train_batch_size: int, mixed_precision: str
+) -> None:
+    """Refuse a folder that is not empty, and options that do not fit."""
+    if not is_missing_or_empty(folder):
+        raise FileExistsError(folder_taken(f"output_dir {folder}", "is not empty"))
+    if max_train_steps < 1 or train_batch_size < 1:
+        raise ValueError("max_train_steps and train_batch_size must be at least 1")
+    if resolution % 4:
+        raise ValueError(f"resolution={resolution} must be divisible by 4")
+    if mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision={mixed_precision!r}: expected no or bf16")
+
+
 def _readable(images: Dataset) -> Dataset:
     """Return the images that can be decoded, and print the reasons for the others.
 
@@ -172,6 +176,13 @@ def _readable(images: Dataset) -> Dataset:
     for reason in broken:
         print(f"left out: {reason}")
     return images.select(readable) if broken else images
+
+
+def _hold_out(images: Dataset) -> tuple[Dataset, Dataset]:
+    """Split images into those to train on and those that are held out."""
+    held_out = [is_held_out(image_id) for image_id in images["id"]]
+    train = images.select([row for row, held in enumerate(held_out) if not held])
+    return train, images.select([row for row, held in enumerate(held_out) if held])
 
 
 def _batches(images: Dataset, batch_size: int, seed: int) -> DataLoader:
