@@ -106,10 +106,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         #    repetition noise everything again, so that both parts can adapt to each other.
         def blend(step: int, latents: torch.Tensor) -> torch.Tensor:
             level = order[step] + 1
-            original = image_latents
-            if level < len(schedule):  # otherwise the step ended on the clean latent
-                timesteps = schedule[level : level + 1].repeat(len(image_latents))
-                original = self.scheduler.add_noise(image_latents, noise, timesteps)
+            original = self._noise_to(level, image_latents, noise, schedule)
             latents = latent_mask * latents + (1 - latent_mask) * original
             if step + 1 < len(order) and order[step + 1] < level:
                 return self._noise_again(latents, schedule, level, order[step + 1], generator)
@@ -129,13 +126,9 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         # 5. Decode, and paste the original pixels back.
         if output_type == "latent" or not paste_back:
             return self._output(latents, output_type, return_dict)
-        inpainted = self.decode_latents(latents, "pt").float()  # [outputs, 3, height, width], 0 to 1
-        pixels = self._preprocess(self.image_processor, image).to(latents.device, torch.float32)
-        # One image for several rows of attributes is expanded first, as its latents were in `_match`.
-        pixels = (pixels / 2 + 0.5).expand(len(image_latents) // num_images_per_prompt, -1, -1, -1)
-        images = mask * inpainted + (1 - mask) * pixels.repeat_interleave(num_images_per_prompt, dim=0)
+        pixels = self._paste_back(latents, image, mask, num_images_per_prompt)
         # They are between 0 and 1 already, which is all that denormalising would change.
-        images = self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+        images = self.image_processor.postprocess(pixels, output_type, do_denormalize=[False] * len(pixels))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -167,6 +160,31 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         if len(mask) not in (1, len(image_latents)):
             raise ValueError(f"{len(mask)} masks for {len(image_latents)} images")
         return mask
+
+    def _noise_to(
+        self, level: int, image_latents: torch.Tensor, noise: torch.Tensor, schedule: torch.Tensor
+    ) -> torch.Tensor:
+        """Return latents of images noised to a level of the schedule; its length is the clean latent."""
+        if level == len(schedule):
+            return image_latents
+        return self.scheduler.add_noise(image_latents, noise, schedule[level : level + 1].repeat(len(image_latents)))
+
+    def _paste_back(
+        self, latents: torch.Tensor, image: PipelineImageInput, mask: torch.Tensor, num_images_per_prompt: int
+    ) -> torch.Tensor:
+        """Decode latents, and return the original pixels where the mask is black; [outputs, 3, height, width], 0 to 1.
+
+        Args:
+            latents: [outputs, channels, height, width].
+            image: The images as they were passed.
+            mask: [outputs, 1, height, width] in pixels.
+            num_images_per_prompt: Outputs for each image.
+        """
+        inpainted = self.decode_latents(latents, "pt").float()  # [outputs, 3, height, width], 0 to 1
+        pixels = self._preprocess(self.image_processor, image).to(latents.device, torch.float32)
+        # One image for several rows of attributes is expanded first, as its latents were in `_match`.
+        pixels = (pixels / 2 + 0.5).expand(len(latents) // num_images_per_prompt, -1, -1, -1)
+        return mask * inpainted + (1 - mask) * pixels.repeat_interleave(num_images_per_prompt, dim=0)
 
     def _noise_again(
         self,
