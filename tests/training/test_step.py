@@ -1,4 +1,4 @@
-"""What makes a step faster changes its numbers by rounding alone; on a GPU nothing in it waits."""
+"""A step follows its formulas; what makes it faster changes rounding alone; on a GPU nothing in it waits."""
 
 import importlib.util
 import sys
@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from training_runs import changed
+from training_runs import changed, rows
 
 from dit_hf.config import OptimConfig
+from dit_hf.training.objective import sample_flips, sample_step_randomness
 from dit_hf.training.optimizer import build_optimizer
-from dit_hf.training.trainer import Trainer
+from dit_hf.training.trainer import Trainer, train
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
 NO_GPU = not torch.cuda.is_available()
 STEPS = 4
 ROTARY = {"qk_norm": "rms_norm", "use_rotary_positional_embeddings": True}
@@ -49,6 +50,7 @@ def plain():
     return {}
 
 
+@gpu
 @pytest.mark.parametrize(
     "options",
     [
@@ -70,6 +72,7 @@ def test_every_option_of_speed_and_memory_gives_the_same_losses(config, options,
     assert plain["losses"].unique().numel() == STEPS
 
 
+@gpu
 @either_model
 def test_half_precision_follows_full_precision(config, model):
     config = changed(config, model=model)
@@ -78,6 +81,7 @@ def test_half_precision_follows_full_precision(config, model):
     assert 0 < difference.max() < 0.02  # and it is half precision that was used
 
 
+@gpu
 @pytest.mark.skipif(NO_GPU, reason="no GPU")
 @either_model
 def test_fp16_follows_full_precision_on_a_gpu(config, model):
@@ -86,6 +90,7 @@ def test_fp16_follows_full_precision_on_a_gpu(config, model):
     assert 0 < (losses(config, mixed_precision="fp16") / full - 1).abs().max() < 0.02
 
 
+@gpu
 @pytest.mark.skipif(NO_GPU, reason="no GPU")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
@@ -101,6 +106,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(config, precision, optimizer):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@gpu
 @pytest.mark.skipif(NO_GPU, reason="no GPU")
 @pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="no apex")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -125,3 +131,36 @@ def test_apex_and_torch_take_the_same_steps(config, weight_decay, monkeypatch):
     name, by_torch = weights()
     assert name == "torch AdamW (fused)"
     torch.testing.assert_close(by_apex, by_torch, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
+    runs = []
+    for accumulation in (1, 4):
+        folder = str(tmp_path / f"accumulation-{accumulation}")
+        runs.append(train(changed(config, train={"output_dir": folder, "gradient_accumulation_steps": accumulation})))
+    for one, other in zip(*(rows(run) for run in runs), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+
+
+def test_loss_follows_the_formulas(config):
+    """One step by hand: read, sample, normalise, noise, predict, weigh."""
+    trainer = Trainer(config)
+    before = {name: p.detach().clone() for name, p in trainer.transformer.named_parameters()}
+    trainer.step(5)
+    loss = trainer.step.window[0].sum() / 8
+    randomness = sample_step_randomness(config.objective, 0, 5, (8, 4, 8, 8), 22, torch.device("cpu"))
+    batch = trainer.reader.batch(0, 40, 8, sample_flips(0, 5, 8))
+    mean, std = (torch.from_numpy(batch[name]).float() for name in ("latent_mean", "latent_std"))
+    statistics = trainer.reader.info["statistics"]
+    clean = mean + std * randomness.posterior_noise
+    clean = (clean - torch.tensor(statistics["mean"]).view(4, 1, 1)) / torch.tensor(statistics["std"]).view(4, 1, 1)
+    alpha, sigma = (x.view(-1, 1, 1, 1) for x in trainer.step.scheduler.levels(randomness.timesteps))
+    ids = torch.where(randomness.keep, torch.from_numpy(batch["condition_ids"]), 2)
+    trainer.transformer.load_state_dict(before, strict=False)
+    with torch.no_grad():
+        output = trainer.transformer(alpha * clean + sigma * randomness.noise, randomness.timesteps, ids).sample
+    snr = (alpha / sigma).square()
+    weight = snr.clamp(max=5) / (snr + 1)
+    expected = (weight * (output - (alpha * randomness.noise - sigma * clean)).square()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
