@@ -44,12 +44,12 @@ def test_ranks_evaluate_every_image_once_in_each_tenth_of_the_schedule(training_
 
     def loss(latents, noise, timesteps, condition_ids):
         sizes.append(len(latents))
-        return timesteps + latents.mean((1, 2, 3))
+        return timesteps * latents.mean((1, 2, 3))
 
     total, count = sum(validation.losses(loss, rank, num_ranks) for rank in range(num_ranks))
     assert count.tolist() == [3] * 10
     assert set(sizes) == {batch_size}  # compiled models are compiled for one shape
     # Image i is at fraction (i + 1/2) / 3 of each tenth, of 50 timesteps.
     means = reader.read("latent_mean", reader.indices[:3]).astype("float32").mean((1, 2, 3))
-    expected = [sum(50 * level + int(50 * (i + 0.5) / 3) + means[i] for i in range(3)) for level in range(10)]
+    expected = [sum((50 * level + int(50 * (i + 0.5) / 3)) * means[i] for i in range(3)) for level in range(10)]
     assert total.tolist() == pytest.approx(expected, rel=1e-5)
