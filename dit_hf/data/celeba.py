@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path, PurePosixPath
 
-from .metadata import Table, csv_errors
+from .metadata import DELIMITERS, Table, csv_errors, open_text
 
 CELEBA_LISTS = ("list_attr_celeba", "CelebAMask-HQ-attribute-anno", "list_eval_partition")
 CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # the image of CelebA that each image of CelebA-HQ was made of
@@ -53,7 +53,7 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
     for stem, name in sorted(chosen.items()):
         header, lines = _celeba_lines(folder / name)
         columns = ["split"] if stem == "list_eval_partition" else header
-        table = Table(PurePosixPath(name).name, {})
+        table = Table(PurePosixPath(name).name)
 
         # Rows by the image's number, without the extension: lists that name .jpg files come with .png images too.
         for number, (image_id, *values) in lines:
@@ -61,33 +61,54 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
             reason = _celeba_fault(stem, columns, values)
             if key in table.rows:
                 left_out.append((image_id, f"duplicate row: line {number} of {table.name}"))
-            elif reason:
+                continue
+            table.spelled[key] = image_id
+            if reason:
                 left_out.append((image_id, f"{reason} in line {number} of {table.name}"))
                 table.rows[key] = {}
             else:
                 if stem == "list_eval_partition":
                     values = [CELEBA_PARTITION[values[0]]]
-                table.rows[key] = {"": image_id, **dict(zip(columns, values, strict=True))}
+                table.rows[key] = dict(zip(columns, values, strict=True))
 
         # The partition names images of CelebA, which the mapping translates to those of CelebA-HQ.
         if mapping and stem == "list_eval_partition":
             _, lines = _celeba_lines(folder / mapping)
-            origins = {index: PurePosixPath(name).stem for _, (index, *_, name) in lines[1:]}
+            origins = {index: PurePosixPath(name).stem for _, (index, *_, name) in lines}
             table.rows = {index: table.rows[key] for index, key in origins.items() if key in table.rows}
+            table.spelled = {index: table.spelled[origins[index]] for index in table.rows}
         tables.append(table)
     return tables
 
 
 def _celeba_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the column names and the numbered rows, without blank ones, of a .csv or .txt list."""
-    with csv_errors(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
-        rows = list(csv.reader(file)) if path.suffix == ".csv" else [line.split() for line in file]
+    """Return the column names and the numbered rows, without blank ones, of a .csv or .txt list.
+
+    Raises:
+        ValueError: if the first line of a .csv is not divided into columns, or the list names a column twice.
+    """
+    with csv_errors(path), open_text(path) as file:
+        if path.suffix == ".csv":
+            first = file.readline()
+            mark = max(DELIMITERS, key=first.count)  # a spreadsheet may have saved it with another one
+            rows = list(csv.reader([first, *file], delimiter=mark))
+        else:
+            rows = [line.split() for line in file]
     numbered = [(number, row) for number, row in enumerate(rows, 1) if row]
     if path.suffix == ".csv":
-        return numbered[0][1][1:] if numbered else [], numbered[1:]
-    if numbered and len(numbered[0][1]) == 1:  # number of rows, column names, rows
-        return numbered[1][1] if numbered[1:] else [], numbered[2:]
-    return [], numbered
+        header, numbered = (numbered[0][1][1:] if numbered else []), numbered[1:]
+        if numbered and not header:
+            raise ValueError(f"{path}: its first line names no columns separated by comma, semicolon or tab")
+    else:
+        # The number of rows, which is sometimes missing, then the names of columns, which the partition lacks.
+        if numbered and len(numbered[0][1]) == 1:
+            numbered = numbered[1:]
+        has_names = bool(numbered) and not any("." in cell for cell in numbered[0][1])
+        header, numbered = (numbered[0][1], numbered[1:]) if has_names else ([], numbered)
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has columns of one name: {', '.join(twice)}")
+    return header, numbered
 
 
 def _celeba_fault(stem: str, columns: list[str], values: list[str]) -> str | None:

@@ -1,78 +1,125 @@
-"""Turn the columns of a source into conditions: binary attributes and classes."""
+"""Turn the columns of a source into conditions: yes/no attributes and classes."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Value
 
-MAX_CLASSES = 1000
-# True and False need no entries, as they equal 1 and 0. CelebA's lists have 1 and -1.
-_BINARY = {1: 1, 0: 0, -1: 0, "1": 1, "0": 0, "-1": 0, "true": 1, "false": 0}
+from .contents import Column, shortened
+
+MAX_CLASSES = 1000  # of a column that does not declare its classes and was not requested
+_YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
+_MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
 # Not "001" and the like: these are names.
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
-@dataclass
-class Column:
-    """Column that may become a condition.
+def infer_condition(column: Column, requested: bool = False) -> tuple[list[int | None], Value | ClassLabel] | str:
+    """Return a column as condition ids (None is missing) and their feature, or the reason why it is no condition.
 
-    Attributes:
-        values: One value per row; None is missing.
-        labels: Names of the values, if the source declares the column as classes; values are then ids.
+    1 and 0, true and false, yes and no become int8 attributes (of CelebA's lists also 1 and -1). Names that appear at
+    least twice on average become classes, in alphabetical order. Whole numbers are classes only if the source declares
+    them so or the column is requested; measurements never are.
+
+    Args:
+        column: The column.
+        requested: Whether the user named it as a condition.
     """
+    # Classes that the source declares with names.
+    if column.labels is not None:
+        # -1 is how datasets on the Hub spell that a test image has no label.
+        ids = [None if _is_missing(value) or int(value) < 0 else int(value) for value in column.values]
+        return ids, ClassLabel(names=column.labels)
 
-    values: list[Any]
-    labels: list[str] | None = None
+    try:
+        texts = {value: _simplified(value) for value in set(column.values)}
+    except TypeError:
+        return "lists or structures"
+    distinct = sorted({text for text in texts.values() if text is not None})
+    if not distinct:
+        return "no values"
+
+    # Yes and no. -1 is a third value everywhere but in CelebA's lists.
+    yes_no = {**_YES_NO, "-1": 0} if column.signed else _YES_NO
+    if not column.declared and all(text.lower() in yes_no for text in distinct):
+        return _ids(column, texts, {text: yes_no[text.lower()] for text in distinct}), Value("int8")
+
+    # Numbers.
+    if all(_NUMBER.fullmatch(text) for text in distinct) and not any(_is_name(text) for text in distinct):
+        numbers = sorted({float(text) for text in distinct})
+        span = f"{numbers[0]:g} to {numbers[-1]:g}"
+        if not all(_WHOLE_NUMBER.fullmatch(text) for text in distinct):
+            return f"numbers, {span}"
+        if len(numbers) == 1 and not column.declared:
+            return f"always {distinct[0]}"
+        if not column.declared and not requested:
+            return f"{len(distinct):,} values, {span} (--conditions reads them as classes)"
+        ids, feature = _number_classes(distinct)
+        return _ids(column, texts, ids), feature
+
+    # Names.
+    limit = len(column.values) // 2 if column.declared else min(MAX_CLASSES, len(column.values) // 2)
+    if not requested and len(distinct) > limit:
+        return f"{len(distinct):,} different texts in {len(column.values):,} rows"
+    if len(distinct) == 1 and not requested and not column.declared:
+        return f"always {distinct[0]}"
+    return _ids(column, texts, {text: i for i, text in enumerate(distinct)}), ClassLabel(names=distinct)
 
 
-def infer_condition(
-    values: Sequence[Any], labels: list[str] | None = None
-) -> tuple[list[int], Value | ClassLabel] | None:
-    """Return a column as condition ids (-1 for a missing value) and their feature; None if it cannot be a condition.
+def _ids(column: Column, texts: dict[Any, str | None], ids: dict[str, int]) -> list[int | None]:
+    """Return the id of each value of a column; None is missing."""
+    by_value = {value: None if text is None else ids[text] for value, text in texts.items()}
+    return [by_value[value] for value in column.values]
 
-    True and false, 1 and 0, and CelebA's 1 and -1 become int8. Up to 1,000 whole numbers or names that each appear at
-    least twice on average become classes: numbers below 1,000 are their own ids, others (`001` too) become names.
-    Free text, running numbers, negative numbers and measurements are not conditions.
-    """
-    # Classes that the source declares.
-    if labels is not None:
-        return [-1 if value is None else value for value in values], ClassLabel(names=labels)
 
-    # Binary attributes.
-    values = [_simplified(value) for value in values]
-    distinct = {value for value in values if value is not None}
-    if not distinct or not all(isinstance(value, bool | int | float | str) for value in distinct):
+def _number_classes(distinct: list[str]) -> tuple[dict[str, int], ClassLabel]:
+    """Return whole numbers as classes: their own ids if they are few and begin near 0, otherwise by name."""
+    numbers = {text: int(float(text)) for text in distinct}
+    if min(numbers.values()) >= 0 and max(numbers.values()) < MAX_CLASSES:
+        return numbers, ClassLabel(num_classes=max(numbers.values()) + 1)
+    names = sorted({*numbers.values()})
+    positions = {number: i for i, number in enumerate(names)}
+    return {text: positions[number] for text, number in numbers.items()}, ClassLabel(names=[*map(str, names)])
+
+
+def describe_condition(ids: list[int | None], feature: Value | ClassLabel) -> str:
+    """Return a condition's kind, names and counts for the plan, as `2 classes: cat 6, dog 6; 3 without a value`."""
+    counts = Counter(ids)
+    without = counts.pop(None, 0)
+    if isinstance(feature, ClassLabel):
+        named = [f"{feature.names[number]} {counts[number]:,}" for number in sorted(counts)]
+        text = f"{len(named):,} classes: {shortened(named)}"
+    else:
+        text = f"yes {counts[1]:,}, no {counts[0]:,}"
+    return f"{text}; {without:,} without a value" if without else text
+
+
+def _simplified(value: Any) -> str | None:
+    """Return a value as text without spaces around it, alike in csv, jsonl and parquet; None is missing."""
+    if _is_missing(value):
         return None
-    if all(value in _BINARY for value in distinct):
-        return [-1 if value is None else _BINARY[value] for value in values], Value("int8")
-
-    # Neither binary nor classes.
-    enough_and_few = 1 < len(distinct) <= min(MAX_CLASSES, len(values) // 2)
-    if not enough_and_few or any(isinstance(value, float) for value in distinct):
-        return None
-    numbers = [int(value) for value in distinct if _NUMBER.fullmatch(str(value))]
-    if any(number < 0 for number in numbers):
-        return None
-
-    # Classes by number, then by name.
-    if len(numbers) == len(distinct) and max(numbers) < MAX_CLASSES:
-        return [-1 if value is None else int(value) for value in values], ClassLabel(num_classes=max(numbers) + 1)
-    names = sorted({str(value) for value in distinct})
-    ids = {name: number for number, name in enumerate(names)}
-    return [-1 if value is None else ids[str(value)] for value in values], ClassLabel(names=names)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
 
 
-def _simplified(value: Any) -> Any:
-    """Return a value of a text file in its simplest form: no spaces around it, `True` in lower case, empty as None."""
-    if not isinstance(value, str):
-        return value if isinstance(value, bool | int | float) or value is None else str(value)
-    value = value.strip()
-    return value.lower() if value.lower() in _BINARY else value or None
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, float) and math.isnan(value):
+        return True
+    return value is None or (isinstance(value, str) and value.strip().lower() in _MISSING)
+
+
+def _is_name(value: str) -> bool:
+    """Check for digits that are a name, such as 001."""
+    return value.isdigit() and len(value) > 1 and value.startswith("0")
 
 
 def remap_class_ids(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
     Image,
     Value,
     concatenate_datasets,
@@ -19,74 +25,88 @@ from datasets import (
 
 from ..storage import first_line
 from .celeba import CELEBA_LISTS
-from .conditions import Column
+from .contents import Column, Contents, SourceOptions, shortened
 from .image_folder import EXTENSIONS, walk
 from .metadata import METADATA
-from .splits import SPLITS
+from .splits import split_named
+from .webdataset import read_archive
 
-MAX_PREVIEWS = 10  # images that may lie beside shards without making the folder one of images
+MAX_PREVIEWS = 10  # images that may lie beside shards without being another reading of the folder
+KEY, SHARD, VALUES = "__key__", "__shard__", "__values__"  # columns of a webdataset, as it is read here
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 
 
 def holds_dataset(folder: Path) -> bool:
     """Check whether a folder holds a dataset (of `save_to_disk`, or parquet, webdataset or Arrow shards), not images.
 
     Up to 10 images beside shards are previews, unless there is a list or metadata file of images.
+
+    Raises:
+        ValueError: if there are shards and more images than previews.
     """
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file() or _has_own_card(folder):
         return True
-    num_images, has_shards = 0, False
-    for name, _ in walk(str(folder), "", set()):
+    num_images, first_image, shards = 0, "", []
+    for name, _ in walk(folder, {}):
         file = PurePosixPath(name)
         suffix = file.suffix.lower()
-        num_images += suffix in EXTENSIONS
-        if num_images > MAX_PREVIEWS or file.name in METADATA or file.stem in CELEBA_LISTS:
+        if file.name in METADATA or file.stem in CELEBA_LISTS:
             return False
-        has_shards = has_shards or suffix in _LOADERS
-    return has_shards
+        if suffix in EXTENSIONS:
+            num_images, first_image = num_images + 1, first_image or name
+        elif suffix in _LOADERS:
+            shards.append(name)
+    if shards and num_images > MAX_PREVIEWS:
+        raise ValueError(
+            f"source {folder} holds {num_images:,} images (first {first_image}) and {len(shards):,} shards (first "
+            f"{shards[0]}): name the folder of those to be read as the source"
+        )
+    return bool(shards)
 
 
-def read_hf_dataset(
-    source: str, dataset_config_name: str | None
-) -> tuple[list[str], Dataset, list[int], dict[str, Column]]:
-    """Read parquet, webdataset or Arrow shards, a saved dataset, or a dataset on the Hub.
-
-    Returns:
-        Per row, all splits one after another: ids, images (a dataset with nothing but the undecoded `image`), sizes of
-        the images in bytes, and the columns that may become conditions, with `split` among them.
+def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
+    """Read shards, a saved dataset or a dataset on the Hub, all splits one after another.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the source cannot be loaded or has no column of images.
+        ValueError: if the source cannot be loaded, has no column of images, or can be read in two ways.
     """
-    ids: list[str] = []
-    sizes: list[int] = []
-    columns: dict[str, Column] = {}
-    images = []
-    loaded = _load(source, dataset_config_name)
-    for part_split, part in loaded.items():
-        # Ids and sizes.
-        image = _image_column(source, part)
-        ids += _ids(str(part_split), part)
-        sizes += _image_sizes(part.select_columns(image))
+    contents = Contents("dataset")
+    loaded = _load(source, options, contents)
+    parts = _splits(loaded, options, contents)
 
-        # Columns; one that a split lacks is None there.
-        others = _plain_columns(part.remove_columns(image))
-        others.setdefault("split", Column([SPLITS.get(str(part_split).lower(), "train")] * len(part)))
-        for name, column in others.items():
-            whole = columns.setdefault(name, Column([None] * (len(ids) - len(part)), column.labels))
-            whole.values += column.values
-        for name in columns.keys() - others.keys():
-            columns[name].values += [None] * len(part)
+    # The column of images is the same in all splits; structs become columns, so that an image may be inside one.
+    parts = {name: _with_image_features(part).flatten() for name, part in parts.items()}
+    contents.image_column = _image_column(source, next(iter(parts.values())), options, contents)
+    images, columns = [], []
+    for name, part in parts.items():
+        contents.ids += _ids(name, part)
+        contents.groups += part[SHARD] if SHARD in part.column_names else [name] * len(part)
+        images.append(_undecoded_images(part, contents.image_column))
+        contents.sizes += _image_sizes(images[-1])
+        columns.append(_plain_columns(part.remove_columns(contents.image_column), contents))
+    contents.images = concatenate_datasets(images)
+    contents.columns = _joined(columns, [len(part) for part in parts.values()])
+    if len(set(contents.ids)) < len(contents.ids):  # the same keys in several splits
+        names = [name for name, part in parts.items() for _ in range(len(part))]
+        contents.ids = [f"{name}/{image_id}" for name, image_id in zip(names, contents.ids, strict=True)]
 
-        # Images, under the same name in all splits.
-        part = part.select_columns(image).rename_column(image, "image") if image != "image" else part
-        images.append(part.select_columns("image").cast_column("image", Image(decode=False)))
-    return ids, concatenate_datasets(images), sizes, columns
+    # A column `split` counts more than the names of splits, if all its values name one.
+    if "split" in contents.columns and options.split_from in (None, "column"):
+        named = [split_named(str(value)) for value in contents.columns["split"].values]
+        if all(named):
+            contents.splits, contents.split_origin = [str(split) for split in named], "by column"
+            del contents.columns["split"]
+    if options.split_from == "column" and contents.split_origin != "by column":
+        raise ValueError(f"--split_from column: {source} has no column `split` of split names")
+    if options.split_from == "none":
+        contents.splits, contents.split_origin = None, ""
+    return contents
 
 
-def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
-    """Load a source as splits."""
+def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDict:
+    """Load a source as its own splits, whatever their names."""
     path = Path(source)
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"source {source}: no such folder (a dataset on the Hub is spelled OWNER/NAME)")
@@ -94,59 +114,265 @@ def _load(source: str, dataset_config_name: str | None) -> DatasetDict:
         raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            contents.kind = "saved dataset"
             loaded = load_from_disk(source)
-        elif path.is_file():
-            loaded = load_dataset(_LOADERS[path.suffix.lower()], data_files=source)
+        elif path.exists() and not _has_own_card(path):
+            return _load_shards(path, options, contents)
         else:
-            loaded = load_dataset(source, dataset_config_name)
+            contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
+            loaded = load_dataset(source, options.dataset_config_name)
+    except ValueError:
+        raise
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
-        reason = first_line(error)
-        # The text of an error of datasets 5.2, which lists the configurations as Python code.
-        if reason == "Config name is missing":
-            reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"
-        missing = "" if path.exists() else "no such folder, and as a dataset on the Hub: "
-        raise ValueError(f"source {source}: {missing}{reason}") from error
+        raise ValueError(f"source {source}: {_load_problem(source, error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
 
 
-def _image_column(source: str, part: Dataset) -> str:
-    """Return the column of images: `image`, or else the first column whose feature is an image."""
+def _has_own_card(folder: Path) -> bool:
+    """Check for the card of a repository that says which files are which split, which `datasets` reads."""
+    card = folder / "README.md"
+    return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace").split("\n---")[0]
+
+
+def _load_problem(source: str, error: Exception) -> str:
+    reason = first_line(error)
+    # The text of an error of datasets 5.2, which lists the configurations as Python code.
+    if reason == "Config name is missing":
+        reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"
+    return reason if Path(source).exists() else f"no such folder, and as a dataset on the Hub: {reason}"
+
+
+def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> DatasetDict:
+    """Load the shards of a file or folder; of several kinds, webdataset archives count more than the tables beside."""
+    names = [""] if path.is_file() else [name for name, _ in walk(path, contents.unused)]
+    by_suffix: dict[str, list[str]] = {}
+    for name in names:
+        by_suffix.setdefault(PurePosixPath(name or path.name).suffix.lower(), []).append(name)
+    suffix = next(kind for kind in (".tar", ".parquet", ".arrow") if kind in by_suffix)
+    contents.kind = {".tar": "webdataset", ".parquet": "parquet shards", ".arrow": "Arrow shards"}[suffix]
+    others = {kind or "without a suffix": len(files) for kind, files in by_suffix.items() if kind != suffix}
+    if others:
+        contents.unused["files"] = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+    files = _files_by_split(by_suffix[suffix], options, contents)
+    if suffix == ".tar":
+        return DatasetDict({split: _load_archives([path / name for name in group]) for split, group in files.items()})
+    data_files = {split: [str(path / name) for name in group] for split, group in files.items()}
+    try:
+        return load_dataset(_LOADERS[suffix], data_files=data_files)
+    except Exception as error:  # of many classes
+        raise ValueError(f"source {path}: {first_line(error)}") from error
+
+
+def _files_by_split(names: list[str], options: SourceOptions, contents: Contents) -> dict[str, list[str]]:
+    """Return the shards of each split, which their names or folders name; all are `train` if none does.
+
+    Raises:
+        ValueError: if only some of them name a split, and no option says what the others are.
+    """
+    named = {name: _split_of_path(name) for name in names}
+    if options.split_from == "none" or not any(named.values()):
+        return {"train": names}
+    unnamed = [name for name, split in named.items() if split is None]
+    if unnamed and options.split_from is None:
+        example = next(name for name, split in named.items() if split)
+        raise ValueError(
+            f"{example} is named like the {named[example]} split, {shortened(unnamed)} are named like none: "
+            "--split_from files reads the latter as training images, --split_from none all of them"
+        )
+    contents.split_origin = "by file name"
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(named[name] or "train", []).append(name)
+    return files
+
+
+def _split_of_path(name: str) -> str | None:
+    """Return the split that a file's name or, from the inside, one of its folders names."""
+    path = PurePosixPath(name)
+    return next((split for part in (path.stem, *reversed(path.parts[:-1])) if (split := split_named(part))), None)
+
+
+def _load_archives(paths: list[Path]) -> Dataset:
+    """Load webdataset archives: key, shard, image and, as JSON, the other values of each sample."""
+    features = {name: Value("string") for name in (KEY, SHARD, VALUES)} | {"image": Image()}
+    # `datasets` keeps the result by its arguments: with size and time of the archives it is as new as they are.
+    versions = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    arguments = {"paths": [str(path) for path in paths], "versions": versions}
+    try:
+        return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
+    except Exception as error:  # datasets wraps the reader's own errors
+        raise ValueError(first_line(error.__cause__ or error)) from error
+
+
+def _archive_rows(paths: list[str], versions: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        for sample in read_archive(Path(path)):
+            image = {"bytes": sample.image, "path": sample.image_name} if sample.image is not None else None
+            values = json.dumps({"values": sample.values, "others": sample.others})
+            yield {KEY: sample.key, SHARD: sample.shard, VALUES: values, "image": image}
+
+
+def _splits(loaded: DatasetDict, options: SourceOptions, contents: Contents) -> dict[str, Dataset]:
+    """Return the parts of a dataset that are read, by their own names, and set `contents.splits`.
+
+    A part whose name is no split's is not read, unless it is the only one.
+    """
+    parts = {str(name): part for name, part in loaded.items()}
+    if len(parts) == 1 or options.split_from == "none":
+        named = {name: split_named(name) or "train" for name in parts}
+    else:
+        named = {name: split for name in parts if (split := split_named(name))}
+        if not named:
+            raise ValueError(
+                f"the source has the parts {', '.join(parts)}, none of which is named like a split: --split_from none "
+                "reads all as training images"
+            )
+        for name in parts.keys() - named.keys():
+            what = (
+                f"names no split; {len(parts[name]):,} images (--split_from none reads all parts as training images)"
+            )
+            contents.unused[f"part {name}"] = what
+    contents.splits = [split for name, split in named.items() for _ in range(len(parts[name]))]
+    if not contents.split_origin and set(named.values()) != {"train"}:
+        contents.split_origin = f"by the source's own: {', '.join(named)}"
+    return {name: parts[name] for name in named}
+
+
+def _with_image_features(part: Dataset) -> Dataset:
+    """Give columns that store images as bytes, or as a struct of bytes and path, the feature of an image."""
+    for field in part.data.schema:
+        is_struct = pa.types.is_struct(field.type) and {f.name for f in field.type} == {"bytes", "path"}
+        is_binary = pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        if not isinstance(part.features[field.name], Image) and (is_struct or is_binary):
+            stored = _first_value(part.data.column(field.name))
+            stored = stored.get("bytes") if isinstance(stored, dict) else stored
+            if isinstance(stored, bytes) and stored.startswith(_IMAGE_SIGNATURES):
+                part = part.cast_column(field.name, Image())
+    return part
+
+
+def _first_value(column: pa.ChunkedArray) -> Any:
+    return next((value.as_py() for value in column if value.is_valid), None)
+
+
+def _image_column(source: str, part: Dataset, options: SourceOptions, contents: Contents) -> str:
+    """Return the column of images: the requested one, `image`, or the only one.
+
+    Raises:
+        ValueError: if there is none, or several of which none is called `image`.
+    """
     names = [name for name, feature in part.features.items() if isinstance(feature, Image)]
+    wanted = options.image_column
+    if wanted is not None and wanted not in names:
+        have = ", ".join(names) or "none"
+        raise ValueError(f"--image_column {wanted}: {source} has no such column of images; it has {have}")
     if not names:
-        raise ValueError(f"source {source}: no column of images; it has {', '.join(part.column_names)}")
-    return "image" if "image" in names else names[0]
+        types = ", ".join(f"{field.name} ({field.type})" for field in part.data.schema if field.name[:2] != "__")
+        raise ValueError(f"source {source}: no column of images; it has {types}")
+    if wanted is None and len(names) > 1 and "image" not in names:
+        options_named = " or ".join(f"--image_column {name}" for name in names)
+        raise ValueError(f"source {source} has {len(names)} columns of images: name one by {options_named}")
+    column = wanted or ("image" if "image" in names else names[0])
+    contents.unused |= {f"column {n}": "another column of images (--image_column)" for n in names if n != column}
+    return column
 
 
 def _ids(split: str, part: Dataset) -> list[str]:
     """Return ids: shard and key in a webdataset, split and number of the row in other datasets."""
-    if "__key__" in part.column_names:
-        shards = [PurePosixPath(str(url)).stem for url in part["__url__"]]
-        return [f"{shard}/{key}" for shard, key in zip(shards, part["__key__"], strict=True)]
+    if KEY in part.column_names:
+        return [f"{shard}/{key}" for shard, key in zip(part[SHARD], part[KEY], strict=True)]
     return [f"{split}-{row}" for row in range(len(part))]
+
+
+def _undecoded_images(part: Dataset, column: str) -> Dataset:
+    """Return the images as a dataset with the column `image` alone."""
+    images = part.select_columns(column)
+    images = images.rename_column(column, "image") if column != "image" else images
+    return images.cast_column("image", Image(decode=False))
 
 
 def _image_sizes(images: Dataset) -> list[int]:
     """Return the size of each stored image in bytes, from Arrow's offsets alone; 0 if only a path is stored."""
-    (name,) = images.column_names
     sizes: list[int] = []
     for batch in images.with_format("arrow").iter(1000):
-        lengths = pc.binary_length(pc.struct_field(batch[name], "bytes"))
+        lengths = pc.binary_length(pc.struct_field(batch["image"], "bytes"))
         sizes += pc.fill_null(lengths, 0).to_pylist()
     return sizes
 
 
-def _plain_columns(part: Dataset) -> dict[str, Column]:
-    """Return the columns of numbers, booleans, strings and classes, also from inside a struct (webdataset's json)."""
+def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
+    """Return the columns of numbers, booleans, strings and classes, by their names without the structs around them.
+
+    Of several columns with one short name, each keeps its whole name.
+    """
+    if VALUES in part.column_names:
+        return _archive_columns([json.loads(values) for values in part[VALUES]], contents)
+    short = {name: name.rpartition(".")[2] for name in part.column_names}
+    ambiguous = {name for name in short.values() if [*short.values()].count(name) > 1}
     columns: dict[str, Column] = {}
-    for name, feature in part.flatten().features.items():
-        short = name.rpartition(".")[2]
-        if short.startswith("__") or not isinstance(feature, Value | ClassLabel):
-            continue
-        # A column `split` counts only if all its values are names of splits.
-        values = list(part.flatten()[name])
-        if short == "split" and not all(str(value).lower() in SPLITS for value in values):
-            continue
-        if short == "split":
-            values = [SPLITS[str(value).lower()] for value in values]
-        columns[short] = Column(values, feature.names if isinstance(feature, ClassLabel) else None)
+    for name, feature in part.features.items():
+        own = name if short[name] in ambiguous else short[name]
+        if isinstance(feature, ClassLabel):
+            columns[own] = Column(list(part[name]), feature.names, declared=True)
+        elif isinstance(feature, Value) and not feature.dtype.startswith(("binary", "large_binary")):
+            columns[own] = Column(list(part[name]))
+        elif not isinstance(feature, Image):
+            contents.unused[f"column {own}"] = "lists or structures"
     return columns
+
+
+def _archive_columns(samples: list[dict[str, Any]], contents: Contents) -> dict[str, Column]:
+    """Return the columns of a webdataset's JSON and class files; a sample without one is None there."""
+    others = Counter(suffix for sample in samples for suffix in sample["others"])
+    if others:
+        contents.unused["files in the archives"] = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(others.items()))
+    rows = [dict(_leaves(sample["values"])) for sample in samples]
+    names = dict.fromkeys(name for row in rows for name in row)
+    short = {name: name.rpartition(".")[2] for name in names}
+    columns = {}
+    for name in names:
+        own = short[name] if [*short.values()].count(short[name]) == 1 else name
+        values = [row.get(name) for row in rows]
+        if any(isinstance(value, list) for value in values):
+            contents.unused[f"column {own}"] = "lists or structures"
+        else:
+            columns[own] = Column(values, declared=name == "cls")
+    return columns
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts with their names, joined by dots."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _joined(columns: list[dict[str, Column]], lengths: list[int]) -> dict[str, Column]:
+    """Join the columns of the parts of a dataset; one that a part lacks is None there, classes are matched by name.
+
+    Raises:
+        ValueError: if one part declares the classes of a column and another does not.
+    """
+    joined: dict[str, Column] = {}
+    for name in dict.fromkeys(name for part in columns for name in part):
+        own = [part.get(name) for part in columns]
+        labels = [column.labels for column in own if column is not None]
+        if any(names is None for names in labels) and any(names is not None for names in labels):
+            raise ValueError(f"column {name}: its classes have names in one split and none in another")
+        union = None if labels[0] is None else list(dict.fromkeys(label for names in labels for label in names or []))
+        values: list[Any] = []
+        for column, length in zip(own, lengths, strict=True):
+            values += [None] * length if column is None else _renumbered(column, union)
+        declared = any(column is not None and column.declared for column in own)
+        joined[name] = Column(values, union, declared=declared)
+    return joined
+
+
+def _renumbered(column: Column, union: list[str] | None) -> list[Any]:
+    """Return the class ids of a column in the order of `union`; other values as they are."""
+    if union is None or column.labels is None or column.labels == union:
+        return column.values
+    ids = {number: union.index(label) for number, label in enumerate(column.labels)}
+    return [ids.get(value, None if value is None else -1) for value in column.values]

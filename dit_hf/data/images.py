@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from datasets import Dataset
 
+from .contents import Missing, SourceOptions, SplitFrom, parse_conditions
 from .sources import DEFAULT_AVATAR_SIZE, open_source
 from .transforms import Geometry, decode_image, parse_resolution
 
@@ -18,8 +20,15 @@ def open_images(
     split: str | None = None,
     seed: int = 0,
     dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    conditions: str | list[str] | None = None,
+    split_from: SplitFrom | None = None,
+    missing: Missing = "null",
+    allow_partial: bool = False,
 ) -> Dataset:
     """Open the images of any source as a dataset with `id`, `image` and one column per condition.
+
+    [`describe_source`] tells how a source is read.
 
     Args:
         source: `"avatars"`, the embedded dataset; a folder of images (CelebA with its lists, CelebA-HQ, subfolders
@@ -27,10 +36,17 @@ def open_images(
             file or a folder of them, or a folder of `save_to_disk`; or the id of a dataset on the Hub.
         resolution: `N`, `"HxW"` or `(H, W)` in pixels; None keeps the size of each image (avatars: 64).
         crop: `"celeba-178"`, `"celeba-140"`, `"center"` or `"none"`, see [`Geometry`].
-        num_images: open only the first `num_images` images; None is all (avatars: 8,000).
+        num_images: take this many images of the training split (or of `split`), spread over classes and folders by
+            the seed; None is all (avatars: 8,000).
         split: `"train"`, `"validation"` or `"test"`, for sources that have splits.
-        seed: seed of the avatars; other images are always in the order of their names or rows.
+        seed: seed of the avatars and of the choice of `num_images`; images are in the order of their names or rows.
         dataset_config_name: the configuration of a dataset on the Hub.
+        image_column: the column of images, where a dataset has several.
+        conditions: the columns that are conditions, as a list or separated by commas (`class` is the name of the
+            folder), or `"none"`; None is all columns of yes and no and of classes.
+        split_from: where splits come from: `"folders"`, `"files"`, `"column"` or `"none"`.
+        missing: `"null"` keeps images without a value of a condition, which is then None; `"leave_out"` does not.
+        allow_partial: accept requested conditions that a whole split lacks.
 
     Returns:
         A dataset whose `image` is decoded, cropped and resized to an RGB `PIL.Image` when a row is read, with `id`,
@@ -39,13 +55,44 @@ def open_images(
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: for an unknown crop, size or split, or (when a row is read) an image that cannot be decoded.
+        ValueError: for options that do not fit the source, a source that can be read in two ways, or (when a row is
+            read) an image that cannot be decoded.
     """
     geometry = Geometry(parse_resolution(resolution), crop)
-    # Avatars are rendered as squares, large enough for both sides.
-    avatar_size = max(geometry.resolution or (DEFAULT_AVATAR_SIZE,))
-    rows = open_source(source, dataset_config_name, split, num_images, seed, avatar_size).rows
+    options = SourceOptions(
+        dataset_config_name=dataset_config_name,
+        split=split,
+        num_images=num_images,
+        seed=seed,
+        avatar_size=max(geometry.resolution or (DEFAULT_AVATAR_SIZE,)),  # squares, large enough for both sides
+        image_column=image_column,
+        conditions=parse_conditions(conditions),
+        split_from=split_from,
+        missing=missing,
+        allow_partial=allow_partial,
+    )
+    rows = open_source(source, options).rows
     return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
+
+
+def describe_source(source: str, **options: Any) -> dict[str, Any]:
+    """Return how a source is read, without decoding an image: what `dit-hf prepare-latents --dry_run` prints.
+
+    Args:
+        source: See [`open_images`].
+        options: Those of [`open_images`], without `resolution` and `crop`.
+
+    Returns:
+        `source`, `kind`, `image_column`, number of `images` by split, where the `splits` come from, `conditions` with
+        kind and counts, what is `not_used` and why, `left_out` by reason, and `choices`: how something ambiguous is
+        read, and which option changes that.
+
+    Raises:
+        FileNotFoundError: if the source does not exist or holds no image.
+        ValueError: for options that do not fit the source, or a source that can be read in two ways.
+    """
+    options["conditions"] = parse_conditions(options.get("conditions"))
+    return open_source(source, SourceOptions(**options)).plan.as_dict()
 
 
 def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]:

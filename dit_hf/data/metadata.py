@@ -6,13 +6,15 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
-from .splits import SPLITS
+from .splits import split_named
 
+DELIMITERS = (",", ";", "\t")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -22,12 +24,13 @@ class Table:
 
     Attributes:
         name: Name of the file, for messages.
-        rows: Values by column, by the key of the image; under the column "" the key as the file spells it. A row that
-            cannot be used is empty.
+        rows: Values by column, by the key of the image. A row that cannot be used is empty.
+        spelled: The key as the file spells it, by key.
     """
 
     name: str
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
 
 
 def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]]) -> Table:
@@ -36,9 +39,9 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
     Rows that cannot be used are added to `left_out` with the reason.
 
     Raises:
-        ValueError: if a file cannot be read, or a .csv has no `file_name` column.
+        ValueError: if a file cannot be read, a .csv has no `file_name` column, or two columns have one name.
     """
-    table = Table(", ".join(dict.fromkeys(PurePosixPath(name).name for name in names)), {})
+    table = Table(", ".join(dict.fromkeys(PurePosixPath(name).name for name in names)))
     for name in names:
         for number, row in _metadata_rows(folder / name, name, left_out):
             # Key: `file_name` is relative to the folder of the metadata file.
@@ -52,14 +55,15 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
                 continue
 
             # Split: an unknown name must not be read as any of the known splits.
+            table.spelled[key] = key
             if row.get("split") is not None:
-                split = SPLITS.get(str(row["split"]).lower())
+                split = split_named(str(row["split"]))
                 if split is None:
                     left_out.append((key, f"split {row['split']!r} is unknown, in row {number} of {name}"))
                     table.rows[key] = {}
                     continue
                 row["split"] = split
-            table.rows[key] = {"": key, **row}
+            table.rows[key] = row
     return table
 
 
@@ -69,30 +73,55 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
         import pyarrow.parquet  # not loaded by `import pyarrow`, and seldom needed
 
         yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        return
-    with csv_errors(path), open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
-        if path.suffix == ".csv":
+    elif path.suffix == ".csv":
+        with csv_errors(path), open_text(path) as file:
             # DictReader files extra values under the key None, and fills up missing ones with None.
-            reader = csv.DictReader(file)
-            if "file_name" not in (reader.fieldnames or []):
-                raise ValueError(f"{path} has no column file_name; it has {', '.join(reader.fieldnames or [])}")
+            reader = csv.DictReader(file, delimiter=delimiter(path, "file_name"))
+            check_header(path, reader.fieldnames or [], "file_name")
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
                     left_out.append((row.get("file_name") or f"{name}:{number}", f"row {number} of {name} is ragged"))
                 else:
                     yield number, dict(row)
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                parsed = json.loads(line)
-            except json.JSONDecodeError:
-                parsed = None
-            if isinstance(parsed, dict):
-                yield number, parsed
-            else:
-                left_out.append((f"{name}:{number}", "not a JSON object"))
+    else:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    parsed = json.loads(line)
+                except json.JSONDecodeError:
+                    parsed = None
+                if isinstance(parsed, dict):
+                    yield number, parsed
+                else:
+                    left_out.append((f"{name}:{number}", "not a JSON object"))
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file, with or without a byte order mark; bytes that are not UTF-8 are kept as escapes."""
+    return open(path, encoding="utf-8-sig", errors="backslashreplace", newline="")
+
+
+def delimiter(path: Path, column: str) -> str:
+    """Return what separates the columns of a csv: the first of comma, semicolon and tab by which `column` is one."""
+    with csv_errors(path), open_text(path) as file:
+        header = file.readline()
+        headers = {mark: next(csv.reader([header], delimiter=mark), []) for mark in DELIMITERS}
+    return next((mark for mark, names in headers.items() if column in [name.strip() for name in names]), ",")
+
+
+def check_header(path: Path, names: Sequence[str], column: str) -> None:
+    """Refuse the header of a csv without the column of file names, or with a name twice.
+
+    Raises:
+        ValueError: naming the file and the columns.
+    """
+    if column not in names:
+        raise ValueError(f"{path} has no column {column}; it has {', '.join(names)}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} has {len(twice)} names of columns twice: {', '.join(twice)}; rename one of each")
 
 
 @contextlib.contextmanager
@@ -123,8 +152,9 @@ def join_tables(
     listed = {name for name, _ in left_out}
     for table in tables:
         for key, row in table.rows.items():
-            if row and key not in present and row[""] not in listed:
-                missing.setdefault(key, (row[""], []))[1].append(table.name)
+            spelled = table.spelled[key]
+            if row and key not in present and spelled not in listed:
+                missing.setdefault(key, (spelled, []))[1].append(table.name)
     left_out += [(name, f"no such picture; it has a row in {' and '.join(files)}") for name, files in missing.values()]
 
     # Images without a row, and merged rows.
@@ -134,6 +164,5 @@ def join_tables(
         if without:
             left_out.append((image_id, f"no row in {' and '.join(without)}"))
         elif all(table.rows[key] for table in tables):  # an empty row is in `left_out` already
-            merged = {name: value for table in tables for name, value in table.rows[key].items() if name}
-            described[image_id] = merged
+            described[image_id] = {name: value for table in tables for name, value in table.rows[key].items()}
     return described

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
 from ..devices import available_cpus
 from .avatars import open_avatars
-from .conditions import Column, infer_condition
+from .conditions import infer_condition
+from .contents import Column, Contents, SourceOptions
 from .hf_dataset import holds_dataset, read_hf_dataset
-from .image_folder import EXTENSIONS, read_folder
+from .image_folder import read_folder
+from .plan import Plan
 from .splits import SPLITS
 
 AVATARS = "avatars"
 DEFAULT_NUM_AVATARS = 8000
 DEFAULT_AVATAR_SIZE = 64
 MAX_LEFT_OUT = 0.01  # larger shares of unusable images are an error
-_SIZE = "__size__"
+_RESERVED = ("id", "image", "split")
+_SIZE, _GROUP = "__size__", "__group__"
 
 
 @dataclass(frozen=True)
@@ -32,155 +35,208 @@ class Source:
     Attributes:
         name: Name for messages and cards: `avatars`, the folder's name or the Hub id, never a path of this machine.
         rows: `id`, `image` (not decoded), `split` if the source has splits, and the conditions: int8 (1 is yes) or
-            `ClassLabel`.
+            `ClassLabel`; null where an image has no value.
         left_out: Id and reason of each image or row that cannot be used, of the requested split if its split is known.
-        unused: Names of columns that cannot be conditions.
         total: Number of images of the split, left out or not, whatever `num_images`.
         sha256: Hash of ids, sizes of the images, splits, conditions and `left_out`; equal hashes mean equal sources.
+        plan: What was understood of the source.
     """
 
     name: str
     rows: Dataset
     left_out: list[tuple[str, str]]
-    unused: list[str]
     total: int
     sha256: str
+    plan: Plan
 
 
-def open_source(
-    source: str,
-    dataset_config_name: str | None = None,
-    split: str | None = None,
-    num_images: int | None = None,
-    seed: int = 0,
-    avatar_size: int = DEFAULT_AVATAR_SIZE,
-) -> Source:
+def open_source(source: str, options: SourceOptions | None = None) -> Source:
     """Open `source` without decoding its images.
 
     Args:
-        source: See [`dit_hf.open_images`], as for the other options.
-        dataset_config_name: The configuration of a dataset on the Hub.
-        split: Open only this split.
-        num_images: Open only the first `num_images` rows.
-        seed: Seed of the avatars.
-        avatar_size: Side of the avatars in pixels.
+        source: See [`dit_hf.open_images`].
+        options: How it is to be read.
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
-        ValueError: for options that do not fit the source, or lists that cannot be read.
+        ValueError: for options that do not fit the source, lists that cannot be read, or a source that can be read in
+            two ways.
     """
-    # Options, checked before any avatar is rendered.
-    if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images={num_images} must be at least 1")
-    if split is not None and split not in set(SPLITS.values()):
-        raise ValueError(f"split={split!r} is unknown; valid names are train, validation, test")
-    if source == AVATARS and split is not None:
-        raise ValueError(f"split={split!r}: {source} has no splits")
+    options = options or SourceOptions()
+    _check(source, options)
 
-    # Rows of the whole source.
+    # The whole source.
     path = Path(source)
-    left_out: list[tuple[str, str]] = []
-    unused: list[str] = []
     if source == AVATARS:
-        rows = _open_avatars(num_images or DEFAULT_NUM_AVATARS, avatar_size, seed)
+        contents = _read_avatars(options)
     elif path.is_dir() and not holds_dataset(path):
-        rows, left_out, unused = _open_folder(path, split)
+        contents = read_folder(path, options)
     else:
-        ids, images, sizes, columns = read_hf_dataset(source, dataset_config_name)
-        rows, left_out, unused = _assemble(ids, images, sizes, columns, left_out, split)
-
-    # The requested part. `total` counts before `num_images` cuts: it is what `left_out` is a share of.
-    if split is not None:
-        if "split" not in rows.column_names:
-            raise ValueError(f"split={split!r}: {source} has no splits")
-        rows = rows.select(np.flatnonzero(np.array(rows["split"][:]) == split))
-        if not len(rows):
-            raise ValueError(f"split={split!r}: {source} has no such images")
-    total = len(rows) + len(left_out)
-    if num_images is not None and num_images < len(rows):
-        rows = rows.select(range(num_images))
-
-    # Hash and name.
-    fingerprint = _fingerprint(rows, left_out)
-    if _SIZE in rows.column_names:
-        rows = rows.remove_columns(_SIZE)
+        contents = read_hf_dataset(source, options)
     name = path.resolve().name if path.exists() and source != AVATARS else source
     if name == AVATARS and source != AVATARS:
         name = f"{AVATARS} (a folder)"  # not the embedded dataset
-    return Source(name, rows, left_out, unused, total, fingerprint)
+
+    # The requested part. `total` counts before `num_images` cuts: it is what `left_out` is a share of.
+    plan = Plan(name, contents)
+    rows, left_out = _assemble(source, contents, options, plan)
+    if options.split is not None:
+        if contents.splits is None:
+            raise ValueError(f"split={options.split!r}: {source} has no splits")
+        rows = rows.select(np.flatnonzero(np.array(rows["split"][:]) == options.split))
+        if not len(rows):
+            raise ValueError(f"split={options.split!r}: {source} has no such images")
+    total = len(rows) + len(left_out)
+    if options.num_images is not None and source != AVATARS:
+        rows = _take(rows, options, plan)
+    plan.count(rows, left_out)
+
+    fingerprint = _fingerprint(rows, left_out)
+    rows = rows.remove_columns([name for name in (_SIZE, _GROUP) if name in rows.column_names])
+    return Source(name, rows, left_out, total, fingerprint, plan)
 
 
-def _open_avatars(count: int, size: int, seed: int) -> Dataset:
+def _check(source: str, options: SourceOptions) -> None:
+    """Check the options before anything is read or rendered."""
+    if options.num_images is not None and options.num_images < 1:
+        raise ValueError(f"num_images={options.num_images} must be at least 1")
+    if options.split is not None and options.split not in set(SPLITS.values()):
+        raise ValueError(f"split={options.split!r} is unknown; valid names are train, validation, test")
+    if source == AVATARS and options.split is not None:
+        raise ValueError(f"split={options.split!r}: {source} has no splits")
+
+
+def _read_avatars(options: SourceOptions) -> Contents:
     """Open the embedded dataset, rendering it in one process more per 200 avatars."""
-    rows = open_avatars(count, size, seed, num_proc=min(available_cpus(), 1 + count // 200))
-    return rows.cast_column("image", Image(decode=False))
-
-
-def _open_folder(folder: Path, split: str | None) -> tuple[Dataset, list[tuple[str, str]], list[str]]:
-    """Open a folder of images; see `_assemble` for what is returned."""
-    contents = read_folder(folder)
-    if not contents.paths:
-        first = f"; {len(contents.left_out)} left out, {': '.join(contents.left_out[0])}" if contents.left_out else ""
-        raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(EXTENSIONS)}){first}")
-    root = folder.resolve()
-    images = Dataset.from_dict(
-        {"image": [{"bytes": None, "path": str(root / path)} for path in contents.paths.values()]},
-        features=Features({"image": Image(decode=False)}),
-    )
-    columns = {name: Column(values) for name, values in contents.columns.items()}
-    return _assemble(list(contents.paths), images, contents.sizes, columns, contents.left_out, split)
+    count = options.num_images or DEFAULT_NUM_AVATARS
+    rows = open_avatars(count, options.avatar_size, options.seed, num_proc=min(available_cpus(), 1 + count // 200))
+    contents = Contents("embedded dataset of rendered faces", list(rows["id"][:]))
+    contents.images = rows.select_columns("image").cast_column("image", Image(decode=False))
+    names = [name for name in rows.column_names if name not in _RESERVED]
+    contents.columns = {name: Column(list(rows[name][:])) for name in names}
+    return contents
 
 
 def _assemble(
-    ids: list[str],
-    images: Dataset,
-    sizes: list[int],
-    columns: dict[str, Column],
-    left_out: list[tuple[str, str]],
-    split: str | None,
-) -> tuple[Dataset, list[tuple[str, str]], list[str]]:
-    """Assemble the rows of a source from its ids, images, sizes in bytes and columns.
+    source: str, contents: Contents, options: SourceOptions, plan: Plan
+) -> tuple[Dataset, list[tuple[str, str]]]:
+    """Assemble the rows of a source, of all splits, without duplicates and rows that are to be left out.
 
     Returns:
-        Rows of all splits, with a column for the size, without duplicates and rows that lack a condition; `left_out`
-        with those of `split`; names of the columns that cannot be conditions.
-    """
-    # Duplicate ids; the first row of an id counts.
-    reasons: dict[int, str] = {}
-    first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
-    reasons |= {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
+        The rows, with columns for size and group, and what is left out of `options.split`.
 
-    # Columns.
-    data: dict[str, list] = {"id": ids, _SIZE: sizes}
-    features: dict[str, Any] = {"id": Value("string"), _SIZE: Value("int64")}
-    if "split" in columns:
-        data["split"] = columns.pop("split").values
-        features["split"] = Value("string")
-    unused = []
-    for name, column in columns.items():
-        condition = infer_condition(column.values, column.labels)
-        if condition is None or name in ("id", "image"):
-            unused.append(name)
+    Raises:
+        ValueError: if a requested condition does not exist or cannot be one, or is missing in a whole split.
+    """
+    ids, reasons = contents.ids, _duplicates(contents.ids)
+    data: dict[str, list] = {"id": ids, _GROUP: contents.groups or [""] * len(ids)}
+    features: dict[str, Any] = {"id": Value("string"), _GROUP: Value("string")}
+    if contents.sizes:
+        data[_SIZE], features[_SIZE] = contents.sizes, Value("int64")
+    if contents.splits is not None:
+        data["split"], features["split"] = contents.splits, Value("string")
+
+    # Conditions.
+    for name, column in _wanted_columns(source, contents, options).items():
+        requested = options.conditions is not None
+        condition = infer_condition(column, requested)
+        if isinstance(condition, str):
+            if requested:
+                raise ValueError(f"--conditions {name}: {condition}")
+            contents.unused[f"column {name}" if name else "column without a name"] = condition
             continue
         data[name], features[name] = condition
-        for row in np.flatnonzero(np.array(data[name]) < 0).tolist():
-            reasons.setdefault(row, f"no value of {name}")
-    rows = concatenate_datasets([Dataset.from_dict(data, Features(features)), images], axis=1)
+        missing = [row for row, value in enumerate(data[name]) if value is None]
+        if missing and options.missing == "leave_out":
+            reasons |= {row: f"no value of {name}" for row in missing if row not in reasons}
+        if requested and not options.allow_partial:
+            _check_splits_have(name, data[name], contents.splits)
+        plan.conditions[name] = ""  # described when all rows are known
+    assert contents.images is not None  # every reader sets them
+    rows = concatenate_datasets([Dataset.from_dict(data, Features(features)), contents.images], axis=1)
 
-    # Rows that are left out.
+    # Rows that are left out, of the requested split.
+    left_out = contents.left_out
     if reasons:
-        splits = data.get("split", [split] * len(ids))
-        of_split = [row for row in sorted(reasons) if split in (None, splits[row])]
+        splits = contents.splits or [options.split] * len(ids)
+        of_split = [row for row in sorted(reasons) if options.split in (None, splits[row])]
         left_out = left_out + [(ids[row], reasons[row]) for row in of_split]
         rows = rows.select([row for row in range(len(ids)) if row not in reasons])
-    return rows, left_out, unused
+    return rows, left_out
+
+
+def _duplicates(ids: list[str]) -> dict[int, str]:
+    """Return the reason to leave out each row whose id an earlier row has."""
+    first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
+    return {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
+
+
+def _wanted_columns(source: str, contents: Contents, options: SourceOptions) -> dict[str, Column]:
+    """Return the columns that may become conditions: all, or the requested ones in their order.
+
+    Raises:
+        ValueError: for a requested column that the source does not have.
+    """
+    columns = dict(contents.columns)
+    for name in set(_RESERVED) & columns.keys():
+        contents.unused[f"column {name}"] = "the name is taken; rename it to use it"
+        del columns[name]
+    if options.conditions is None:
+        return columns
+    unknown = [name for name in options.conditions if name not in columns]
+    if unknown:
+        raise ValueError(f"--conditions {unknown[0]}: {source} has {', '.join(columns) or 'no columns'}")
+    contents.unused |= {f"column {name}": "not requested" for name in columns if name not in options.conditions}
+    return {name: columns[name] for name in options.conditions}
+
+
+def _check_splits_have(name: str, ids: list[int | None], splits: list[str] | None) -> None:
+    """Refuse a requested condition that no image of a split has."""
+    for split in sorted(set(splits or [])):
+        if all(value is None for value, own in zip(ids, splits or [], strict=True) if own == split):
+            raise ValueError(
+                f"--conditions {name}: no {split} image has a value (--allow_partial reads the source nevertheless)"
+            )
+
+
+def _take(rows: Dataset, options: SourceOptions, plan: Plan) -> Dataset:
+    """Take `num_images` of the training or the requested split, spread over classes and folders by the seed."""
+    split = options.split or "train"
+    candidates = np.arange(len(rows))
+    if "split" in rows.column_names:
+        candidates = np.flatnonzero(np.array(rows["split"][:]) == split)
+        if not len(candidates):
+            raise ValueError(f"num_images={options.num_images}: there are no {split} images to take them from")
+    count = options.num_images
+    assert count is not None
+    if count >= len(candidates) and len(candidates) == len(rows):
+        return rows
+
+    # The images of each group in random order, one of each group in turn.
+    order = np.random.default_rng([options.seed, 2]).permutation(candidates)
+    groups = list(zip(*(np.array(rows[name][:])[order].tolist() for name in _group_columns(rows)), strict=True))
+    position: dict[tuple, int] = {}
+    ranks = []
+    for group in groups:
+        ranks.append(position.get(group, 0))
+        position[group] = ranks[-1] + 1
+    taken = np.sort(order[np.argsort(np.array(ranks), kind="stable")[:count]])
+    over = f", spread over {len(position):,} classes and folders" if len(position) > 1 else ""
+    plan.contents.choices.append(f"--num_images takes {len(taken):,} of {len(candidates):,} {split} images{over}")
+    return rows.select(taken)
+
+
+def _group_columns(rows: Dataset) -> list[str]:
+    """Return the columns over whose values the images to take are spread: folder or shard, and classes."""
+    return [_GROUP, *(name for name, feature in rows.features.items() if isinstance(feature, ClassLabel))]
 
 
 def _fingerprint(rows: Dataset, left_out: list[tuple[str, str]]) -> str:
     """Return the SHA-256 of the rows and of `left_out`; the images count by their sizes, not by their content."""
     digest = hashlib.sha256(json.dumps(left_out).encode())
     # Columns in the order of their names, so that the order in which a source has them does not matter.
-    called = {name: "size" if name == _SIZE else name for name in sorted(set(rows.column_names) - {"image"})}
+    hashed = sorted(set(rows.column_names) - {"image", _GROUP})
+    called = {name: "size" if name == _SIZE else name for name in hashed}
     for name in sorted(called, key=called.__getitem__):
         digest.update(called[name].encode())
         for batch in rows.select_columns(name).with_format("arrow").iter(100_000):

@@ -1,0 +1,118 @@
+"""What the readers of sources take and return: options of the user, and the contents of a source before any choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datasets import Dataset
+
+SplitFrom = Literal["folders", "files", "column", "none"]
+Missing = Literal["null", "leave_out"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is to be read, where it can be read in several ways. None leaves the choice to the source.
+
+    Attributes:
+        dataset_config_name: The configuration of a dataset on the Hub.
+        split: Read only this split: `train`, `validation` or `test`.
+        num_images: Take this many images of the training split (or of `split`).
+        seed: Seed of the avatars and of the choice of `num_images`.
+        avatar_size: Side of the avatars in pixels.
+        image_column: The column of images.
+        conditions: Columns to read as conditions; `class` is the folder's name; an empty list is none.
+        split_from: Where splits come from.
+        missing: What becomes of a row without a value of a condition: null, or the row is left out.
+        allow_partial: Read the source although a requested condition is missing in one of its splits.
+    """
+
+    dataset_config_name: str | None = None
+    split: str | None = None
+    num_images: int | None = None
+    seed: int = 0
+    avatar_size: int = 64
+    image_column: str | None = None
+    conditions: list[str] | None = None
+    split_from: SplitFrom | None = None
+    missing: Missing = "null"
+    allow_partial: bool = False
+
+    def takes(self, condition: str) -> bool:
+        """Check whether a condition may be read."""
+        return self.conditions is None or condition in self.conditions
+
+
+@dataclass
+class Column:
+    """Column that may become a condition.
+
+    Attributes:
+        values: One value per row; None is missing.
+        labels: Names of the values, if the source declares the column as classes; values are then ids.
+        origin: Where it comes from, for the plan, such as `folder` or `metadata.csv`.
+        signed: Whether -1 means no, as in CelebA's lists.
+        declared: Whether the format itself says that whole numbers are classes.
+    """
+
+    values: list[Any]
+    labels: list[str] | None = None
+    origin: str = ""
+    signed: bool = False
+    declared: bool = False
+
+
+@dataclass
+class Contents:
+    """Contents of a source: one entry per image in each list.
+
+    Attributes:
+        kind: The kind of source, for the plan.
+        ids: Id of each image.
+        images: One column `image`, not decoded.
+        sizes: Size of each stored image in bytes.
+        columns: Columns that may become conditions, by name.
+        splits: Split of each image; None if the source has no splits.
+        split_origin: Where the splits come from, for the plan.
+        groups: The folder or shard of each image, over which `num_images` is spread.
+        left_out: Id and reason of each image or row that cannot be used.
+        unused: What is not read, such as `column caption` or `folder extra/`, and the reason.
+        choices: Sentences about what was ambiguous: the reading, and the option that changes it.
+        image_column: The column of images; None for folders.
+    """
+
+    kind: str
+    ids: list[str] = field(default_factory=list)
+    images: Dataset | None = None
+    sizes: list[int] = field(default_factory=list)
+    columns: dict[str, Column] = field(default_factory=dict)
+    splits: list[str] | None = None
+    split_origin: str = ""
+    groups: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)
+    choices: list[str] = field(default_factory=list)
+    image_column: str | None = None
+
+
+def parse_conditions(given: str | list[str] | None) -> list[str] | None:
+    """Return `--conditions` as a list: `none` is no condition, `Smiling,Male` are two, None is every condition.
+
+    Raises:
+        ValueError: for an empty name or a name given twice.
+    """
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
+    if names == ["none"]:
+        return []
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError(f"--conditions {given}: expected different names, separated by commas, or none")
+    return names
+
+
+def shortened(names: list[str], count: int = 4) -> str:
+    """Return names as one text, of which only the first `count` are named."""
+    rest = f", … ({len(names):,} in all)" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

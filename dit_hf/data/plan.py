@@ -1,0 +1,86 @@
+"""What was understood of a source: printed before any work, kept in `latents.json` and shown in the card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from .conditions import describe_condition
+from .contents import Contents, shortened
+
+MAX_LINES = 15
+_MAX_CONDITIONS = 5  # more of them share a line
+_WIDTH = 118
+
+
+@dataclass
+class Plan:
+    """How a source is read.
+
+    Attributes:
+        name: The source's name.
+        contents: What its reader returned.
+        conditions: Kind, names and counts of each condition.
+        counts: Number of images by split; all are `train` if there are no splits.
+        left_out: Number of images and rows that cannot be used, by reason.
+    """
+
+    name: str
+    contents: Contents
+    conditions: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def count(self, rows: Dataset, left_out: list[tuple[str, str]]) -> None:
+        """Count the rows by split and by the values of each condition, and what is left out by reason."""
+        counts = Counter(rows["split"][:] if "split" in rows.column_names else {"train": len(rows)})
+        self.counts = {split: counts[split] for split in ("train", "validation", "test") if counts[split]}
+        self.left_out = dict(Counter(reason for _, reason in left_out))
+        for name in self.conditions:
+            origin = self.contents.columns[name].origin
+            text = describe_condition(rows[name][:], rows.features[name])
+            self.conditions[name] = f"{text} ({origin})" if origin else text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the whole plan for `latents.json` and [`dit_hf.describe_source`]."""
+        contents = self.contents
+        return {
+            "source": self.name,
+            "kind": contents.kind,
+            "image_column": contents.image_column,
+            "images": self.counts,
+            "splits": contents.split_origin or None,
+            "conditions": self.conditions,
+            "not_used": contents.unused,
+            "left_out": self.left_out,
+            "choices": contents.choices,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the plan as at most 15 lines; long lists end in a count."""
+        contents = self.contents
+        counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
+        origin = f" ({contents.split_origin})" if contents.split_origin else ""
+        column = f", column {contents.image_column}" if contents.image_column else ""
+        lines = [f"{self.name}: {contents.kind}{column}", f"  images      {counts}{origin}"]
+        if not self.conditions:
+            lines.append("  conditions  none")
+        elif len(self.conditions) <= _MAX_CONDITIONS:
+            lines += [f"  {name:<11} {text}" for name, text in self.conditions.items()]
+        else:
+            lines.append(f"  conditions  {len(self.conditions)}: {shortened([*self.conditions], 8)}")
+        by_reason: dict[str, list[str]] = {}
+        for what, reason in contents.unused.items():
+            by_reason.setdefault(reason, []).append(what)
+        notes = [f"  not used    {shortened(whats)}: {reason}" for reason, whats in by_reason.items()]
+        left_out = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
+        if left_out:
+            notes.append(f"  left out    {sum(self.left_out.values()):,} images or rows: {shortened(left_out)}")
+        notes += [f"  note        {choice}" for choice in contents.choices]
+        room = MAX_LINES - len(lines)
+        if len(notes) > room:
+            notes = [*notes[: room - 1], f"  …           {len(notes) - room + 1:,} more notes in latents.json"]
+        return [line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…" for line in lines + notes]
