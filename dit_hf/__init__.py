@@ -2,7 +2,7 @@
 
 import diffusers
 
-from .data.images import open_images
+from .data.images import describe_source, open_images
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
@@ -18,6 +18,7 @@ __all__ = [
     "LatentDiTInpaintPipeline",
     "LatentDiTPipeline",
     "LatentDiTTransformer2DModel",
+    "describe_source",
     "open_images",
 ]
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .config import Config, read_config, recipe_path
+from .data.contents import SourceOptions
 from .data.sources import AVATARS, open_source
 from .image_grid import make_grid, save_grid, side_by_side
 from .latents.cache import open_latents
@@ -121,7 +122,7 @@ def make_grids(run: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     # Request the attributes of avatars of another seed, which the model has not been trained on.
     _, info = open_latents(run / "latents")
-    unseen = open_source(AVATARS, num_images=GRID_SIZE, seed=info["settings"]["seed"] + 1).rows
+    unseen = open_source(AVATARS, SourceOptions(num_images=GRID_SIZE, seed=info["settings"]["seed"] + 1)).rows
     requested: list[Attributes] = [
         {name: row[name] for name in info["conditions"]} for row in unseen.remove_columns("image")
     ]

@@ -60,8 +60,8 @@ def infer_condition(column: Column, requested: bool = False) -> tuple[list[int |
             return f"always {distinct[0]}"
         if not column.declared and not requested:
             return f"{len(distinct):,} values, {span} (--conditions reads them as classes)"
-        ids, feature = _number_classes(distinct)
-        return _ids(column, texts, ids), feature
+        number_ids, feature = _number_classes(distinct)
+        return _ids(column, texts, number_ids), feature
 
     # Names.
     limit = len(column.values) // 2 if column.declared else min(MAX_CLASSES, len(column.values) // 2)
@@ -90,10 +90,10 @@ def _number_classes(distinct: list[str]) -> tuple[dict[str, int], ClassLabel]:
 
 def describe_condition(ids: list[int | None], feature: Value | ClassLabel) -> str:
     """Return a condition's kind, names and counts for the plan, as `2 classes: cat 6, dog 6; 3 without a value`."""
-    counts = Counter(ids)
-    without = counts.pop(None, 0)
+    counts = Counter(value for value in ids if value is not None)
+    without = len(ids) - counts.total()
     if isinstance(feature, ClassLabel):
-        named = [f"{feature.names[number]} {counts[number]:,}" for number in sorted(counts)]
+        named = [f"{feature.names[number]} {count:,}" for number, count in sorted(counts.items())]
         text = f"{len(named):,} classes: {shortened(named)}"
     else:
         text = f"yes {counts[1]:,}, no {counts[0]:,}"
@@ -132,7 +132,7 @@ def remap_class_ids(
 
     Args:
         name: Name of the condition, for the error.
-        ids: Integer ids [images] in the order of `data_names`.
+        ids: Integer ids [images] in the order of `data_names`; -1 is missing and stays.
         data_names: Names of the dataset's classes, in the order of their ids.
         model_names: Names of the model's classes, in the order of their ids.
 
@@ -141,7 +141,8 @@ def remap_class_ids(
     """
     if data_names is None or model_names is None or data_names == model_names:
         return ids
-    unknown = [data_names[number] for number in np.unique(ids) if data_names[number] not in model_names]
+    present = np.unique(ids[ids >= 0])
+    unknown = [data_names[number] for number in present if data_names[number] not in model_names]
     if unknown:
         numbered = any(names == [str(number) for number in range(len(names))] for names in (data_names, model_names))
         if numbered or (len(data_names) == len(model_names) and not {*data_names} & {*model_names}):
@@ -149,6 +150,6 @@ def remap_class_ids(
         valid = ", ".join(model_names[:10]) + (", ..." if len(model_names) > 10 else "")
         raise ValueError(f"{name}={unknown[0]!r} is unknown to the model; valid names are {valid}")
 
-    # -1 stands for classes that `ids` does not contain.
+    # -1 stands for classes that `ids` does not contain; the last entry is that of a missing value.
     mapping = [model_names.index(value) if value in model_names else -1 for value in data_names]
-    return np.array(mapping, ids.dtype)[ids]
+    return np.array([*mapping, -1], ids.dtype)[ids]

@@ -112,17 +112,16 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
         raise FileNotFoundError(f"source {source}: no such folder (a dataset on the Hub is spelled OWNER/NAME)")
     if path.is_file() and path.suffix.lower() not in _LOADERS:
         raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
+    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if path.exists() and not is_saved and not _has_own_card(path):
+        return _load_shards(path, options, contents)
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved:
             contents.kind = "saved dataset"
             loaded = load_from_disk(source)
-        elif path.exists() and not _has_own_card(path):
-            return _load_shards(path, options, contents)
         else:
             contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
             loaded = load_dataset(source, options.dataset_config_name)
-    except ValueError:
-        raise
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
         raise ValueError(f"source {source}: {_load_problem(source, error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
@@ -201,7 +200,8 @@ def _load_archives(paths: list[Path]) -> Dataset:
     try:
         return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
     except Exception as error:  # datasets wraps the reader's own errors
-        raise ValueError(first_line(error.__cause__ or error)) from error
+        cause = error.__cause__
+        raise ValueError(first_line(cause if isinstance(cause, Exception) else error)) from error
 
 
 def _archive_rows(paths: list[str], versions: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,7 @@ def open_images(
     split_from: SplitFrom | None = None,
     missing: Missing = "null",
     allow_partial: bool = False,
+    verbose: bool = False,
 ) -> Dataset:
     """Open the images of any source as a dataset with `id`, `image` and one column per condition.
 
@@ -47,6 +48,7 @@ def open_images(
         split_from: where splits come from: `"folders"`, `"files"`, `"column"` or `"none"`.
         missing: `"null"` keeps images without a value of a condition, which is then None; `"leave_out"` does not.
         allow_partial: accept requested conditions that a whole split lacks.
+        verbose: print what was understood of the source.
 
     Returns:
         A dataset whose `image` is decoded, cropped and resized to an RGB `PIL.Image` when a row is read, with `id`,
@@ -71,8 +73,10 @@ def open_images(
         missing=missing,
         allow_partial=allow_partial,
     )
-    rows = open_source(source, options).rows
-    return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
+    opened = open_source(source, options)
+    if verbose:
+        print("\n".join(opened.plan.lines()), flush=True)
+    return opened.rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
 
 
 def describe_source(source: str, **options: Any) -> dict[str, Any]:

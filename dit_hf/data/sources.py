@@ -158,7 +158,7 @@ def _assemble(
     # Rows that are left out, of the requested split.
     left_out = contents.left_out
     if reasons:
-        splits = contents.splits or [options.split] * len(ids)
+        splits = contents.splits or [options.split or "train"] * len(ids)
         of_split = [row for row in sorted(reasons) if options.split in (None, splits[row])]
         left_out = left_out + [(ids[row], reasons[row]) for row in of_split]
         rows = rows.select([row for row in range(len(ids)) if row not in reasons])

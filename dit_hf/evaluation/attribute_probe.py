@@ -42,12 +42,12 @@ class AttributeHead:
 
         Args:
             features: float32 [batch, dim].
-            requested: The requested ids of each image.
+            requested: The requested ids of each image; a name that is missing was not requested.
         """
-        names = [name for name in self.sizes if name in requested[0]]
         predicted = self.predict(features)
-        targets = {name: np.array([row[name] for row in requested]) for name in names}
-        by_name = {name: float(np.mean(predicted[name] == targets[name])) for name in names}
+        targets = {name: np.array([row.get(name, -1) for row in requested]) for name in self.sizes}
+        names = [name for name in self.sizes if (targets[name] >= 0).any()]
+        by_name = {name: _accuracy(predicted[name], targets[name]) for name in names}
         balanced = [_balanced_accuracy(predicted[name], targets[name]) for name in names]
         return {
             "accuracy": float(np.mean(list(by_name.values()))),
@@ -62,10 +62,10 @@ def train_head(features: np.ndarray, conditions: Mapping[str, np.ndarray], seed:
 
     Args:
         features: float32 [count, dim].
-        conditions: Ids by name, [count].
+        conditions: Ids by name, [count]; -1 is missing.
         seed: Seed of the weights, the order of the images, and the fifth of them that is held out.
     """
-    sizes = {name: int(ids.max()) + 1 for name, ids in conditions.items()}
+    sizes = {name: max(1, int(ids.max()) + 1) for name, ids in conditions.items()}
     targets = torch.from_numpy(np.stack(list(conditions.values()), 1).astype(np.int64))  # [count, conditions]
     inputs = torch.from_numpy(features)
     rng = np.random.default_rng(seed)
@@ -84,7 +84,9 @@ def train_head(features: np.ndarray, conditions: Mapping[str, np.ndarray], seed:
     for _ in range(EPOCHS):
         for rows in np.array_split(rng.permutation(training), batches_per_epoch):
             logits = network(inputs[rows]).split(list(sizes.values()), 1)
-            losses = [F.cross_entropy(part, targets[rows, i]) for i, part in enumerate(logits)]
+            # Without the conditions that no image of the batch has a value of: a mean of nothing is not a number.
+            pairs = [(part, targets[rows, i]) for i, part in enumerate(logits) if (targets[rows, i] >= 0).any()]
+            losses = [F.cross_entropy(part, ids, ignore_index=-1) for part, ids in pairs]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
@@ -92,7 +94,7 @@ def train_head(features: np.ndarray, conditions: Mapping[str, np.ndarray], seed:
 
     # Measure it on the held-out images, the yardstick for the accuracy on samples.
     predicted = AttributeHead(sizes, network.eval(), {}).predict(features[held_out])
-    accuracies = {name: float(np.mean(predicted[name] == ids[held_out])) for name, ids in conditions.items()}
+    accuracies = {name: _accuracy(predicted[name], ids[held_out]) for name, ids in conditions.items()}
     return AttributeHead(sizes, network, accuracies)
 
 
@@ -107,6 +109,13 @@ class _Standardize(nn.Module):
         return (features - self.mean) / self.std
 
 
+def _accuracy(predicted: np.ndarray, targets: np.ndarray) -> float:
+    """Return the share of equal values among the images that have one; 0 if none has."""
+    known = targets >= 0
+    return float(np.mean(predicted[known] == targets[known])) if known.any() else 0.0
+
+
 def _balanced_accuracy(predicted: np.ndarray, targets: np.ndarray) -> float:
-    """Return the accuracy averaged over the values that occur in `targets`."""
-    return float(np.mean([np.mean(predicted[targets == value] == value) for value in np.unique(targets)]))
+    """Return the accuracy averaged over the values that occur in `targets`; -1 is missing."""
+    values = np.unique(targets[targets >= 0])
+    return float(np.mean([np.mean(predicted[targets == value] == value) for value in values]))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.contents import SourceOptions, SplitFrom, parse_conditions
 from ..hub.card import write_run_card
 from ..image_grid import save_grid
 from ..latents.vae import weights_sha256
@@ -50,6 +51,9 @@ def evaluate(
     crop: str = "center",
     split: str | None = None,
     num_images: int | None = None,
+    image_column: str | None = None,
+    conditions: str | None = None,
+    split_from: SplitFrom | None = None,
     batch_size: int = 32,
     seed: int = 0,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
@@ -77,6 +81,10 @@ def evaluate(
         crop: of the reference's images: `celeba-178`, `celeba-140`, `center` or `none`.
         split: only this split of the reference, if it has several.
         num_images: only the first so many images of the reference.
+        image_column: of the reference: the column of images, where a dataset has several.
+        conditions: of the reference: the columns that are conditions, separated by commas (`class` is the folder's
+            name), or `none`; by default all columns of yes and no, and of classes.
+        split_from: of the reference: where splits come from: `folders`, `files`, `column` or `none`.
         batch_size: images at once.
         seed: of the samples; image i of a seed is always the same.
         dtype: of the pipeline's weights.
@@ -99,7 +107,14 @@ def evaluate(
     pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))
     folder = _report_folder(model, output_dir)
     resolution = "x".join(map(str, pipeline.resolution))  # HxW in pixels
-    images = _open_images(model, reference, resolution, crop, split, num_images)
+    options = SourceOptions(
+        split=split,
+        num_images=num_images,
+        image_column=image_column,
+        conditions=parse_conditions(conditions),
+        split_from=split_from,
+    )
+    images = _open_images(model, reference, resolution, crop, options)
     statistics = _load_statistics(reference, images, folder, net, resolution, batch_size)
 
     # Measure every combination of guidance scale and steps.
@@ -307,7 +322,8 @@ class Evaluation:
     def _protocol(self, requested: list[Attributes] | None, setting: dict[str, Any]) -> dict[str, Any]:
         """Return everything that another evaluation must share for its figures to be comparable."""
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        attributes = f"of the reference's rows, in order: {', '.join(requested[0])}" if requested else "unconditional"
+        names = dict.fromkeys(name for row in requested or [] for name in row)
+        attributes = f"of the reference's rows, in order: {', '.join(names)}" if requested else "unconditional"
         return {
             "num_samples": self.num_samples,
             **setting,
@@ -358,9 +374,10 @@ def _combine_settings(
 
 def _hash_rows(rows: list[Attributes]) -> str:
     """Return the SHA-256 of the requested ids, column by column."""
-    digest = hashlib.sha256(json.dumps(list(rows[0])).encode())
-    for name in rows[0]:
-        digest.update(np.array([row[name] for row in rows], np.int64).tobytes())
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    digest = hashlib.sha256(json.dumps(names).encode())
+    for name in names:
+        digest.update(np.array([row.get(name, -1) for row in rows], np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -381,14 +398,14 @@ def _report_folder(model: str, output_dir: str | None) -> Path:
 
 
 def _open_images(
-    model: str, reference: str | None, resolution: str, crop: str, split: str | None, num_images: int | None
+    model: str, reference: str | None, resolution: str, crop: str, options: SourceOptions
 ) -> ReferenceImages | None:
     """Open the reference's images, by default those that the run was trained on; None for statistics."""
     if reference is None:
-        return open_training_images(model, resolution, split, num_images)
+        return open_training_images(model, resolution, options)
     if (Path(reference) / INFO).is_file():
         return None
-    return open_reference_images(reference, resolution, crop, split, num_images)
+    return open_reference_images(reference, resolution, crop, options, verbose=ranks().is_main_process)
 
 
 def _load_statistics(

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ..data.conditions import remap_class_ids
+from ..data.contents import SourceOptions, SplitFrom, parse_conditions
 from ..pipelines.attributes import Attributes
 from ..storage import (
     disk_errors,
@@ -43,7 +44,7 @@ class Reference:
         info: Content of `reference.json`: the images' summary, the feature network, versions.
         features: float32 [count, dim].
         rows: Rows of the source that the features belong to, int64 [count].
-        conditions: Ids of each condition by name, [count].
+        conditions: Ids of each condition by name, [count]; -1 is missing.
         labels: Value names of those conditions that are classes.
         gaussian: Mean and covariance of the features.
     """
@@ -65,7 +66,8 @@ class Reference:
             labels: Value names of the model's conditions; if given, ids are the model's instead of the reference's.
 
         Returns:
-            A dict for each row, or None if the model and the reference share no condition.
+            A dict for each row, without the names that it has no value of, or None if the model and the reference
+            share no condition.
 
         Raises:
             ValueError: for a class whose name the model does not have.
@@ -76,7 +78,8 @@ class Reference:
         ids = {name: self.conditions[name] for name in names}
         if labels is not None:
             ids = {n: remap_class_ids(n, ids[n], self.labels.get(n), labels.get(n)) for n in names}
-        return [dict(zip(names, row, strict=True)) for row in zip(*(ids[n].tolist() for n in names), strict=True)]
+        rows = zip(*(ids[name].tolist() for name in names), strict=True)
+        return [{name: value for name, value in zip(names, row, strict=True) if value >= 0} for row in rows]
 
     def check(self, net: FeatureNet, resolution: str) -> None:
         """Check that features of `net` at `resolution` are comparable with these.
@@ -105,6 +108,10 @@ def reference(
     num_images: int | None = None,
     seed: int = 0,
     dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    conditions: str | None = None,
+    split_from: SplitFrom | None = None,
+    allow_partial: bool = False,
     batch_size: int = 64,
 ) -> Path:
     """Compute reference statistics of the images of any source; a killed call is resumed by calling it again.
@@ -121,9 +128,14 @@ def reference(
         resolution: `N` or `HxW` pixels, those of the model that will be evaluated (a cache has its own).
         crop: `celeba-178`, `celeba-140`, `center` or `none`.
         split: only this split of a source that has several.
-        num_images: only the first so many images.
-        seed: of the avatars.
-        dataset_config_name: configuration of a data set on the Hub.
+        num_images: take so many images of the training split (or of `split`), spread over classes and folders.
+        seed: of the avatars and of the choice of `num_images`.
+        dataset_config_name: configuration of a dataset on the Hub.
+        image_column: the column of images, where a dataset has several.
+        conditions: the columns that are conditions, separated by commas (`class` is the folder's name), or `none`; by
+            default all columns of yes and no, and of classes.
+        split_from: where splits come from: `folders`, `files`, `column` or `none`.
+        allow_partial: accept requested conditions that a whole split lacks.
         batch_size: images at once.
 
     Returns:
@@ -135,7 +147,17 @@ def reference(
         ValueError: for options that do not fit, or if too many of the images cannot be read.
     """
     net = load_features(features, feature_weights, ranks().device)
-    images = open_reference_images(source, resolution, crop, split, num_images, seed, dataset_config_name)
+    options = SourceOptions(
+        dataset_config_name=dataset_config_name,
+        split=split,
+        num_images=num_images,
+        seed=seed,
+        image_column=image_column,
+        conditions=parse_conditions(conditions),
+        split_from=split_from,
+        allow_partial=allow_partial,
+    )
+    images = open_reference_images(source, resolution, crop, options, verbose=ranks().is_main_process)
     statistics = make_reference(Path(output_dir), images, net, batch_size)
     if ranks().is_main_process:
         print(f"{output_dir}: {describe(statistics)}", flush=True)
@@ -234,7 +256,7 @@ def _write(folder: Path, images: ReferenceImages, identity: dict[str, Any], coll
         "covariance": np.atleast_2d(np.cov(values, rowvar=False)),  # [dim, dim]
         "features": collected.features,  # [count, dim]
         "rows": rows,  # [count]
-        **{f"condition.{name}": np.array(ids, np.int16)[rows] for name, ids in images.conditions.items()},
+        **{f"condition.{name}": np.array(ids, np.int32)[rows] for name, ids in images.conditions.items()},
     }
     with new_folder(folder) as partial:
         save_file(tensors, partial / STATISTICS)

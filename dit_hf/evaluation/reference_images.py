@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset
 
+from ..data.contents import SourceOptions
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
@@ -29,7 +31,7 @@ class ReferenceImages:
         count: Number of images.
         summary: Description of the images for the protocol; contains no path of this machine. Its keys are hashed into
             the identity of statistics.
-        conditions: Ids of each condition by name, in the order of the rows.
+        conditions: Ids of each condition by name, in the order of the rows; -1 is missing.
         labels: Value names of those conditions that are classes.
         read: Reads rows as images, uint8 [n, height, width, 3]; raises ValueError if one is broken.
     """
@@ -59,13 +61,7 @@ class ReferenceImages:
 
 
 def open_reference_images(
-    source: str,
-    resolution: str,
-    crop: str = "center",
-    split: str | None = None,
-    num_images: int | None = None,
-    seed: int = 0,
-    dataset_config_name: str | None = None,
+    source: str, resolution: str, crop: str = "center", options: SourceOptions | None = None, verbose: bool = False
 ) -> ReferenceImages:
     """Open the images of any source, see [`dit_hf.open_images`], or the decoded latents of a cache.
 
@@ -73,21 +69,22 @@ def open_reference_images(
         source: Source of images, or the folder of a latent cache.
         resolution: `N` or `HxW` pixels; ignored for a cache, which has its own.
         crop: Crop before the resize; ignored for a cache.
-        split: Only this split of a source that has several.
-        num_images: Only the first so many images.
-        seed: Seed of the avatars.
-        dataset_config_name: Configuration of a data set on the Hub.
+        options: How the source is read; of a cache, `split` and `num_images` choose its first so many rows.
+        verbose: Whether the plan of what the source holds is printed.
 
     Raises:
         ValueError: for options that do not fit the source.
         FileNotFoundError: if the source does not exist or holds no images.
     """
+    options = options or SourceOptions()
     if (Path(source) / CACHE_INFO).is_file():
-        return _open_decoded(source, split, num_images)
+        return _open_decoded(source, options.split, options.num_images)
     geometry = Geometry(parse_resolution(resolution), crop)
     if geometry.resolution is None:
         raise ValueError("resolution is needed: the images of a reference have one size")
-    opened = open_source(source, dataset_config_name, split, num_images, seed, max(geometry.resolution))
+    opened = open_source(source, dataclasses.replace(options, avatar_size=max(geometry.resolution)))
+    if verbose:
+        print("\n".join(opened.plan.lines()), flush=True)
     rows = opened.rows
     height, width = geometry.resolution
     # Keys and values are part of the statistics' identity: a change would make earlier statistics look different.
@@ -95,13 +92,13 @@ def open_reference_images(
         "source": opened.name,
         "pictures": len(rows),
         "sha256_of_rows": opened.sha256,
-        "split": split,
+        "split": options.split,
         "crop": crop,
         "resolution": f"{height}x{width}",
         "resize": "PIL's antialiased bicubic",
     }
     if source == AVATARS:
-        summary["seed"] = seed
+        summary["seed"] = options.seed
 
     def read(numbers: Sequence[int]) -> np.ndarray:
         return np.stack([np.asarray(decode_image(rows[int(number)], geometry)) for number in numbers])
@@ -111,14 +108,13 @@ def open_reference_images(
     return ReferenceImages(len(rows), summary, conditions, labels, read)
 
 
-def open_training_images(model: str, resolution: str, split: str | None, num_images: int | None) -> ReferenceImages:
+def open_training_images(model: str, resolution: str, options: SourceOptions) -> ReferenceImages:
     """Open the images that a run was trained on, from the latent cache that its recipe names.
 
     Args:
         model: The run's folder, or that of its pipeline or of a checkpoint.
         resolution: `HxW` pixels, of avatars only.
-        split: Only this split; None is the training split.
-        num_images: Only the first so many images.
+        options: `split` and `num_images` choose the first so many images of a split, by default of the training split.
 
     Raises:
         ValueError: if there is no such cache.
@@ -130,10 +126,10 @@ def open_training_images(model: str, resolution: str, split: str | None, num_ima
     settings = open_latents(cache)[1]["settings"]
     # Avatars can be rendered again; of any other source only the decoded latents are certain to be at hand.
     if settings["source"] == AVATARS:
-        return open_reference_images(
-            AVATARS, resolution, num_images=num_images or settings["num_images"], seed=settings["seed"]
-        )
-    return _open_decoded(str(cache), split or "train", num_images)
+        count = options.num_images or settings["num_images"]
+        avatars = dataclasses.replace(options, num_images=count, seed=settings["seed"])
+        return open_reference_images(AVATARS, resolution, options=avatars)
+    return _open_decoded(str(cache), options.split or "train", options.num_images)
 
 
 def reconstruction_reader(images: ReferenceImages, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:
@@ -187,7 +183,7 @@ def _open_decoded(folder: str, split: str | None, num_images: int | None) -> Ref
         latents = rows.select_columns("latent_mean")[np.array(numbers)]["latent_mean"]
         return decode(vae, torch.tensor(latents).view(-1, *shape)).cpu().numpy()  # uint8 [n, height, width, 3]
 
-    conditions = {name: list(rows[name][:]) for name in info["conditions"]}
+    conditions = {name: _ids(rows, name) for name in info["conditions"]}
     return ReferenceImages(len(rows), summary, conditions, info["condition_labels"], read)
 
 
@@ -198,4 +194,9 @@ def _read_conditions(rows: Dataset) -> dict[str, list[int]]:
         for name, feature in rows.features.items()
         if name not in ("id", "image", "split") and (isinstance(feature, ClassLabel) or feature.dtype == "int8")
     ]
-    return {name: list(rows[name][:]) for name in names}
+    return {name: _ids(rows, name) for name in names}
+
+
+def _ids(rows: Dataset, name: str) -> list[int]:
+    """Return a column of condition ids, with -1 for a missing value."""
+    return [-1 if value is None else value for value in rows[name][:]]

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, load_from_disk
 from tqdm import tqdm
 
+from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import MAX_LEFT_OUT, Source, open_source
 from ..data.transforms import Geometry, parse_resolution
@@ -80,8 +81,14 @@ def prepare_latents(
     num_images: int | None = None,
     seed: int = 0,
     dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    conditions: str | None = None,
+    split_from: SplitFrom | None = None,
+    missing: Missing = "null",
+    allow_partial: bool = False,
     num_proc: int = 1,
     max_left_out: float = MAX_LEFT_OUT,
+    dry_run: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> Path:
@@ -102,11 +109,19 @@ def prepare_latents(
         crop: `celeba-178`, `celeba-140`, `center` or `none`.
         split: encode only this split (`train`, `validation` or `test`) of a source that has splits.
         flip: also encode each image mirrored (latents themselves are never mirrored).
-        num_images: encode only the first `num_images` images.
-        seed: seed of the avatars.
+        num_images: encode so many images of the training split (or of `split`), spread over classes and folders.
+        seed: seed of the avatars and of the choice of `num_images`.
         dataset_config_name: the configuration of a dataset on the Hub.
+        image_column: the column of images, where a dataset has several.
+        conditions: the columns that are conditions, separated by commas (`class` is the folder's name), or `none`; by
+            default all columns of yes and no, and of classes.
+        split_from: where splits come from: `folders`, `files`, `column` or `none`.
+        missing: `null` keeps images without a value of a condition, which train that condition's unconditional case;
+            `leave_out` does not encode them.
+        allow_partial: accept requested conditions that a whole split lacks.
         num_proc: on a CPU, encode in this many processes.
         max_left_out: the share of images that may be left out because they cannot be used; more stop the build.
+        dry_run: only print what was understood of the source.
         push_to_hub: upload the finished cache as this dataset (`OWNER/NAME`).
         private: make that repository private if it is a new one.
 
@@ -128,13 +143,28 @@ def prepare_latents(
     if geometry.resolution is None:
         raise ValueError("resolution is needed: all latents of a cache have one shape")
     final = Path(output_dir)
+    options = SourceOptions(
+        dataset_config_name=dataset_config_name,
+        split=split,
+        num_images=num_images,
+        seed=seed,
+        avatar_size=max(geometry.resolution),
+        image_column=image_column,
+        conditions=parse_conditions(conditions),
+        split_from=split_from,
+        missing=missing,
+        allow_partial=allow_partial,
+    )
 
     # Source and VAE. The main rank downloads or renders first; the others find the result on the disk.
     with state.main_process_first():
-        opened = open_source(source, dataset_config_name, split, num_images, seed, max(geometry.resolution))
+        opened = open_source(source, options)
+    if state.is_main_process:
+        print("\n".join(opened.plan.lines()), flush=True)
+    if dry_run:
+        return final
+    with state.main_process_first():
         model = load_vae(vae, state.device)
-    if opened.unused and state.is_main_process:
-        print(f"{source}: columns that cannot be conditions: {', '.join(opened.unused)}", flush=True)
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
     identity = cache_identity(opened, model, geometry, flip)

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.contents import SplitFrom
 from ..data.images import open_images
 from ..data.sources import MAX_LEFT_OUT
 from ..data.splits import is_held_out
@@ -34,6 +35,10 @@ def train_autoencoder(
     resolution: int = 64,
     crop: str = "center",
     num_images: int | None = None,
+    split: str | None = None,
+    dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    split_from: SplitFrom | None = None,
     max_train_steps: int = 10_000,
     train_batch_size: int = 16,
     learning_rate: float = 2e-3,
@@ -52,7 +57,11 @@ def train_autoencoder(
         output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
         resolution: side of the square training images in pixels, divisible by 4; the trained VAE takes any size.
         crop: see [`open_images`].
-        num_images: number of images of the source; all by default.
+        num_images: take so many images of the training split (or of `split`), spread over classes and folders.
+        split: only this split of the source.
+        dataset_config_name: configuration of a dataset on the Hub.
+        image_column: the column of images, where a dataset has several.
+        split_from: where splits come from: `folders`, `files`, `column` or `none`.
         max_train_steps: optimizer steps.
         train_batch_size: images per step.
         learning_rate: AdamW's learning rate before the decay.
@@ -83,7 +92,19 @@ def train_autoencoder(
     torch.manual_seed(seed)
 
     # Images.
-    images = _readable(open_images(source, resolution, crop, num_images, seed=seed))
+    opened = open_images(
+        source,
+        resolution,
+        crop,
+        num_images=num_images,
+        split=split,
+        seed=seed,
+        dataset_config_name=dataset_config_name,
+        image_column=image_column,
+        split_from=split_from,
+        verbose=True,
+    )
+    images = _readable(opened)
     train, validation = _hold_out(images)
     if not len(validation) or len(train) < train_batch_size:
         raise ValueError(f"source {source}: {len(images)} images are too few for batches of {train_batch_size}")
