@@ -44,7 +44,7 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
         left_out: List to which images with a bad or duplicate row are added.
 
     Returns:
-        One table per list. A bad row is empty.
+        One table per list. A bad row is None.
     """
     tables = []
     # In reverse order .txt comes before .csv, which then takes its place.
@@ -65,7 +65,7 @@ def read_celeba_lists(folder: Path, names: list[str], left_out: list[tuple[str, 
             table.spelled[key] = image_id
             if reason:
                 left_out.append((image_id, f"{reason} in line {number} of {table.name}"))
-                table.rows[key] = {}
+                table.rows[key] = None
             else:
                 if stem == "list_eval_partition":
                     values = [CELEBA_PARTITION[values[0]]]

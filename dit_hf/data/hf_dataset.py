@@ -182,7 +182,7 @@ def _files_by_split(names: list[str], options: SourceOptions, contents: Contents
     files: dict[str, list[str]] = {}
     for name in names:
         files.setdefault(named[name] or "train", []).append(name)
-    return files
+    return {split: files[split] for split in ("train", "validation", "test") if split in files}
 
 
 def _split_of_path(name: str) -> str | None:

@@ -154,7 +154,8 @@ def _classes(
     column = classes_by_folder(names, contents.split_origin == "by folder", options, contents)
     if column is not None and labels:
         # ImageNet's training images lie in folders of classes; a list gives those of the validation images.
-        column.values = [labels.get(name, value) for name, value in zip(names, column.values, strict=True)]
+        pairs = zip(names, column.values, strict=True)
+        column.values = [labels.get(name) if value is None else value for name, value in pairs]
         column.origin += f" and {shortened(sorted({PurePosixPath(name).name for name in label_files}))}"
     return column
 

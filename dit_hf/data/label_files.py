@@ -32,9 +32,11 @@ def read_label_files(folder: Path, label_files: list[str], names: list[str]) -> 
         if kind == DATASET_JSON:
             labels |= {f"{prefix}{name}": label for name, label in _dataset_json(path)}
         else:
-            # The lists name files of the validation images alone, without their folders.
+            # The lists name the validation images alone, without their folders: all of ImageNet's in a folder `val`,
+            # and those of Tiny ImageNet below the list's own.
             by_stem = _imagenet_solution(path) if kind == IMAGENET_SOLUTION else _tiny_imagenet(path)
-            stems = {name: PurePosixPath(name).stem for name in names}
+            place = "val/" if kind == IMAGENET_SOLUTION else prefix
+            stems = {name: PurePosixPath(name).stem for name in names if place in name}
             labels |= {name: by_stem[stem] for name, stem in stems.items() if stem in by_stem}
     return labels
 

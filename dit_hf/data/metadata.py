@@ -24,12 +24,12 @@ class Table:
 
     Attributes:
         name: Name of the file, for messages.
-        rows: Values by column, by the key of the image. A row that cannot be used is empty.
+        rows: Values by column, by the key of the image. A row that cannot be used is None.
         spelled: The key as the file spells it, by key.
     """
 
     name: str
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,7 +60,7 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
                 split = split_named(str(row["split"]))
                 if split is None:
                     left_out.append((key, f"split {row['split']!r} is unknown, in row {number} of {name}"))
-                    table.rows[key] = {}
+                    table.rows[key] = None
                     continue
                 row["split"] = split
             table.rows[key] = row
@@ -121,7 +121,7 @@ def check_header(path: Path, names: Sequence[str], column: str) -> None:
         raise ValueError(f"{path} has no column {column}; it has {', '.join(names)}")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"{path} has {len(twice)} names of columns twice: {', '.join(twice)}; rename one of each")
+        raise ValueError(f"{path} has columns of one name: {', '.join(twice)}")
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def join_tables(
     for table in tables:
         for key, row in table.rows.items():
             spelled = table.spelled[key]
-            if row and key not in present and spelled not in listed:
+            if row is not None and key not in present and spelled not in listed:
                 missing.setdefault(key, (spelled, []))[1].append(table.name)
     left_out += [(name, f"no such picture; it has a row in {' and '.join(files)}") for name, files in missing.values()]
 
@@ -163,6 +163,7 @@ def join_tables(
         without = [table.name for table in tables if key not in table.rows]
         if without:
             left_out.append((image_id, f"no row in {' and '.join(without)}"))
-        elif all(table.rows[key] for table in tables):  # an empty row is in `left_out` already
-            described[image_id] = {name: value for table in tables for name, value in table.rows[key].items()}
+        rows = [table.rows[key] for table in tables if key in table.rows]
+        if not without and None not in rows:  # an unusable row is in `left_out` already
+            described[image_id] = {name: value for row in rows if row is not None for name, value in row.items()}
     return described

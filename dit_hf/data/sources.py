@@ -154,6 +154,7 @@ def _assemble(
         plan.conditions[name] = ""  # described when all rows are known
     assert contents.images is not None  # every reader sets them
     rows = concatenate_datasets([Dataset.from_dict(data, Features(features)), contents.images], axis=1)
+    rows = rows.select_columns(["id", "image", *(name for name in data if name != "id")])
 
     # Rows that are left out, of the requested split.
     left_out = contents.left_out

@@ -3,23 +3,49 @@ import pytest
 from datasets import ClassLabel, Value
 
 from dit_hf.data.conditions import infer_condition, remap_class_ids
+from dit_hf.data.contents import Column
 
 
-def test_columns_that_can_be_conditions():
-    assert infer_condition([True, False, None]) == ([1, 0, -1], Value("int8"))
-    assert infer_condition(["-1", "1", ""]) == ([0, 1, -1], Value("int8"))
-    assert infer_condition([0, 2, 1] * 2)[1] == ClassLabel(num_classes=3)
-    assert infer_condition(["b", "a", "b", "a"]) == ([1, 0, 1, 0], ClassLabel(names=["a", "b"]))
-    assert infer_condition(["10", "9", "2"] * 2)[0] == [10, 9, 2] * 2
-    assert infer_condition(["001", "010", None] * 2) == ([0, 1, -1] * 2, ClassLabel(names=["001", "010"]))
-    assert infer_condition([2019, 2021] * 2) == ([0, 1] * 2, ClassLabel(names=["2019", "2021"]))
-    assert infer_condition(["0", "1", "x"] * 2) == ([0, 1, 2] * 2, ClassLabel(names=["0", "1", "x"]))
-    assert infer_condition(list(range(20))) is None  # running numbers
-    assert infer_condition([-1, 2] * 2) is None
-    assert infer_condition(["one", "two", "three"]) is None  # free text
-    assert infer_condition([0.5, 1.0]) is None
-    assert infer_condition([1, 10177]) is None
-    assert infer_condition([None, None]) is None
+def infer(*values, requested=False, **column):
+    return infer_condition(Column(list(values), **column), requested)
+
+
+def test_yes_and_no_in_every_spelling():
+    assert infer(True, False, None) == ([1, 0, None], Value("int8"))
+    for yes, no in (("yes", "NO"), ("1", "0"), (1.0, 0.0), ("True", "false"), ("1.0", "0.0"), (1, 0)):
+        for missing in ("", "NA", "nan", float("nan"), None, "null", " None "):
+            assert infer(yes, no, missing) == ([1, 0, None], Value("int8"))
+    # -1 is no in CelebA's lists alone.
+    assert infer("-1", "1", signed=True) == ([0, 1], Value("int8"))
+    assert infer(-1, 1, -1, 1) == "2 values, -1 to 1 (--conditions reads them as classes)"
+    assert infer(-1, 0, 1, requested=True) == ([0, 1, 2], ClassLabel(names=["-1", "0", "1"]))
+
+
+def test_names_are_classes():
+    assert infer("b", "a", "b", "a") == ([1, 0, 1, 0], ClassLabel(names=["a", "b"]))
+    assert infer(*["001", "010", None] * 2) == ([0, 1, None] * 2, ClassLabel(names=["001", "010"]))
+    assert infer(*["0", "1", "x"] * 2) == ([0, 1, 2] * 2, ClassLabel(names=["0", "1", "x"]))
+    assert infer("one", "two", "three") == "3 different texts in 3 rows"
+    assert infer("one", "two", "three", requested=True)[1] == ClassLabel(names=["one", "three", "two"])
+    assert infer("a", "a", "a") == "always a"
+
+
+def test_whole_numbers_are_classes_only_where_that_is_said():
+    assert infer(*[0, 2, 1] * 2) == "3 values, 0 to 2 (--conditions reads them as classes)"
+    for said in ({"requested": True}, {"declared": True}):
+        assert infer(*[0, 2, 1] * 2, **said) == ([0, 2, 1] * 2, ClassLabel(num_classes=3))
+        assert infer(*["10", "9", "2"] * 2, **said)[0] == [10, 9, 2] * 2
+        assert infer(*[2019, 2021] * 2, **said) == ([0, 1] * 2, ClassLabel(names=["2019", "2021"]))
+    assert infer("0", "1", declared=True) == ([0, 1], ClassLabel(num_classes=2))
+    # The ids of classes with names, of which -1 is how the Hub spells a missing label.
+    assert infer(1, None, -1, labels=["cat", "dog"]) == ([1, None, None], ClassLabel(names=["cat", "dog"]))
+
+
+@pytest.mark.parametrize("requested", [False, True])
+def test_what_is_never_a_condition(requested):
+    assert infer(0.5, 1.0, requested=requested) == "numbers, 0.5 to 1"
+    assert infer(None, "", requested=requested) == "no values"
+    assert infer([1], [2], requested=requested) == "lists or structures"
 
 
 def test_class_ids_follow_the_names_from_a_dataset_to_a_model():
@@ -27,6 +53,7 @@ def test_class_ids_follow_the_names_from_a_dataset_to_a_model():
     assert remap_class_ids("class", ids, ["cat", "owl"], animals).tolist() == [2, 0, 2]
     # A class of which there is no image may be unknown to the model.
     assert remap_class_ids("class", ids, ["cat", "owl", "yak"], animals).tolist() == [2, 0, 2]
+    assert remap_class_ids("class", np.array([1, -1]), ["cat", "owl"], animals).tolist() == [2, -1]
     with pytest.raises(ValueError, match="class='yak' is unknown to the model; valid names are cat, dog, owl"):
         remap_class_ids("class", ids, ["cat", "yak"], animals)
 

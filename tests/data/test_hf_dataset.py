@@ -8,6 +8,7 @@ from celeba import save_image, small_image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from dit_hf import open_images
+from dit_hf.data.contents import SourceOptions
 from dit_hf.data.hf_dataset import read_hf_dataset
 from dit_hf.data.sources import open_source
 
@@ -48,10 +49,15 @@ def test_parquet_shards_and_saved_datasets(tmp_path):
 def test_a_column_that_a_split_lacks_has_no_values_there(tmp_path):
     parts = {"train": data_set(4).remove_columns("kind"), "test": data_set(2).remove_columns("Smiling")}
     DatasetDict(parts).save_to_disk(tmp_path)
-    _, images, _, columns = read_hf_dataset(str(tmp_path), None)
-    assert len(images) == 6
-    assert columns["Smiling"].values == [True, False, True, False, None, None]
-    assert columns["kind"].values == [None, None, None, None, 0, 1]
+    contents = read_hf_dataset(str(tmp_path), SourceOptions())
+    assert len(contents.images) == 6
+    assert contents.columns["Smiling"].values == [True, False, True, False, None, None]
+    assert contents.columns["kind"].values == [None, None, None, None, 0, 1]
+    # If it was requested, a split without it is an error, unless that is accepted.
+    for conditions in (["Smiling"], ["Smiling", "kind"]):
+        with pytest.raises(ValueError, match="--conditions Smiling: no test image has a value"):
+            open_source(str(tmp_path), SourceOptions(conditions=conditions))
+    assert len(open_source(str(tmp_path), SourceOptions(conditions=["kind"], allow_partial=True)).rows) == 6
 
 
 def test_webdataset(tmp_path):

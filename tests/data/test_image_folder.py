@@ -1,6 +1,8 @@
+import pytest
 from celeba import save_image
 from datasets import ClassLabel
 
+from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
 
 
@@ -13,8 +15,18 @@ def test_subfolders_are_classes_and_splits(tmp_path):
     assert rows["split"] == ["train", "train", "validation", "validation"]
     assert rows.features["class"] == ClassLabel(names=["cat", "dog"])
     assert rows["class"] == [0, 1, 0, 1]
-    save_image(tmp_path / "train" / "c.png")  # at another depth: subfolders are no classes here
-    assert "class" not in open_source(str(tmp_path)).rows.column_names
+    # Images beside the folders of classes have no class.
+    save_image(tmp_path / "train" / "c.png")
+    source = open_source(str(tmp_path))
+    assert source.rows["class"] == [None, 0, 1, 0, 1]
+    assert source.plan.conditions["class"] == "2 classes: cat 2, dog 2; 1 without a value (folder)"
+    # At several depths below, it is not clear which folder is the class.
+    save_image(tmp_path / "train" / "dog" / "pug" / "d.png")
+    with pytest.raises(ValueError, match="1 and 2 folders deep: --conditions class takes the last folder"):
+        open_source(str(tmp_path))
+    rows = open_source(str(tmp_path), SourceOptions(conditions=["class"])).rows
+    assert rows.features["class"].names == ["cat", "dog", "pug"]
+    assert "class" not in open_source(str(tmp_path), SourceOptions(conditions=[])).rows.column_names
 
 
 def test_subfolders_of_any_names_are_classes_except_those_of_a_thousand_images_each(tmp_path):

@@ -32,7 +32,10 @@ def test_metadata(tmp_path, name):
     assert source.rows["id"] == ["images/0.png", "images/1.png", "images/2.png"]
     assert source.rows["smiling"] == [1, 0, 0]
     assert "caption" not in source.rows.column_names
-    assert source.unused == ["age", "caption"]  # two ages of three images are too few to be classes
+    assert source.plan.contents.unused == {
+        "column age": "2 different texts in 3 rows",  # too few to be classes
+        "column caption": "3 different texts in 3 rows",
+    }
     left_out = dict(source.left_out)
     assert left_out["images/2.png"].startswith("duplicate row: 4")
     assert left_out["images/3.png"] == f"no row in {name}"
@@ -44,10 +47,12 @@ def test_metadata(tmp_path, name):
     ("text", "message"),
     [
         ("name\na", "no column file_name"),
+        ("file_name,label,label\na.png,1,2", "columns of one name: label"),
         (f'file_name,text\na,"{"x" * 200_000}', "metadata.csv cannot be read .*is there a quote that is not closed"),
     ],
 )
 def test_bad_metadata_is_a_one_line_error(tmp_path, text, message):
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         open_source(str(tmp_path))

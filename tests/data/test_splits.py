@@ -1,8 +1,10 @@
 import hashlib
 
 import numpy as np
+import pytest
 from celeba import save_image
 
+from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
 from dit_hf.data.splits import is_held_out
 
@@ -21,7 +23,7 @@ def test_folders_are_splits_beside_metadata_too(tmp_path):
         "train/1.png": "train",
     }
     assert rows["size"] == [1, 1, 0]
-    assert open_source(str(tmp_path), split="test").rows["id"] == ["test/0.png"]
+    assert open_source(str(tmp_path), SourceOptions(split="test")).rows["id"] == ["test/0.png"]
     # If some rows have a split, rows without one are left out.
     with open(tmp_path / "test" / "metadata.jsonl", "w") as file:
         file.write('{"file_name": "0.png", "size": 1, "split": "val"}\n')
@@ -43,12 +45,15 @@ def test_held_out_share_depends_on_the_id_alone():
     assert [i for i, held in zip(ids[:200], held_out, strict=False) if held] == HELD_OUT
 
 
-def test_folders_are_splits_only_if_all_of_them_are(tmp_path):
+def test_one_folder_named_like_a_split_is_ambiguous(tmp_path):
     for name in ("Training", "DEV", "eval"):
         save_image(tmp_path / "splits" / name / "a.png")
     assert open_source(str(tmp_path / "splits")).rows["split"] == ["validation", "train", "test"]
     for name in ("ship/a.png", "ship/b.png", "train/a.png", "train/b.png"):  # classes
         save_image(tmp_path / "vehicles" / name)
-    rows = open_source(str(tmp_path / "vehicles")).rows
+    with pytest.raises(ValueError, match="train/ is named like a split, ship/ beside it is not: --split_from folders"):
+        open_source(str(tmp_path / "vehicles"))
+    assert len(open_source(str(tmp_path / "vehicles"), SourceOptions(split_from="folders")).rows) == 2
+    rows = open_source(str(tmp_path / "vehicles"), SourceOptions(split_from="none")).rows
     assert "split" not in rows.column_names
     assert rows.features["class"].names == ["ship", "train"]

@@ -1,0 +1,84 @@
+import io
+import json
+import tarfile
+
+import pytest
+from celeba import small_image
+from datasets import Dataset
+from layouts import classes, read
+
+from dit_hf.data.webdataset import split_name
+
+
+def stored(kind="png"):
+    file = io.BytesIO()
+    small_image().save(file, kind)
+    return file.getvalue()
+
+
+def write_archive(path, files):
+    """Write a tar of (name, content), in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def test_a_key_ends_at_the_first_dot_of_the_last_part():
+    assert split_name("./a.b/photo v1.0.jpg") == ("a.b/photo v1", "0.jpg")
+    assert split_name("000/0001.seg.png") == ("000/0001", "seg.png")
+    assert split_name("a/._0001.jpg")[1] is None
+    assert split_name("a/README")[1] is None
+
+
+def test_names_with_dots_that_clash_are_named(tmp_path):
+    write_archive(tmp_path / "a.tar", [(f"photo v1.{i}.jpg", stored("jpeg")) for i in range(3)])
+    with pytest.raises(ValueError, match=r"the key 'photo v1' has two images, photo v1.0.jpg and photo v1.1.jpg"):
+        read(tmp_path)
+
+
+def test_samples_may_differ_in_the_suffix_of_their_image_and_in_their_values(tmp_path):
+    files = []
+    for i in range(8):
+        image = (f"{i}.jpg", stored("jpeg")) if i < 6 else (f"{i}.png", stored())
+        files += [image, (f"{i}.cls", str(i % 2).encode())]
+        files += [(f"{i}.txt", b"a caption")] + ([(f"{i}.json", b'{"meta": {"smiling": true}}')] if i else [])
+    write_archive(tmp_path / "a.tar", files)
+    source = read(tmp_path)
+    assert list(classes(source, "cls").values()) == ["0", "1"] * 4
+    assert source.rows["smiling"] == [None] + [1] * 7
+    assert source.plan.contents.unused == {"files in the archives": "8 .txt"}
+    assert all(row["image"]["bytes"] for row in source.rows)
+
+
+def test_equal_keys_in_two_splits_stay_apart(tmp_path):
+    for split in ("train", "val"):
+        write_archive(tmp_path / split / "00000.tar", [(f"{i}.png", stored()) for i in range(2)])
+    source = read(tmp_path)
+    assert source.rows["id"] == [f"{split}/00000/{i}" for split in ("train", "validation") for i in range(2)]
+    assert source.plan.counts == {"train": 2, "validation": 2}
+
+
+def test_the_tables_that_img2dataset_writes_beside_its_archives_are_not_the_dataset(tmp_path):
+    write_archive(tmp_path / "00000.tar", [("0.png", stored()), ("0.json", json.dumps({"url": "u"}).encode())])
+    Dataset.from_dict({"url": ["u"], "key": ["0"]}).to_parquet(tmp_path / "00000.parquet")
+    source = read(tmp_path)
+    assert source.rows["id"] == ["00000/0"]
+    assert source.plan.contents.unused["files"] == "1 .parquet"
+
+
+def test_an_archive_that_changes_is_read_again(tmp_path):
+    write_archive(tmp_path / "a.tar", [("0.png", stored())])
+    assert len(read(tmp_path).rows) == 1
+    write_archive(tmp_path / "a.tar", [("0.png", stored()), ("1.png", stored())])
+    assert len(read(tmp_path).rows) == 2
+
+
+def test_a_broken_archive_is_one_line(tmp_path):
+    write_archive(tmp_path / "a.tar", [("0.png", stored())])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"a\.tar") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
