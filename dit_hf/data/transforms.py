@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from ..pipelines.image_inputs import to_rgb
+from ..pipelines.image_inputs import open_image, to_rgb
 from ..storage import first_line
 
+# Part of what identifies a cache, raised whenever the same file becomes other pixels. Version 1, of dit_hf 0.1.0,
+# ignored color profiles and read 32-bit integers as 16-bit ones.
+DECODING_VERSION = 2
 CROPS = ("celeba-178", "celeba-140", "center", "none")
 
 
@@ -40,10 +42,10 @@ class Geometry:
             raise ValueError(f"crop={self.crop!r} is unknown; valid names are {', '.join(CROPS)}")
 
     def fit(self, image: PILImage.Image) -> PILImage.Image:
-        """Return `image` turned by its EXIF orientation, as RGB, cropped and resized.
+        """Return `image` turned by its EXIF orientation, as RGB in sRGB, cropped and resized.
 
         Raises:
-            ValueError: if the image is smaller than the crop, or its pixels are neither 8 nor 16 bits wide.
+            ValueError: if the image is smaller than the crop, or its pixels cannot be read as 8 bits, see `to_rgb`.
         """
         image = to_rgb(image, self.background)
         box = self._box(image.width, image.height)
@@ -105,7 +107,7 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
             data = Path(stored["path"]).read_bytes()
         if not data:
             raise ValueError("no image" if data is None else "an empty file")
-        with PILImage.open(io.BytesIO(data)) as image:
+        with open_image(data, stored.get("path") or str(row["id"])) as image:
             return geometry.fit(image)
     except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
         raise ValueError(f"{row['id']}: {_reason(error)}") from error
