@@ -23,10 +23,11 @@ from datasets import (
     load_from_disk,
 )
 
+from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line
 from .celeba import CELEBA_LISTS
 from .contents import Column, Contents, SourceOptions, shortened
-from .image_folder import EXTENSIONS, walk
+from .image_folder import walk
 from .metadata import METADATA
 from .splits import split_named
 from .webdataset import read_archive
@@ -53,7 +54,7 @@ def holds_dataset(folder: Path) -> bool:
         suffix = file.suffix.lower()
         if file.name in METADATA or file.stem in CELEBA_LISTS:
             return False
-        if suffix in EXTENSIONS:
+        if suffix in IMAGE_SUFFIXES:
             num_images, first_image = num_images + 1, first_image or name
         elif suffix in _LOADERS:
             shards.append(name)

@@ -22,14 +22,15 @@ from typing import Any
 
 from datasets import Dataset, Features, Image
 
+from ..pipelines.image_inputs import HEIF_SUFFIXES, IMAGE_SUFFIXES
 from .celeba import CELEBA_HQ_MAPPING, CELEBA_LISTS, celeba_images, read_celeba_lists
 from .contents import Column, Contents, SourceOptions, shortened
 from .folder_levels import classes_by_folder, splits_by_file_name, splits_by_folder
 from .label_files import DATASET_JSON, LABEL_FILES, read_label_files
 from .metadata import METADATA, Table, join_tables, read_metadata
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-UNREAD_EXTENSIONS = (".heic", ".heif", ".jp2", ".jxl")  # images that are not read, but listed as left out
+# Images that are not read, but listed as left out: HEIF only without pillow-heif.
+UNREAD_SUFFIXES = tuple(suffix for suffix in (*HEIF_SUFFIXES, ".jxl") if suffix not in IMAGE_SUFFIXES)
 CACHE_INFO = "latents.json"  # the file that makes a folder a latent cache
 # What other programs leave behind: thumbnails, recycle bins, halves of Macintosh files. Names in lower case.
 _SYSTEM_NAMES = {"@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini", "__macosx"}
@@ -64,7 +65,7 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     files = scan(folder)
     if not files.sizes:
         first = f"; {len(files.left_out)} left out, {': '.join(files.left_out[0])}" if files.left_out else ""
-        raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(EXTENSIONS)}){first}")
+        raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)}){first}")
     contents = Contents("folder of images", left_out=files.left_out)
     contents.unused |= {f"folder {name}": reason for name, reason in files.skipped.items()}
     if files.others:
@@ -200,10 +201,10 @@ def scan(folder: Path) -> Files:
     files = Files()
     for name, entry in walk(folder, files.skipped):
         suffix = PurePosixPath(name).suffix.lower()
-        if suffix not in EXTENSIONS:
+        if suffix not in IMAGE_SUFFIXES:
             if entry.name in METADATA + LABEL_FILES or PurePosixPath(name).stem in (*CELEBA_LISTS, CELEBA_HQ_MAPPING):
                 files.lists.append(name)
-            elif suffix in UNREAD_EXTENSIONS:
+            elif suffix in UNREAD_SUFFIXES:
                 files.left_out.append((printable(name), f"{suffix} is not read: convert it to .jpg or .png"))
             else:
                 files.others[suffix or "without a suffix"] += 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .image_folder import EXTENSIONS
+from ..pipelines.image_inputs import IMAGE_SUFFIXES
 
 
 @dataclass
@@ -77,7 +77,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 def _add(sample: Sample, suffix: str, member: tarfile.TarInfo, archive: tarfile.TarFile, path: Path) -> None:
     """Add a file of the archive to its sample."""
     last = "." + suffix.rpartition(".")[2].lower()
-    if last in EXTENSIONS:
+    if last in IMAGE_SUFFIXES:
         if sample.image is not None:
             raise ValueError(
                 f"{path}: the key {sample.key!r} has two images, {sample.image_name} and {member.name}; a key ends at "

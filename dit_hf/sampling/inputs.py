@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.image_folder import EXTENSIONS
 from ..data.transforms import Geometry, decode_image
 from ..latents.reader import LatentReader
+from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .writer import FILM, GRID, SETTINGS
 
@@ -107,7 +107,7 @@ def _image_files(given: str | None) -> list[Path]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     left_out = {GRID, FILM} if (path / SETTINGS).is_file() else set()
     files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
-    images = [p for p in files if p.is_file() and p.suffix.lower() in EXTENSIONS]
+    images = [p for p in files if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise ValueError(f"{path}: no image there ({', '.join(EXTENSIONS)})")
+        raise ValueError(f"{path}: no image there ({', '.join(IMAGE_SUFFIXES)})")
     return images
