@@ -47,3 +47,23 @@ def test_balanced_accuracy_gives_no_credit_for_the_frequent_value():
 def test_training_a_head_is_deterministic():
     features, conditions = synthetic_features(300, 0)
     assert train_head(features, conditions).held_out == train_head(features, conditions).held_out
+
+
+def test_images_without_a_value_neither_train_the_head_nor_count():
+    features, conditions = synthetic_features(1500, 0)
+    some = np.random.default_rng(4).random(1500) < 0.5
+    unlabelled = {"yes": np.where(some, conditions["yes"], -1), "kind": conditions["kind"], "never": np.full(1500, -1)}
+    head = train_head(features, unlabelled)
+    assert head.held_out["yes"] > 0.9
+    assert head.held_out["never"] == 0
+    features, conditions = synthetic_features(600, 1)
+    rows = rows_of(conditions)
+    for row, has_value in zip(rows, np.arange(600) < 200, strict=True):
+        if not has_value:
+            row["yes"] = 1 - row["yes"]  # wrong, but for the first 200
+    wrong = head.accuracy(features, rows)["by_attribute"]["yes"]["drawn"]
+    for row in rows[200:]:
+        del row["yes"]
+    accuracy = head.accuracy(features, rows)
+    assert wrong < 0.5 < 0.9 < accuracy["by_attribute"]["yes"]["drawn"]
+    assert "never" not in accuracy["by_attribute"]

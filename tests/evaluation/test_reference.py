@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from celeba import save_image
 
 from dit_hf import open_images
 from dit_hf.cli import main
@@ -67,3 +68,13 @@ def test_a_missing_source_is_one_line(tmp_path, capsys):
     assert main(["reference", "nowhere", "--output_dir", str(tmp_path / "out")]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_attributes_without_a_value_are_not_requested(net, tmp_path):
+    for i in range(4):
+        save_image(tmp_path / "source" / f"{i}.png")
+    rows = "0.png,1,0\n1.png,,1\n2.png,0,NA\n3.png,,"
+    (tmp_path / "source" / "metadata.csv").write_text(f"file_name,Smiling,Male\n{rows}")
+    statistics = load_reference(reference(str(tmp_path / "source"), str(tmp_path / "out"), net, resolution="16"))
+    requested = statistics.attributes(["Smiling", "Male"])
+    assert requested == [{"Smiling": 1, "Male": 0}, {"Male": 1}, {"Smiling": 0}, {}]
