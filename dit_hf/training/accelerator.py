@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,12 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
         tracker: The tracker to log with (see `choose_tracker`); None is none.
         cpu: Whether the machine has no accelerator.
         log: Receives a line if the requested precision is not available.
+
+    Raises:
+        ValueError: for a setting of accelerate's that this trainer does not support.
     """
+    _refuse_unsupported(os.environ)
+
     # The recipe decides the precision, then `accelerate launch`, and without either fp16 on a GPU.
     precision = train.mixed_precision
     if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
@@ -48,6 +53,9 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 
+    if accelerator.device.type == "xla":
+        raise ValueError("XLA is not supported: launch on CUDA, MPS, XPU or CPU devices")
+
     # Dynamo's DDP optimizer would split every compiled block at DDP's buckets. And every kind of model, batch and
     # precision that a process trains or samples with compiles the blocks' code once more: with `fullgraph`, the ninth
     # would be an error by default. Both options belong to a module with a leading underscore; read in torch 2.13.
@@ -58,6 +66,21 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         log("no GPU: training in float32 instead of fp16")
     return accelerator
+
+
+def _refuse_unsupported(environment: Mapping[str, str]) -> None:
+    """Refuse what `accelerate launch` was configured to do and this trainer would do wrong or not at all.
+
+    The variables are those that accelerate 1.15 sets for its processes.
+    """
+    chosen = {name for name, value in environment.items() if value.lower() == "true"}
+    if "ACCELERATE_USE_DEEPSPEED" in chosen or "ACCELERATE_USE_MEGATRON_LM" in chosen:
+        name = "DeepSpeed" if "ACCELERATE_USE_DEEPSPEED" in chosen else "Megatron-LM"
+        raise ValueError(f"{name} is not supported; recipes/accelerate/ has configurations for DDP and FSDP2")
+    if "ACCELERATE_USE_FSDP" in chosen and environment.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP1 is not supported; set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml")
+    if environment.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp8":
+        raise ValueError("mixed_precision fp8 is not supported; expected no, fp16 or bf16")
 
 
 def effective_precision(mixed_precision: str, device: torch.device) -> Precision:

@@ -59,3 +59,19 @@ def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
     if "fsdp2" in name:
         assert environment["FSDP_VERSION"] == "2"
         assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in LatentDiTTransformer2DModel._no_split_modules
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; recipes/accelerate/ has"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported; set fsdp_version: 2"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported; expected no, fp16 or bf16"),
+    ],
+)
+def test_settings_of_accelerate_that_are_not_supported_are_refused(tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        build_accelerator(TrainConfig(output_dir=str(tmp_path)), None, cpu=True, log=print)
