@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..hub.background_push import BackgroundPush
-from ..latents.cache import parse_identity
+from ..latents.cache import content_sha256
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -138,7 +138,7 @@ class Trainer:
             if train.push_to_hub and train.hub_model_id
             else None
         )
-        self.validation = choose_validation(config, list(self.reader.conditions), self.step, print_once)
+        self.validation = choose_validation(config, self.reader, self.step, print_once)
         self.quality = SampleQuality(config, self.reader, self.accelerator) if train.evaluation_steps else None
 
     def exclusive(self, run: Path) -> contextlib.AbstractContextManager[None]:
@@ -304,7 +304,7 @@ class Trainer:
         cache = self.reader.info["identity"]
         recipe["found"] = {
             "pictures": len(self.reader),
-            "pictures_sha256": parse_identity(cache)["source"]["sha256"],
+            "pictures_sha256": content_sha256(self.reader.info),
             "crop": cache["crop"],
             "flip": cache["flip"],
             "vae_sha256": self.reader.info["vae_sha256"],

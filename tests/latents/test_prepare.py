@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from dit_hf import LatentDiTPipeline, open_images
 from dit_hf.cli import main
 from dit_hf.data.avatars import ATTRIBUTES, choose_face, render_face
-from dit_hf.latents import encode as shards
+from dit_hf.latents import shards
 from dit_hf.latents.cache import format_identity, open_latents, parse_identity
 from dit_hf.latents.encode import ShardEncoder
 from dit_hf.latents.prepare import prepare_latents
@@ -236,11 +236,11 @@ def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards
     whole = prepare_latents("avatars", str(tmp_path / "whole"), *options, num_images=70)
     encoded, encode = [], ShardEncoder._encode_batch
 
-    def stop_in_the_third_shard(self, batch, **kwargs):
-        encoded.append(batch["id"][0])
+    def stop_in_the_third_shard(self, table, *others):
+        encoded.append(table["id"][0])
         if len(encoded) == 6:
             raise Stopped
-        return encode(self, batch, **kwargs)
+        return encode(self, table, *others)
 
     monkeypatch.setattr(ShardEncoder, "_encode_batch", stop_in_the_third_shard)
     with pytest.raises(Stopped):
@@ -289,7 +289,7 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
         render_face(choose_face(0, i), 32).save(source / f"{i}.png")
     prepare_latents(str(source), str(tmp_path / "latents"), str(vae_folder), "16")
     render_face(choose_face(1, 0), 32).save(source / "5.png")
-    with pytest.raises(FileExistsError, match=r"source faces, 6 images \(\w+\), now faces, 6 images \(\w+\)"):
+    with pytest.raises(FileExistsError, match=r"other images: 1 of 6 images have changed, first 5\.png; name"):
         prepare_latents(str(source), str(tmp_path / "latents"), str(vae_folder), "16")
     render_face(choose_face(0, 5), 32).save(source / "5.png")
     other_vaes()["tiny"].save_pretrained(tmp_path / "vae")
@@ -313,7 +313,7 @@ def test_identity_keeps_the_spelling_of_format_2():
     identity = parse_identity(written)
     assert identity["source"] == {"name": "faces, 3 pictures (x)", "num_images": 60, "sha256": "64b3bbef2596"}
     assert identity["vae"] == {"name": "vae (1)", "sha256": "1e475c2136fa"}
-    assert identity["resolution"] == (16, 24)
+    assert identity["resolution"] == {"height": 16, "width": 24}
     assert json.dumps(format_identity(identity)) == json.dumps(written)
     with pytest.raises(ValueError, match="unreadable vae: 'vae'"):
         parse_identity({**written, "vae": "vae"})
