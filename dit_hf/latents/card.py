@@ -105,7 +105,8 @@ configs:
 
 Each row is an image: its `id`, its `split`, the SHA-256 of its file, the latents (flattened, channels first; mean and
 standard deviation of the VAE's posterior where it has one, `_flip` those of the mirrored image) and the conditions
-(null where unknown). `latents.json` has the statistics of each channel, the settings, and size and SHA-256 of every file.
+(null where unknown). `latents.json` has the statistics of each channel, the settings, and size and SHA-256 of every
+file.
 
 ```python
 from datasets import load_from_disk

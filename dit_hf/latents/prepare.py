@@ -272,11 +272,17 @@ def _build(final: Path, spec: CacheSpec, num_proc: int, state: PartialState) -> 
                 shutil.rmtree(partial / "building")
                 put_in_place(partial, final)
         except BaseException:
-            # A folder without any finished shard would only keep its name from being used for something else.
-            if state.is_main_process and not [*partial.glob("data-*.arrow"), *partial.glob(CACHE_INFO)]:
+            # A folder without any latents would only keep its name from being used for something else.
+            if state.is_main_process and not _holds_latents(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     state.wait_for_everyone()
+
+
+def _holds_latents(partial: Path) -> bool:
+    """Check whether an unfinished cache holds any image."""
+    notes = [path for path in partial.glob("building/*.json") if path.stem.isdigit()]
+    return (partial / CACHE_INFO).is_file() or any(json.loads(path.read_text())["count"] for path in notes)
 
 
 def _encode(final: Path, job: Job, spec: CacheSpec, shards: list[int], num_proc: int, state: PartialState) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,7 +77,8 @@ class LatentReader:
         Raises:
             ValueError: if the cache has no image in the split.
         """
-        other = copy.copy(self)
+        other = object.__new__(LatentReader)  # `copy` would reopen the cache, as `pickle` does
+        other.__dict__.update(self.__dict__)
         other.split, other.indices, other._permutation = split, self._rows_of_split(split), None
         return other
 

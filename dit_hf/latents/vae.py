@@ -111,7 +111,7 @@ def _load_file(path: Path) -> Any:
         raise ValueError(f"vae {path}: expected a .safetensors file, a folder or a Hub id, got a {path.suffix} file")
     try:
         if (path.parent / "config.json").is_file():
-            vae = AutoModel.from_config(AutoModel.load_config(path.parent))
+            vae = AutoModel.from_config(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
             vae.load_state_dict(load_file(path))
             return vae.float()
         offline = _network_problem() is not None
