@@ -23,8 +23,9 @@ from dit_hf.data.avatars import choose_face, render_face
 from dit_hf.data.sources import open_source
 from dit_hf.data.transforms import Geometry
 from dit_hf.latents.cache import FORMAT_VERSION
-from dit_hf.latents.encode import Job, ShardEncoder, cache_features
+from dit_hf.latents.encode import ShardEncoder
 from dit_hf.latents.reader import LatentReader
+from dit_hf.latents.shards import Job, cache_features
 from dit_hf.latents.vae import encode, latent_shape, load_vae
 from dit_hf.storage import write_manifest
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 
@@ -48,3 +50,17 @@ def _one_kernel(x: torch.Tensor) -> torch.Tensor:
 def available_cpus() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> str:
+    """Return the most memory that this process and the largest process it started have taken, and the GPU's."""
+    taken = []
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        unit = 1 if sys.platform == "darwin" else 1024
+        taken.append(f"{max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit / 1e9:.1f} GB of memory")
+    if torch.cuda.is_available():
+        taken.append(f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory")
+    return ", ".join(taken)

@@ -24,6 +24,7 @@ def upload_folder(
     private: bool = False,
     revision: str | None = None,
     delete_patterns: Sequence[str] = (),
+    ignore_patterns: Sequence[str] = (),
     check: Callable[[HfApi], None] = lambda api: None,
 ) -> str:
     """Upload `folder` to a repository, which is created if it does not exist, and return its URL.
@@ -39,6 +40,7 @@ def upload_folder(
         private: Make a new repository private.
         revision: The branch, which is created if it does not exist; None is main.
         delete_patterns: Patterns of files to delete from the repository if `folder` no longer has them.
+        ignore_patterns: Patterns of files of `folder` that are not uploaded.
         check: Called once the repository exists and before anything is sent; it refuses the upload by raising.
 
     Raises:
@@ -60,6 +62,7 @@ def upload_folder(
             revision=revision,
             commit_message=commit_message,
             delete_patterns=list(delete_patterns),
+            ignore_patterns=list(ignore_patterns),
         )
         return str(url)
 

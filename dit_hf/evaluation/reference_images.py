@@ -18,7 +18,7 @@ from ..data.contents import SourceOptions
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
-from ..latents.cache import open_latents, parse_identity
+from ..latents.cache import content_sha256, open_latents, parse_identity
 from ..latents.vae import VAE, decode, encode, load_vae
 from ..runs import RunFolder, find_run
 
@@ -168,14 +168,15 @@ def _open_decoded(folder: str, split: str | None, num_images: int | None) -> Ref
     if not len(rows):
         raise ValueError(f"split={split!r}: {folder} has no such images")
     vae, shape = load_vae(str(Path(folder) / "vae")), tuple(info["latent_shape"])
+    resolution = parse_identity(info["identity"])["resolution"]
     # Part of the statistics' identity, as in `open_reference_images`.
     summary = {
         "source": f"latents of {info['settings']['source']}, decoded",
         "pictures": len(rows),
-        "sha256_of_rows": parse_identity(info["identity"])["source"]["sha256"],
+        "sha256_of_rows": content_sha256(info),
         "split": split,
         "crop": info["identity"]["crop"],
-        "resolution": info["identity"]["resolution"],
+        "resolution": f"{resolution['height']}x{resolution['width']}",
         "vae_sha256": info["vae_sha256"],
     }
 

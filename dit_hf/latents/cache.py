@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
 from ..data.image_folder import CACHE_INFO
@@ -13,20 +17,20 @@ from ..data.sources import Source
 from ..data.transforms import Geometry
 from ..storage import folder_taken, is_missing_or_empty, read_manifest
 from ..upload import upload_folder
+from .reuse import SOURCE_FILES
 from .vae import VAE, weights_sha256
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
+PREPROCESSING = 2  # version of the rules by which images become pixels
 # Format 2 spells parts of the identity as text; a name may itself hold commas, parentheses and line breaks.
 _SOURCE_TEXT = re.compile(r"(?P<name>.*), (?P<num_images>\d+) pictures \((?P<sha256>\w+)\)", re.DOTALL)
 _VAE_TEXT = re.compile(r"(?P<name>.*) \((?P<sha256>\w+)\)", re.DOTALL)
 _RESOLUTION_TEXT = re.compile(r"(?P<height>\d+)x(?P<width>\d+)")
 
 
-def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
-    """Open a latent cache.
-
-    Returns:
-        The rows, memory-mapped, and the content of `latents.json`; [`parse_identity`] reads the identity in it.
+def read_cache_info(folder: str | Path) -> dict[str, Any]:
+    """Return the content of a cache's `latents.json`; [`parse_identity`] reads the identity in it.
 
     Raises:
         ValueError: if the folder is not a latent cache, is incomplete, or has another format.
@@ -36,9 +40,27 @@ def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
         raise ValueError(f"{folder} is not a latent cache (no {CACHE_INFO}); make one with dit-hf prepare-latents")
     info = read_manifest(folder, CACHE_INFO)
     version = info["identity"]["format"]
-    if version != FORMAT_VERSION:
+    if version not in (EARLIER_FORMAT, FORMAT_VERSION):
         raise ValueError(f"{folder}: expected a latent cache of format {FORMAT_VERSION}, got format {version}")
+    return info
+
+
+def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
+    """Open a latent cache.
+
+    Returns:
+        The rows, memory-mapped, and what [`read_cache_info`] returns.
+
+    Raises:
+        ValueError: if the folder is not a latent cache, is incomplete, or has another format.
+    """
+    info = read_cache_info(folder)
     return load_from_disk(str(folder)), info
+
+
+def content_sha256(info: dict[str, Any]) -> str:
+    """Return the hash of a cache's images and labels, 12 digits; of names, sizes and labels alone in format 2."""
+    return info["content_sha256"] if "content_sha256" in info else parse_identity(info["identity"])["source"]["sha256"]
 
 
 def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
@@ -48,9 +70,11 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
         ValueError: if the folder is not a complete cache, or the Hub refuses it, with the reason.
         OSError: if the Hub cannot be reached.
     """
-    open_latents(folder)
+    read_cache_info(folder)
     try:
-        url = upload_folder(folder, repo_id, "dataset", "Upload a latent cache", private)
+        url = upload_folder(
+            folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=[SOURCE_FILES]
+        )
     except (ValueError, OSError) as error:
         raise type(error)(f"push_to_hub {error} (the cache in {folder} is complete)") from error
     print(f"{folder} is now {url}", flush=True)
@@ -58,43 +82,74 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> dict[str, Any]:
-    """Return everything that two builds must share to make the same cache.
+    """Return everything that two builds must share to make the same cache, but for the content of the images.
 
     Returns:
-        `format`; `source` with name, number of images and SHA-256 of its rows; `vae` with name and SHA-256 of its
-        weights; `crop`; `resolution` as (height, width) in pixels; `flip`. Hashes have 12 hexadecimal digits. Names
-        are for messages alone: the same images or weights may be called by two names.
+        `format`; `source` with name, number of images and SHA-256 of their ids; `labels` with the SHA-256 of each
+        column; `vae` with name and SHA-256 of its weights; `preprocessing`; `crop`; `resolution` with height and width
+        in pixels; `flip`. Hashes have 12 hexadecimal digits. Names are for messages alone: the same images or weights
+        may be called by two names.
     """
+    assert geometry.resolution is not None  # `prepare_latents` refuses None
+    height, width = geometry.resolution
+    columns = {name: _column_sha256(source.rows, name) for name in source.rows.column_names if name != "image"}
+    ids = columns.pop("id")
     return {
         "format": FORMAT_VERSION,
-        "source": {"name": source.name, "num_images": len(source.rows), "sha256": source.sha256[:12]},
+        "source": {"name": source.name, "num_images": len(source.rows), "sha256": ids},
+        "labels": columns,
+        "preprocessing": PREPROCESSING,
         # `load_vae` sets the name (`_name_or_path` is private in diffusers 0.42.1).
         "vae": {"name": vae.config._name_or_path, "sha256": weights_sha256(vae)[:12]},
         "crop": geometry.crop,
-        "resolution": geometry.resolution,
+        "resolution": {"height": height, "width": width},
         "flip": flip,
     }
 
 
+def earlier_identity(identity: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Return an identity as format 2 has it: one hash of ids, sizes and labels, without the names of classes."""
+    kept = {name: value for name, value in identity.items() if name not in ("labels", "preprocessing")}
+    source_identity = {**identity["source"], "sha256": source.sha256[:12]}
+    return {**kept, "format": EARLIER_FORMAT, "source": source_identity}
+
+
+def _column_sha256(rows: Dataset, name: str) -> str:
+    """Return the hash of a column: its values and, if it has classes, their names."""
+    digest = hashlib.sha256(json.dumps(getattr(rows.features[name], "names", None)).encode())
+    for table in rows.select_columns(name).with_format("arrow").iter(100_000):
+        column = table.column(name)
+        if pa.types.is_integer(column.type):  # much faster than as text
+            values = pc.fill_null(column.cast(pa.int64()), -(2**63)).to_numpy()
+            digest.update(values.astype("<i8").tobytes())
+        else:
+            digest.update(json.dumps(column.to_pylist()).encode())
+    return digest.hexdigest()[:12]
+
+
 def format_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return an identity as format 2 writes it into `latents.json` and `building/identity.json`."""
-    source, vae = identity["source"], identity["vae"]
-    height, width = identity["resolution"]
+    """Return an identity as it is written into `latents.json` and `building/identity.json`.
+
+    Format 2 spells some entries as text, format 3 none.
+    """
+    if identity["format"] != EARLIER_FORMAT:
+        return identity
+    source, vae, resolution = identity["source"], identity["vae"], identity["resolution"]
     return {
         **identity,
         "source": f"{source['name']}, {source['num_images']} pictures ({source['sha256']})",
         "vae": f"{vae['name']} ({vae['sha256']})",
-        "resolution": f"{height}x{width}",
+        "resolution": f"{resolution['height']}x{resolution['width']}",
     }
 
 
 def parse_identity(written: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity that `format_identity` wrote; one of another format is returned as it is.
+    """Return the identity that `format_identity` wrote.
 
     Raises:
         ValueError: naming the entry, if it is not spelled as format 2 spells it.
     """
-    if written.get("format") != FORMAT_VERSION:
+    if written.get("format") != EARLIER_FORMAT:
         return written
     source = _parse(_SOURCE_TEXT, "source", written)
     resolution = _parse(_RESOLUTION_TEXT, "resolution", written)
@@ -102,7 +157,7 @@ def parse_identity(written: dict[str, Any]) -> dict[str, Any]:
         **written,
         "source": {**source, "num_images": int(source["num_images"])},
         "vae": _parse(_VAE_TEXT, "vae", written),
-        "resolution": (int(resolution["height"]), int(resolution["width"])),
+        "resolution": {side: int(length) for side, length in resolution.items()},
     }
 
 
@@ -114,20 +169,17 @@ def _parse(pattern: re.Pattern[str], name: str, written: dict[str, Any]) -> dict
     return match.groupdict()
 
 
-def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Check whether `folder` holds the finished cache of this identity.
+def finished_identity(folder: Path) -> dict[str, Any] | None:
+    """Return the identity of the finished cache in `folder`; None if there is nothing.
 
     Raises:
-        FileExistsError: if it holds another cache, or something else.
+        FileExistsError: if it holds something else.
     """
-    place = f"output_dir {folder}"
     if is_missing_or_empty(folder):
-        return False
+        return None
     if not (folder / CACHE_INFO).is_file():
-        raise FileExistsError(folder_taken(place, missing=CACHE_INFO))
-    written = read_manifest(folder, CACHE_INFO).get("identity", {})
-    check_same_identity(parse_identity(written), identity, place, "a cache")
-    return True
+        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=CACHE_INFO))
+    return parse_identity(read_manifest(folder, CACHE_INFO).get("identity", {}))
 
 
 def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str, contents: str) -> None:
@@ -145,22 +197,28 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
     differences = [
         f"{name} {_describe(before.get(name))}, now {_describe(value)}"
         for name, value in now.items()
-        if _comparable(before.get(name)) != _comparable(value)
+        if name != "labels" and _comparable(before.get(name)) != _comparable(value)
     ]
+    # Hashes of labels say nothing to a reader: the columns are named. Other images have other labels anyway.
+    labels_before, labels_now = before.get("labels", {}), now.get("labels", {})
+    columns = sorted(labels_before.keys() | labels_now.keys())
+    changed = [name for name in columns if labels_before.get(name) != labels_now.get(name)]
+    if changed and not differences:
+        named = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+        differences = [f"other labels ({named}: values or names of classes have changed since)"]
     if differences:
         raise FileExistsError(folder_taken(place, f"holds {contents} of {'; '.join(differences)}"))
 
 
 def _comparable(value: Any) -> Any:
     """Return the hash of a source or VAE, whatever its name, and any other entry as it is."""
-    return value["sha256"] if isinstance(value, dict) else value
+    return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
 
 
 def _describe(value: Any) -> str:
     """Return an entry of an identity as messages show it, such as "avatars, 60 images (64b3bbef2596)"."""
-    if isinstance(value, tuple):
-        height, width = value
-        return f"{height}x{width}"
+    if isinstance(value, dict) and "height" in value:
+        return f"{value['height']}x{value['width']}"
     if isinstance(value, dict):
         count = f", {value['num_images']} images" if "num_images" in value else ""
         return f"{value['name']}{count} ({value['sha256']})"

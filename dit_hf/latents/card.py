@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,18 @@ from PIL import Image
 
 from ..data.transforms import decode_image
 from ..image_grid import make_grid, save_grid
+from .shards import Job
 from .vae import VAE, decode
 
-if TYPE_CHECKING:
-    from .encode import Job
-
 GRID_IMAGES = 16
+# PSNR in dB from which on reconstructions are called so.
+QUALITY = {30: "very good", 25: "good", 20: "fair"}
+
+
+def quality(psnr: float) -> str:
+    """Return how good reconstructions of this PSNR in dB are, with what follows from poor ones."""
+    word = next((word for least, word in QUALITY.items() if psnr >= least), "poor")
+    return word if word != "poor" else "poor: a model trained on these latents cannot generate better images than this"
 
 
 def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
@@ -73,6 +79,7 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
     reasons = Counter(reason for _, reason in left_out).most_common(10)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    word = quality(info["psnr"])
     text = f"""---
 tags:
 - dit_hf
@@ -91,14 +98,15 @@ configs:
 | images | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
 | left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |
 | geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
-| VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the image grid |
+| VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the grid, {word} |
 | latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |
 | conditions | {", ".join(f"{name} ({count})" for name, count in info["conditions"].items()) or "none"} |
 | size | {size / 1e6:,.1f} MB |
 
-Each row is an image: its `id`, its `split`, the latents (flattened, channels first; mean and standard deviation of
-the VAE's posterior where it has one, `_flip` those of the mirrored image) and the conditions. `latents.json` has the
-statistics of each channel, the settings, and size and SHA-256 of every file.
+Each row is an image: its `id`, its `split`, the SHA-256 of its file, the latents (flattened, channels first; mean and
+standard deviation of the VAE's posterior where it has one, `_flip` those of the mirrored image) and the conditions
+(null where unknown). `latents.json` has the statistics of each channel, the settings, and size and SHA-256 of every
+file.
 
 ```python
 from datasets import load_from_disk

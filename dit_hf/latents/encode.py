@@ -1,150 +1,55 @@
-"""Encode the shards of a latent cache: parts of at least 512 images, each written as a file of its own.
+"""Encode the shards of a latent cache, in this process or in several.
 
-A shard is finished once its notes (a JSON file) exist; a resumed build never encodes it again. Which images a shard
-holds depends on the source alone, not on the number of processes.
+Images are read and decoded by threads while the VAE encodes the current batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value
-from tqdm import tqdm
+from datasets import Dataset
 
 from ..data.splits import is_held_out
-from ..data.transforms import Geometry, decode_image
+from ..data.transforms import decode_image
 from ..devices import available_cpus
 from ..storage import sha256, sync, write_text
-from .vae import VAE, encode, has_posterior, load_vae
+from .reuse import NO_STAMP, Stamp, read_image
+from .shards import IMAGE_SHA256, Job, ShardNotes, ShardWriter, latent_array
+from .vae import VAE, encode, load_vae
 
-MIN_SHARD, MAX_SHARD, NUM_SHARDS = 512, 65536, 256
-MAX_BATCH, BATCH_PIXELS = 64, 64 * 256 * 256
 BATCHES_AHEAD = 2
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything that a process needs to encode shards of one cache, beside the rows of the source.
-
-    Attributes:
-        folder: The folder of the shards; `folder / "vae"` is the VAE.
-        geometry: Crop and resolution of the images; the resolution is set.
-        latent_shape: (channels, height, width).
-        flip: Whether each image is encoded mirrored too.
-        hold_out: Whether 2 % of the training images become validation images, because the source has none.
-        features: Features of the cache.
-        num_rows: Rows of the source.
-        batch_size: Images that are encoded at once.
-        shard_size: Images in one shard; a multiple of `batch_size`.
-        sha256: Hash of the cache's identity.
-    """
-
-    folder: Path
-    geometry: Geometry
-    latent_shape: tuple[int, int, int]
-    flip: bool
-    hold_out: bool
-    features: Features
-    num_rows: int
-    batch_size: int
-    shard_size: int
-    sha256: str
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the cache; the last one may be shorter."""
-        return -(-self.num_rows // self.shard_size)
-
-    def rows_of(self, shard: int) -> range:
-        """Return the rows of the source that go into `shard`."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
-
-    def path(self, shard: int) -> Path:
-        """Return the shard's file, named as `datasets` names the files of a saved dataset."""
-        return self.folder / f"data-{shard:05}-of-{self.num_shards:05}.arrow"
-
-    def notes_path(self, shard: int) -> Path:
-        """Return the file whose existence marks the shard as finished."""
-        return self.folder / "building" / f"{shard:05}.json"
-
-    def notes(self, shard: int) -> ShardNotes:
-        """Read the notes of a finished shard."""
-        return ShardNotes(**json.loads(self.notes_path(shard).read_text(encoding="utf-8")))
-
-    def unfinished(self) -> list[int]:
-        """Return the shards to encode, among them finished ones whose file is damaged."""
-        return [shard for shard in range(self.num_shards) if not self._is_finished(shard)]
-
-    def _is_finished(self, shard: int) -> bool:
-        if not self.notes_path(shard).is_file():
-            return False
-        path, notes = self.path(shard), self.notes(shard)
-        return path.is_file() and path.stat().st_size == notes.size and sha256(path) == notes.sha256
-
-
 @dataclass
-class ShardNotes:
-    """Summary of an encoded shard.
+class Decoded:
+    """An image that was read.
 
     Attributes:
-        left_out: Id and reason of each image that could not be decoded.
-        sums: Sums over all latent pixels of mean, squared mean and variance of the posterior, [3][channels].
-        count: Number of latent pixels in each sum.
-        size: Size of the shard's file in bytes.
-        sha256: SHA-256 of the shard's file.
+        pixels: uint8 [height, width, 3]; None if it cannot be decoded.
+        reason: Why it cannot be decoded.
+        sha256: SHA-256 of its stored bytes.
+        stamp: Of its file.
     """
 
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    sums: list[list[float]] = field(default_factory=list)
-    count: int = 0
-    size: int = 0
+    pixels: np.ndarray | None = None
+    reason: str = ""
     sha256: str = ""
-
-
-def plan_sizes(num_rows: int, resolution: tuple[int, int]) -> tuple[int, int]:
-    """Return batch size and shard size for `num_rows` images of `resolution` (height, width).
-
-    A batch has at most 64 images, fewer above 256 px. There are at most 256 shards, up to 16 million images.
-    """
-    batch = max(1, min(MAX_BATCH, BATCH_PIXELS // (resolution[0] * resolution[1])))
-    shard = min(MAX_SHARD, max(MIN_SHARD, -(-num_rows // NUM_SHARDS)))
-    return batch, -(-shard // batch) * batch  # rounded up to whole batches
-
-
-def latent_columns(vae: VAE, flip: bool) -> list[str]:
-    """Return the names of a cache's latent columns."""
-    names = ["latent_mean", "latent_std"] if has_posterior(vae) else ["latent_mean"]
-    return names + [f"{name}_flip" for name in names] if flip else names
-
-
-def cache_features(rows: Dataset, vae: VAE, shape: tuple[int, int, int], flip: bool) -> Features:
-    """Return the features of a cache of `rows`: id, split, latents of `shape`, conditions.
-
-    Raises:
-        ValueError: if a condition has the name of a latent column.
-    """
-    latent = List(Value("float16"), length=int(np.prod(shape)))
-    conditions = {k: feature for k, feature in rows.features.items() if k not in ("id", "split", "image")}
-    latents = dict.fromkeys(latent_columns(vae, flip), latent)
-    taken = conditions.keys() & latents.keys()
-    if taken:
-        raise ValueError(f"the source has a column {min(taken)}, which is a column of the cache too; rename it")
-    return Features({"id": Value("string"), "split": Value("string"), **latents, **conditions})
+    stamp: Stamp = NO_STAMP
 
 
 class ShardEncoder:
@@ -157,9 +62,10 @@ class ShardEncoder:
         on_batch: Called after each batch with the number of its images.
     """
 
-    def __init__(self, job: Job, rows: Dataset, vae: VAE, on_batch: Any = lambda count: None):
+    def __init__(self, job: Job, rows: Dataset, vae: VAE, on_batch: Callable[[int], Any] = lambda count: None):
         self.job, self.rows, self.on_batch = job, rows, on_batch
         self.vae = vae.to(memory_format=torch.channels_last)
+        self.batch_size = job.batch_size  # becomes smaller when memory runs out
 
     def encode_shards(self, shards: list[int]) -> Iterator[int]:
         """Encode `shards` in order and yield each one when it is finished."""
@@ -172,25 +78,23 @@ class ShardEncoder:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _encode_shard(self, shard: int, batches: Iterator[list[np.ndarray | str]]) -> None:
+    def _encode_shard(self, shard: int, batches: Iterator[list[Decoded]]) -> None:
         """Encode one shard with the next of the decoded `batches`, and write its file and its notes."""
         job, notes = self.job, ShardNotes()
         sums = torch.zeros(3, job.latent_shape[0], dtype=torch.float64)
         written = job.folder / "building" / f"{job.path(shard).stem}-{os.getpid()}.arrow"
+        stamps: list[Stamp] = []
 
-        # The images come decoded from `batches`, whose order is that of the rows, so `map` need not read them.
-        rows = self.rows.select(job.rows_of(shard)).remove_columns("image")
-        with hidden_progress_bars():
-            rows.map(
-                functools.partial(self._encode_batch, batches=batches, notes=notes, sums=sums),
-                batched=True,
-                batch_size=job.batch_size,
-                remove_columns=rows.column_names,
-                features=job.features,
-                cache_file_name=str(written),
-                # A map function that holds a VAE hashes differently in every process, so the fingerprint is ours.
-                new_fingerprint=f"{job.sha256[:16]}-{shard:05}",
-            )
+        # The images come decoded from `batches`, whose order is that of the rows.
+        rows = self.rows.select(job.rows_of(shard)).remove_columns("image").with_format("arrow")
+        with contextlib.closing(ShardWriter(written, job.features)) as writer:
+            for table in rows.iter(job.batch_size):
+                decoded = next(batches)
+                columns = self._encode_batch(table, decoded, notes, sums)
+                if columns:
+                    writer.write(columns)
+                stamps += [image.stamp for image in decoded]
+                self.on_batch(len(decoded))
 
         # Content before name, name before notes: notes must never describe a file that a crash can still lose.
         sync(written)
@@ -198,44 +102,49 @@ class ShardEncoder:
         notes.size = written.stat().st_size
         notes.sha256 = sha256(written)
         written.rename(job.path(shard))
+        np.save(job.stamps_path(shard), np.array(stamps, np.int64).reshape(-1, 3))
+        sync(job.stamps_path(shard))
         sync(job.folder)
         write_text(job.notes_path(shard), json.dumps(dataclasses.asdict(notes)))
 
     def _encode_batch(
-        self, batch: dict[str, list], batches: Iterator[list[np.ndarray | str]], notes: ShardNotes, sums: torch.Tensor
-    ) -> dict[str, Any]:
-        """Return the cache's columns for a batch of rows, adding to `notes` and `sums` [3, channels]."""
+        self, table: pa.Table, decoded: list[Decoded], notes: ShardNotes, sums: torch.Tensor
+    ) -> dict[str, pa.Array]:
+        """Return the cache's columns for a batch of rows, adding to `notes` and `sums` [3, channels].
+
+        Nothing is returned if no image of the batch can be decoded.
+        """
         # Images that cannot be decoded are left out, with the reason.
-        decoded = next(batches)
-        images = [image for image in decoded if not isinstance(image, str)]
-        readable = [row for row, image in enumerate(decoded) if not isinstance(image, str)]
-        notes.left_out += [(batch["id"][row], reason) for row, reason in enumerate(decoded) if isinstance(reason, str)]
-        columns: dict[str, Any] = {name: [values[row] for row in readable] for name, values in batch.items()}
+        readable = [row for row, image in enumerate(decoded) if image.pixels is not None]
+        ids = table.column("id").to_pylist()
+        notes.left_out += [
+            (image_id, image.reason) for image_id, image in zip(ids, decoded, strict=True) if image.pixels is None
+        ]
+        if not readable:
+            return {}
+        table = table.take(readable)
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
 
         # Splits.
-        splits = columns.get("split", ["train"] * len(readable))
+        splits = table.column("split").to_pylist() if "split" in columns else ["train"] * len(readable)
         if self.job.hold_out:
-            pairs = zip(columns["id"], splits, strict=True)
+            pairs = zip(table.column("id").to_pylist(), splits, strict=True)
             splits = ["validation" if split == "train" and is_held_out(name) else split for name, split in pairs]
-        columns["split"] = splits
+        columns["split"] = pa.array(splits, pa.string())
+        columns[IMAGE_SHA256] = pa.array([decoded[row].sha256 for row in readable], pa.string())
 
         # Latents. The image is mirrored, not the latent: a VAE is not equivariant to mirroring.
+        images = [image.pixels for image in decoded if image.pixels is not None]
         columns |= self._encode_images(images, "", notes, sums)
         if self.job.flip:
             columns |= self._encode_images([image[:, ::-1] for image in images], "_flip", notes, sums)
-        self.on_batch(len(decoded))
         return columns
 
     def _encode_images(
         self, images: list[np.ndarray], suffix: str, notes: ShardNotes, sums: torch.Tensor
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, pa.Array]:
         """Return the flattened latents of `images` and add their statistics to `notes` and `sums`."""
-        names = (
-            [f"latent_mean{suffix}", f"latent_std{suffix}"] if has_posterior(self.vae) else [f"latent_mean{suffix}"]
-        )
-        if not images:
-            return {name: np.zeros((0, int(np.prod(self.job.latent_shape))), np.float16) for name in names}
-        mean, std = encode(self.vae, torch.from_numpy(np.stack(images)))  # [batch, channels, height, width]
+        mean, std = self._encode_halving(torch.from_numpy(np.stack(images)))  # [batch, channels, height, width]
         mean = mean.cpu()
         std = std.cpu() if std is not None else None
 
@@ -244,14 +153,29 @@ class ShardEncoder:
         variance = std.double().square() if std is not None else torch.zeros_like(exact)
         sums += torch.stack([x.sum((0, 2, 3)) for x in (exact, exact.square(), variance)])
         notes.count += mean[:, 0].numel()
-        latents = [x.flatten(1).numpy() for x in (mean, std) if x is not None]  # [batch, channels * height * width]
-        return dict(zip(names, latents, strict=True))
+        latents = {f"latent_mean{suffix}": mean, f"latent_std{suffix}": std}
+        return {name: latent_array(x.flatten(1).numpy()) for name, x in latents.items() if x is not None}
 
-    def _decode_ahead(self, shards: list[int], pool: ThreadPoolExecutor) -> Iterator[list[np.ndarray | str]]:
-        """Yield batches of decoded images, uint8 [height, width, 3], or the reason why one cannot be decoded.
+    def _encode_halving(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode `images`, halving the batch as often as memory runs out."""
+        before = self.batch_size
+        while True:
+            try:
+                encoded = encode(self.vae, images, self.batch_size)
+                break
+            except RuntimeError as error:
+                if self.batch_size == 1 or not _is_out_of_memory(error):
+                    raise
+            # Outside of `except`, whose error would keep the tensors of the failed attempt.
+            self.batch_size = max(1, min(self.batch_size, len(images)) // 2)
+            if self.vae.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.batch_size < before:
+            print(f"out of memory: encoding {self.batch_size} images at once from here on (--batch_size)", flush=True)
+        return encoded
 
-        Two further batches are being decoded whenever one is yielded.
-        """
+    def _decode_ahead(self, shards: list[int], pool: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
+        """Yield batches of decoded images; two further batches are being decoded whenever one is yielded."""
         waiting: deque[list[Future]] = deque()
         undecoded = self.rows.select_columns(["id", "image"])
         for shard in shards:
@@ -265,16 +189,36 @@ class ShardEncoder:
         while waiting:
             yield [future.result() for future in waiting.popleft()]
 
-    def _decode(self, image_id: str, stored: dict[str, Any]) -> np.ndarray | str:
-        """Return one decoded image, or the reason why it cannot be decoded."""
+    def _decode(self, image_id: str, stored: dict[str, Any] | None) -> Decoded:
+        """Read, hash and decode one image."""
         try:
-            return np.asarray(decode_image({"id": image_id, "image": stored}, self.job.geometry))
+            data, stamp = read_image(stored)
+            image = decode_image({"id": image_id, "image": {**(stored or {}), "bytes": data}}, self.job.geometry)
+        except OSError as error:
+            return Decoded(reason=error.strerror or str(error))
         except ValueError as error:
-            return str(error).removeprefix(f"{image_id}: ")
+            return Decoded(reason=str(error).removeprefix(f"{image_id}: "))
+        return Decoded(np.asarray(image), sha256=hashlib.sha256(data or b"").hexdigest(), stamp=stamp)
 
 
-def encode_in_processes(job: Job, rows: Dataset, shards: list[int], num_proc: int, progress: tqdm) -> Iterator[int]:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Check whether an error of torch is about memory; the CPU's has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("can't allocate memory", "out of memory", "bad_alloc")
+    )
+
+
+def encode_in_processes(
+    job: Job, rows: Dataset, shards: list[int], num_proc: int, on_shard: Callable[[int], Any]
+) -> Iterator[int]:
     """Encode `shards` on a CPU in `num_proc` processes and yield each one when it is finished.
+
+    Args:
+        job: The cache to encode.
+        rows: All rows of the source, images not decoded.
+        shards: The shards to encode.
+        num_proc: Number of processes.
+        on_shard: Called for each finished shard with the number of its images.
 
     Raises:
         OSError: if a process was killed.
@@ -282,20 +226,44 @@ def encode_in_processes(job: Job, rows: Dataset, shards: list[int], num_proc: in
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cpus() // num_proc)
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(num_proc, context, _start_process, (job, rows, threads)) as pool:
-        futures = {pool.submit(_encode_in_process, shard): shard for shard in shards}
         try:
+            with _interrupts_held_back():
+                futures = {pool.submit(_encode_in_process, shard): shard for shard in shards}
             for future in as_completed(futures):
                 future.result()
-                progress.update(len(job.rows_of(futures[future])))
+                on_shard(len(job.rows_of(futures[future])))
                 yield futures[future]
         except BrokenProcessPool as error:
             raise OSError(
                 f"one of {num_proc} processes was killed, perhaps because memory ran out; call again with a smaller "
                 "num_proc: what is finished is kept"
             ) from error
+        except BaseException:  # a shard may take minutes: nobody waits for it after an error or Ctrl-C
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Deliver Ctrl-C only after the block, and never to processes that are started in it.
+
+    A terminal sends Ctrl-C to all processes; those that are still importing would print tracebacks. They inherit the
+    signals that are held back, and are ended by this process.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _encoder: ShardEncoder  # of a worker process
@@ -318,15 +286,3 @@ def _exit_with_parent(_count: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
-
-
-@contextlib.contextmanager
-def hidden_progress_bars() -> Iterator[None]:
-    """Disable datasets' progress bars and restore their setting afterwards."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

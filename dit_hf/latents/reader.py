@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from ..data.conditions import remap_class_ids
-from .cache import open_latents
+from .cache import read_cache_info
+from .shards import open_shards
 
 
 class LatentReader:
@@ -28,13 +31,14 @@ class LatentReader:
         posterior: Whether batches also hold `latent_std`, if the cache has it.
 
     Raises:
-        ValueError: if the cache is incomplete, has no image in the split, or lacks a condition.
+        ValueError: if the cache is incomplete, has no image in the split, lacks a condition, or holds a value of one
+            that it does not have.
     """
 
     def __init__(
         self, folder: str | Path, split: str = "train", conditions: list[str] | None = None, posterior: bool = True
     ):
-        dataset, self.info = open_latents(folder)
+        self.info = read_cache_info(folder)
         self.folder = str(folder)
 
         # Conditions, with the number of values of each.
@@ -46,25 +50,54 @@ class LatentReader:
             raise ValueError(f"{folder} has no condition {', '.join(missing)}; it has {valid}")
         self.conditions = {name: available[name] for name in names}
 
+        # The files of the shards, which `datasets` would map for reading in order (see `open_shards`).
+        files = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        self._table = open_shards([Path(folder) / file["filename"] for file in files])
+
         # Latents.
         self.latent_shape = tuple(self.info["latent_shape"])
         self.columns = ["latent_mean"]
-        if posterior and "latent_std" in dataset.column_names:
+        if posterior and "latent_std" in self._table.column_names:
             self.columns.append("latent_std")
-        self.has_flip = "latent_mean_flip" in dataset.column_names
+        self.has_flip = "latent_mean_flip" in self._table.column_names
 
-        # Rows of the split. `Dataset.data.table` is the pyarrow table (undocumented, read in datasets 5.2).
-        self._table = dataset.data.table
-        self.indices = np.flatnonzero(pc.equal(self._table.column("split"), split).to_numpy())
-        if not len(self.indices):
-            raise ValueError(f"{folder} has no {split} images")
+        # One of the highest value fits all: 40 attributes of ten million images are 400 MB.
+        highest = max(self.conditions.values(), default=0)
+        self._condition_ids = np.zeros((len(self._table), len(names)), np.min_scalar_type(highest))
+        for position, (name, num_values) in enumerate(self.conditions.items()):
+            self._read_condition(name, num_values, self._condition_ids[:, position])
 
-        # At most 1,000 classes fit 16 bits, which keep 40 attributes of ten million images below a gigabyte.
-        self._condition_ids = np.zeros((len(self._table), len(names)), np.int16)
-        for position, name in enumerate(names):
-            self._condition_ids[:, position] = self._table.column(name).to_numpy()
+        self.split, self.indices = split, self._rows_of_split(split)
         self._views: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}
         self._permutation: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def of_split(self, split: str) -> LatentReader:
+        """Return a reader of another split that shares the open table and the condition ids with this one.
+
+        Raises:
+            ValueError: if the cache has no image in the split.
+        """
+        other = object.__new__(LatentReader)  # `copy` would reopen the cache, as `pickle` does
+        other.__dict__.update(self.__dict__)
+        other.split, other.indices, other._permutation = split, self._rows_of_split(split), None
+        return other
+
+    def _rows_of_split(self, split: str) -> np.ndarray:
+        """Return the rows of a split, int64 [images]."""
+        rows = np.flatnonzero(pc.equal(self._table.column("split"), split).to_numpy())
+        if not len(rows):
+            raise ValueError(f"{self.folder} has no {split} images")
+        return rows
+
+    def _read_condition(self, name: str, num_values: int, out: np.ndarray) -> None:
+        """Read a condition of all rows into `out` [rows]; a missing value becomes the null, which is `num_values`."""
+        column = self._table.column(name)
+        if column.null_count:  # through int64, because the null may not fit the column's own type
+            column = pc.fill_null(column.cast(pa.int64()), num_values)
+        ids = column.to_numpy()
+        if len(ids) and not 0 <= ids.min() <= ids.max() <= num_values:
+            raise ValueError(f"{self.folder}: expected values of {name} from 0 to {num_values - 1}, got others")
+        out[:] = ids
 
     def __len__(self) -> int:
         """Return the number of images of the split."""
@@ -72,7 +105,7 @@ class LatentReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by reopening: views of memory-mapped files cannot be sent to another process."""
-        return _reopen, (self.folder, self.indices, list(self.conditions), "latent_std" in self.columns)
+        return LatentReader, (self.folder, self.split, list(self.conditions), "latent_std" in self.columns)
 
     def rows(self, seed: int, first: int, count: int) -> np.ndarray:
         """Return the rows of the cache that are images `first` … `first + count - 1` of a run with `seed`, [count]."""
@@ -129,19 +162,24 @@ class LatentReader:
             labels: Names of a pipeline's condition values, by condition, to return ids of the pipeline.
 
         Returns:
-            One dict per image, from the name of a condition to its id; None without conditions.
+            One dict per image, from the name of a condition to its id, without conditions whose value is missing;
+            None without conditions.
 
         Raises:
             ValueError: if a class of these images has no such name in `labels`.
         """
         if not self.conditions:
             return None
-        rows = self._condition_ids[self.indices[np.arange(count) % len(self.indices)]]
-        if labels is not None:
-            own = self.info["condition_labels"]
-            columns = zip(self.conditions, rows.T, strict=True)
-            rows = np.stack([remap_class_ids(n, ids, own.get(n), labels.get(n)) for n, ids in columns], 1)
-        return [dict(zip(self.conditions, row.tolist(), strict=True)) for row in rows]
+        rows = self.indices[np.arange(count) % len(self.indices)]
+        own, attributes = self.info["condition_labels"], [dict[str, int]() for _ in rows]
+        for (name, null), ids in zip(self.conditions.items(), self.condition_ids(rows).T, strict=True):
+            known = np.flatnonzero(ids != null)
+            values = ids[known]
+            if labels is not None:
+                values = remap_class_ids(name, values, own.get(name), labels.get(name))
+            for row, value in zip(known.tolist(), values.tolist(), strict=True):
+                attributes[row][name] = value
+        return attributes
 
     def _permuted(self, seed: int, epoch: int) -> np.ndarray:
         """Return the order of the images in an epoch, keeping the last one that was computed."""
@@ -189,10 +227,3 @@ class BatchPrefetcher:
         """Read a batch, in pinned memory if it goes to a GPU: only from there is a copy asynchronous."""
         batch = {name: torch.from_numpy(values) for name, values in self.read(key).items()}
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.device.type == "cuda" else batch
-
-
-def _reopen(folder: str, indices: np.ndarray, conditions: list[str], posterior: bool) -> LatentReader:
-    """Open an unpickled reader; `indices` stand for its split."""
-    reader = LatentReader(folder, conditions=conditions, posterior=posterior)
-    reader.indices = indices
-    return reader

@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file
 
 from ..devices import default_device
 from ..storage import first_line
 
 BUNDLED = "avatar"
+NETWORK_TIMEOUT = 4  # seconds until the Hub counts as out of reach
 # Pixels of the images that a VAE encodes or decodes at once; Stable Diffusion's needs about 3 GB for this many.
 CHUNK_PIXELS = 16 * 256 * 256
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
 
 def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
-    """Load a VAE in float32 by Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder; `avatar` is the bundled one.
+    """Load a VAE in float32; `avatar` is the bundled one.
+
+    Args:
+        name: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`), folder, or `.safetensors` file. Of a whole pipeline its
+            VAE is loaded; weights that exist in half precision alone are loaded too.
+        device: Where to load it; by default the accelerator, if there is one.
 
     Raises:
         ValueError: if it cannot be loaded (the message says what to do), or is of another class.
     """
-    path, subfolder = name, None
     if name == BUNDLED:
-        path = str(files("dit_hf") / "assets" / "avatar_vae")
-    # A third part of a Hub id is a subfolder of the repository.
-    if name.count("/") > 1 and not Path(name).exists() and not name.startswith(("/", ".", "~")):
-        owner, repository, subfolder = name.split("/", 2)
-        path = f"{owner}/{repository}"
-
-    try:
-        vae = AutoModel.from_pretrained(path, subfolder=subfolder, dtype=torch.float32)
-    except Exception as error:  # a missing folder, no network and a damaged file each raise a class of their own
-        raise ValueError(
-            f"vae {name}: no VAE could be loaded from there ({first_line(error)}); give a folder, 'avatar', or a "
-            "Hub id (which needs the network the first time)"
-        ) from error
+        vae = _load_folder(str(files("dit_hf") / "assets" / "avatar_vae"))
+    elif Path(name).is_file():
+        vae = _load_file(Path(name))
+    else:
+        vae = _load_named(name)
     if not isinstance(vae, VAE):
         raise ValueError(
             f"vae {name}: expected AutoencoderKL, AutoencoderTiny or AutoencoderDC, got {type(vae).__name__}"
@@ -51,22 +53,117 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
     return vae.eval().requires_grad_(False).to(device or default_device())
 
 
+def _load_named(name: str) -> Any:
+    """Load a VAE from a folder or the Hub."""
+    path, subfolder = name, None
+    is_path = Path(name).exists() or name.startswith(("/", ".", "~"))
+    # A third part of a Hub id is a subfolder of the repository.
+    if name.count("/") > 1 and not is_path:
+        owner, repository, subfolder = name.split("/", 2)
+        path = f"{owner}/{repository}"
+    advice = "give a folder, 'avatar', or a Hub id (which needs the network the first time)"
+
+    # The Hub is asked once whether it is there: huggingface_hub would retry for 50 seconds.
+    problem = None if is_path else _network_problem()
+    try:
+        return _load_folder(path, subfolder, local_files_only=is_path or problem is not None)
+    except Exception as error:  # a missing folder, no network and a damaged file each raise a class of their own
+        if is_path and not Path(name).exists():
+            raise ValueError(f"vae {name}: no VAE could be loaded from there (no such folder); {advice}") from error
+        if problem is not None:
+            reason = f"it is not on this machine, and the Hub cannot be reached: {problem}"
+            raise ValueError(f"vae {name}: {reason}; connect to the network, or give a folder or 'avatar'") from error
+        raise ValueError(f"vae {name}: no VAE could be loaded from there ({first_line(error)}); {advice}") from error
+
+
+def _load_folder(path: str, subfolder: str | None = None, local_files_only: bool = True) -> Any:
+    """Load a model from a folder or repository, or the VAE of the pipeline in it, in whole or in half precision."""
+    subfolders = [subfolder] if subfolder is not None else [None, "vae"]
+    if subfolder is None and (Path(path) / "model_index.json").is_file():
+        subfolders = ["vae"]
+    errors = []
+    for folder, variant in itertools.product(subfolders, (None, "fp16")):
+        options = {"subfolder": folder, "variant": variant, "local_files_only": local_files_only}
+        try:
+            return AutoModel.from_pretrained(path, dtype=torch.float32, **options)
+        except Exception as error:
+            errors.append(error)
+            # There is nothing else to find in a repository that does not exist or may not be read.
+            if isinstance(_cause(error), RepositoryNotFoundError):
+                break
+    raise errors[0]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error that led to `error`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _load_file(path: Path) -> Any:
+    """Load a VAE from one file: with the `config.json` beside it, or, in Stable Diffusion's own layout, without.
+
+    Raises:
+        ValueError: if it cannot be loaded, with what is missing.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"vae {path}: expected a .safetensors file, a folder or a Hub id, got a {path.suffix} file")
+    try:
+        if (path.parent / "config.json").is_file():
+            vae = AutoModel.from_config(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
+            vae.load_state_dict(load_file(path))
+            return vae.float()
+        offline = _network_problem() is not None
+        return AutoencoderKL.from_single_file(str(path), torch_dtype=torch.float32, local_files_only=offline)
+    except Exception as error:  # as in `_load_named`
+        raise ValueError(
+            f"vae {path}: weights in one file, which could not be loaded ({first_line(error)}); put the VAE's "
+            "config.json beside it, or give a folder of diffusers"
+        ) from error
+
+
+def _network_problem() -> str | None:
+    """Return why the Hub cannot be reached, or None if it answers."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=NETWORK_TIMEOUT)
+    except Exception as error:  # of the HTTP library, whose classes are not part of huggingface_hub's interface
+        return first_line(error)
+    return None
+
+
 def has_posterior(vae: VAE) -> bool:
     """Check whether a VAE encodes an image as a distribution, whose standard deviation is stored too."""
     return isinstance(vae, AutoencoderKL)
 
 
-def latent_shape(vae: VAE, resolution: tuple[int, int]) -> tuple[int, int, int]:
+def latent_shape(vae: VAE, resolution: tuple[int, int], patch_size: int = 1) -> tuple[int, int, int]:
     """Return (channels, height, width) of the latents of images of `resolution` (height, width).
 
     Raises:
-        ValueError: if the resolution is not divisible by the VAE's reduction of a side.
+        ValueError: if the resolution is not divisible by the VAE's reduction of a side, or the latents are not by
+            `patch_size`; with the nearest resolutions that are.
     """
     factor = _reduction(vae)
     height, width = resolution
+    problem = None
     if height % factor or width % factor:
-        raise ValueError(f"resolution {height}x{width} is not divisible by {factor}, the VAE's reduction")
-    return vae.config.latent_channels, height // factor, width // factor
+        problem = f"resolution {height}x{width} is not divisible by {factor}, the VAE's reduction"
+    elif height // factor % patch_size or width // factor % patch_size:
+        shape = f"{height // factor}x{width // factor}"
+        problem = f"resolution {_spell(resolution)} gives latents {shape}, which patches of {patch_size} do not divide"
+    if problem is None:
+        return vae.config.latent_channels, height // factor, width // factor
+    unit = factor * patch_size
+    smaller = [side // unit * unit for side in resolution]
+    larger = [-(-side // unit) * unit for side in resolution]
+    choices = " or ".join(_spell(sides) for sides in (smaller, larger) if min(sides))
+    raise ValueError(f"{problem}; {choices} would do")
+
+
+def _spell(sides: Sequence[int]) -> str:
+    """Return (height, width) as an option spells it: "64", or "64x48" if they differ."""
+    return f"{sides[0]}x{sides[1]}" if sides[0] != sides[1] else str(sides[0])
 
 
 def _reduction(vae: VAE) -> int:
@@ -76,8 +173,8 @@ def _reduction(vae: VAE) -> int:
 
 
 @torch.no_grad()
-def encode(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Encode uint8 images [batch, height, width, 3].
+def encode(vae: VAE, images: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Encode uint8 images [batch, height, width, 3], `batch_size` at once (by default what takes about 3 GB).
 
     Returns:
         Mean and, if the VAE has a posterior, standard deviation of the latents: fp16 [batch, channels, height, width],
@@ -86,7 +183,7 @@ def encode(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     Raises:
         ValueError: if a latent does not fit fp16.
     """
-    size = max(1, CHUNK_PIXELS // (images.shape[1] * images.shape[2]))
+    size = batch_size or max(1, CHUNK_PIXELS // (images.shape[1] * images.shape[2]))
     encoded = [_encode_chunk(vae, chunk) for chunk in images.split(size)]
     mean = torch.cat([chunk_mean for chunk_mean, _ in encoded])  # [batch, channels, height, width]
     std = torch.cat([chunk_std for _, chunk_std in encoded if chunk_std is not None]) if has_posterior(vae) else None

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import Config
-from ..latents.cache import parse_identity
+from ..latents.cache import content_sha256
 from ..runs import base_model, migrate_recipe
 from .accelerator import effective_precision
 from .checkpoint import check_same_recipe
@@ -24,7 +24,7 @@ def resolved_recipe(step: TrainingStep) -> dict[str, Any]:
     # These names are keys of checkpoints on disk and do not change.
     recipe["found"] = {
         "pictures": len(reader),
-        "pictures_sha256": parse_identity(cache)["source"]["sha256"],
+        "pictures_sha256": content_sha256(reader.info),
         "crop": cache["crop"],
         "flip": cache["flip"],
         "vae_sha256": reader.info["vae_sha256"],

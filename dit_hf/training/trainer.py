@@ -123,7 +123,7 @@ class Trainer:
             if train.push_to_hub and train.hub_model_id
             else None
         )
-        self.validation = choose_validation(config, list(self.reader.conditions), self.step, print_once)
+        self.validation = choose_validation(config, self.reader, self.step, print_once)
         self.quality = SampleQuality(config, self.reader, self.accelerator) if train.evaluation_steps else None
 
     def exclusive(self, run: Path) -> contextlib.AbstractContextManager[None]:

@@ -101,13 +101,13 @@ class Validation:
 
 
 def choose_validation(
-    config: Config, conditions: list[str], step: TrainingStep, log: Callable[[str], None]
+    config: Config, training: LatentReader, step: TrainingStep, log: Callable[[str], None]
 ) -> Validation | None:
     """Build the validation of a recipe; None where it has none, or where the cache has no images for it.
 
     Args:
         config: The recipe.
-        conditions: Columns of the conditions, in the order of the model.
+        training: Reader of the training split, with the conditions of the model.
         step: Whose device and micro-batch size it uses.
         log: Receives a line if the cache has no validation split.
     """
@@ -115,7 +115,7 @@ def choose_validation(
     if not count:
         return None
     try:
-        reader = LatentReader(config.data.latents, "validation", conditions)
+        reader = training.of_split("validation")
     except ValueError as error:
         log(f"{error}: no validation loss, and no best checkpoint")
         return None

@@ -14,7 +14,7 @@ from PIL import Image
 from dit_hf import open_images
 from dit_hf.cli import main
 from dit_hf.data.avatars import ATTRIBUTES
-from dit_hf.latents import encode as shards
+from dit_hf.latents import shards
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.encode import ShardEncoder
 from dit_hf.latents.prepare import prepare_latents
@@ -83,19 +83,19 @@ def test_faults_of_another_split_do_not_stop_the_build(tmp_path, vae_folder):
         split = "test" if i >= 200 else "train"
         rows.append(f"{i:03}.png,{split},{'' if i in (0, 1, 210, 211) else i % 2}")
     (folder / "metadata.csv").write_text("\n".join(rows))
-    options = (str(vae_folder), "16")
+    options = {"vae": str(vae_folder), "resolution": "16", "missing": "leave_out"}
     with pytest.raises(ValueError, match="4 of 250 images cannot be used"):
-        prepare_latents(str(folder), str(tmp_path / "all"), *options)
-    prepare_latents(str(folder), str(tmp_path / "train"), *options, split="train")
+        prepare_latents(str(folder), str(tmp_path / "all"), **options)
+    prepare_latents(str(folder), str(tmp_path / "train"), **options, split="train")
     assert open_latents(tmp_path / "train")[1]["counts"]["left_out"] == 2
-    prepare_latents(str(folder), str(tmp_path / "few"), *options, split="train", num_images=20)
+    prepare_latents(str(folder), str(tmp_path / "few"), **options, split="train", num_images=20)
     assert sum(open_latents(tmp_path / "few")[1]["counts"][name] for name in ("train", "validation")) == 20
 
 
 def test_the_error_names_images_of_an_unsupported_format(tmp_path, vae_folder):
     folder = folder_of_avatars(tmp_path, 20)
-    (folder / "IMG_1.HEIC").write_bytes(b"ftypheic")
-    with pytest.raises(ValueError, match=r"1 of 21 images .*IMG_1\.HEIC: \.heic is not read: convert it"):
+    (folder / "IMG_1.JXL").write_bytes(b"\xff\x0a")
+    with pytest.raises(ValueError, match=r"1 of 21 images .*IMG_1\.JXL: \.jxl is not read: convert it"):
         prepare_latents(str(folder), str(tmp_path / "latents"), str(vae_folder), "16")
 
 
@@ -143,11 +143,11 @@ def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards
     whole = prepare_latents("avatars", str(tmp_path / "whole"), *options, num_images=70)
     encoded, encode = [], ShardEncoder._encode_batch
 
-    def stop_in_the_third_shard(self, batch, **kwargs):
-        encoded.append(batch["id"][0])
+    def stop_in_the_third_shard(self, table, *others):
+        encoded.append(table["id"][0])
         if len(encoded) == 6:
             raise Stopped
-        return encode(self, batch, **kwargs)
+        return encode(self, table, *others)
 
     monkeypatch.setattr(ShardEncoder, "_encode_batch", stop_in_the_third_shard)
     with pytest.raises(Stopped):

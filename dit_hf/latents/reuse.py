@@ -1,0 +1,156 @@
+"""Compare the images of a source with those that a cache was encoded from, by content.
+
+A file whose size, time of modification and inode are those that were recorded counts as unchanged; any other image is
+hashed, and so are images inside shards, which have no file of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from datasets import Dataset
+
+from ..data.transforms import Geometry, decode_image
+from ..devices import available_cpus
+from ..storage import new_file
+from .shards import IMAGE_SHA256, Job, ShardNotes, open_shards
+
+# Size, time of modification in ns, and inode of a file.
+Stamp: TypeAlias = tuple[int, int, int]
+NO_STAMP: Stamp = (0, 0, 0)
+# Inside a finished cache, about the machine that made it: neither in the manifest nor uploaded.
+SOURCE_FILES = "source_files.npz"
+BATCH = 256
+
+
+@dataclass
+class Comparison:
+    """Images of a source, compared with shards that were encoded earlier.
+
+    Attributes:
+        changed: Ids of images whose content is not what was encoded.
+        readable: Shards that left out images which can be decoded now.
+        stamps: Of each shard that was compared: int64 [rows, 3], as its files are now.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    readable: list[int] = field(default_factory=list)
+    stamps: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def read_image(stored: dict[str, Any] | None) -> tuple[bytes | None, Stamp]:
+    """Return the bytes of an undecoded image, None if it has none, and the stamp of its file.
+
+    Raises:
+        OSError: if its file cannot be read.
+    """
+    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+    if data is not None or not path:
+        return data, NO_STAMP
+    with open(path, "rb") as file:
+        return file.read(), _stamp(os.fstat(file.fileno()))
+
+
+def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.ndarray | None]) -> Comparison:
+    """Compare the images of a source with finished shards.
+
+    Args:
+        rows: All rows of the source, images not decoded; their ids are those of the cache.
+        job: The job that encodes them.
+        folder: The folder of the shards.
+        shards: The shards, with the stamps that were recorded for their rows, int64 [rows, 3], or None.
+    """
+    result, images = Comparison(), rows.select_columns(["id", "image"])
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for shard, recorded in shards.items():
+            part = images.select(job.rows_of(shard))
+            stamps = np.zeros((len(part), 3), np.int64) if recorded is None else recorded.copy()
+            hashes = list(_hashes(part["id"], folder / job.file_name(shard)))
+            for start in range(0, len(part), BATCH):
+                batch = part[start : start + BATCH]
+                # Stamps first, in this thread: they take microseconds and decide for almost every file.
+                rows_left = [
+                    row
+                    for row, stored in enumerate(batch["image"])
+                    if hashes[start + row] is None or not _same_file(stored, stamps[start + row])
+                ]
+                ids, stored_images = (
+                    [batch["id"][row] for row in rows_left],
+                    [batch["image"][row] for row in rows_left],
+                )
+                known = [hashes[start + row] for row in rows_left]
+                checked = pool.map(_check, ids, stored_images, known, itertools.repeat(job.geometry))
+                for row, image_id, sha256, stamp in zip(rows_left, ids, known, checked, strict=True):
+                    if stamp is not None:
+                        stamps[start + row] = stamp
+                    if sha256 is not None and stamp is None:
+                        result.changed.append(image_id)
+                    if sha256 is None and stamp is not None and shard not in result.readable:
+                        result.readable.append(shard)
+            result.stamps[shard] = stamps
+    return result
+
+
+def _hashes(ids: list[str], shard: Path) -> Iterator[str | None]:
+    """Yield the recorded hash of each image of a shard by its id, None for those that were left out."""
+    table = open_shards([shard])
+    # The shard has the images in the order of the source.
+    encoded = iter(zip(table.column("id").to_pylist(), table.column(IMAGE_SHA256).to_pylist(), strict=True))
+    following = next(encoded, None)
+    for image_id in ids:
+        if following is not None and following[0] == image_id:
+            yield following[1]
+            following = next(encoded, None)
+        else:
+            yield None
+
+
+def _same_file(stored: dict[str, Any] | None, stamp: np.ndarray) -> bool:
+    """Check whether an image is a file with this stamp, without reading it."""
+    if not stored or stored["bytes"] is not None or not stored["path"]:
+        return False
+    try:
+        return _stamp(os.stat(stored["path"])) == tuple(stamp.tolist())
+    except OSError:
+        return False
+
+
+def _check(image_id: str, stored: dict[str, Any] | None, sha256: str | None, geometry: Geometry) -> Stamp | None:
+    """Return the stamp of an image of this hash, or, without a hash, of one that can be decoded; otherwise None."""
+    try:
+        data, stamp = read_image(stored)
+        if sha256 is None:
+            decode_image({"id": image_id, "image": {**(stored or {}), "bytes": data}}, geometry)
+    except (OSError, ValueError):
+        return None
+    return stamp if sha256 is None or hashlib.sha256(data or b"").hexdigest() == sha256 else None
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    # Some file systems number inodes with 64 bits; 63 of them fit the column.
+    return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
+
+
+def write_source_files(path: Path, stamps: np.ndarray, notes: list[ShardNotes]) -> None:
+    """Write what a finished cache needs to be compared and added to: stamps, int64 [rows, 3], and all notes."""
+    text = np.array(json.dumps([asdict(shard) for shard in notes]))
+    with new_file(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, stamps=stamps, notes=text)
+
+
+def read_source_files(folder: Path) -> tuple[np.ndarray, list[ShardNotes]] | None:
+    """Return what [`write_source_files`] wrote; None if it is not there, as in a cache that was downloaded."""
+    try:
+        with np.load(folder / SOURCE_FILES) as arrays:
+            return arrays["stamps"], [ShardNotes(**shard) for shard in json.loads(str(arrays["notes"]))]
+    except (OSError, ValueError, KeyError):
+        return None

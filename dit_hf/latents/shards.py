@@ -1,0 +1,230 @@
+"""Shards of a latent cache: which rows each one holds, its Arrow file and its notes.
+
+A shard is finished once its notes (a JSON file) exist; a resumed build never encodes it again. Which images a shard
+holds depends on the source alone, not on the number of processes or the batch size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+
+from ..data.transforms import Geometry
+from ..storage import sha256
+from .vae import CHUNK_PIXELS, VAE, has_posterior
+
+MIN_SHARD, MAX_SHARD, NUM_SHARDS = 512, 65536, 256
+MAX_BATCH, BATCH_PIXELS = 64, 64 * 256 * 256
+# Each record batch of an open file takes some hundred bytes of memory a column, so there should be few of them.
+RECORD_BATCH_ROWS, RECORD_BATCH_BYTES = 4096, 2**28
+IMAGE_SHA256 = "image_sha256"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a process needs to encode shards of one cache, beside the rows of the source.
+
+    Attributes:
+        folder: The folder of the shards; `folder / "vae"` is the VAE.
+        geometry: Crop and resolution of the images; the resolution is set.
+        latent_shape: (channels, height, width).
+        flip: Whether each image is encoded mirrored too.
+        hold_out: Whether 2 % of the training images become validation images, because the source has none.
+        features: Features of the cache.
+        num_rows: Rows of the source.
+        batch_size: Images that the VAE encodes at once.
+        shard_size: Images in one shard.
+        sha256: Hash of the cache's identity.
+    """
+
+    folder: Path
+    geometry: Geometry
+    latent_shape: tuple[int, int, int]
+    flip: bool
+    hold_out: bool
+    features: Features
+    num_rows: int
+    batch_size: int
+    shard_size: int
+    sha256: str
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of the cache; the last one may be shorter."""
+        return -(-self.num_rows // self.shard_size)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that a row takes on the disk, about."""
+        latents = sum(isinstance(feature, List) for feature in self.features.values())
+        return 2 * math.prod(self.latent_shape) * latents + 2 * len(self.features) + 128  # id and hash are strings
+
+    def rows_of(self, shard: int) -> range:
+        """Return the rows of the source that go into `shard`."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
+
+    def file_name(self, shard: int) -> str:
+        """Return the name of the shard's file, as `datasets` names the files of a saved dataset."""
+        return f"data-{shard:05}-of-{self.num_shards:05}.arrow"
+
+    def path(self, shard: int) -> Path:
+        """Return the shard's file."""
+        return self.folder / self.file_name(shard)
+
+    def notes_path(self, shard: int) -> Path:
+        """Return the file whose existence marks the shard as finished."""
+        return self.folder / "building" / f"{shard:05}.json"
+
+    def stamps_path(self, shard: int) -> Path:
+        """Return the file of the stamps of the shard's images; see `reuse.py`."""
+        return self.folder / "building" / f"{shard:05}.npy"
+
+    def notes(self, shard: int) -> ShardNotes:
+        """Read the notes of a finished shard."""
+        return ShardNotes(**json.loads(self.notes_path(shard).read_text(encoding="utf-8")))
+
+    def unfinished(self) -> list[int]:
+        """Return the shards to encode, among them finished ones whose file is damaged."""
+        return [shard for shard in range(self.num_shards) if not self._is_finished(shard)]
+
+    def _is_finished(self, shard: int) -> bool:
+        if not self.notes_path(shard).is_file():
+            return False
+        path, notes = self.path(shard), self.notes(shard)
+        return path.is_file() and path.stat().st_size == notes.size and sha256(path) == notes.sha256
+
+
+@dataclass
+class ShardNotes:
+    """Summary of an encoded shard.
+
+    Attributes:
+        left_out: Id and reason of each image that could not be decoded.
+        sums: Sums over all latent pixels of mean, squared mean and variance of the posterior, [3][channels].
+        count: Number of latent pixels in each sum.
+        size: Size of the shard's file in bytes.
+        sha256: SHA-256 of the shard's file.
+    """
+
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    sums: list[list[float]] = field(default_factory=list)
+    count: int = 0
+    size: int = 0
+    sha256: str = ""
+
+
+def plan_sizes(num_rows: int, resolution: tuple[int, int]) -> tuple[int, int]:
+    """Return batch size and shard size for `num_rows` images of `resolution` (height, width).
+
+    The VAE encodes at most 64 images at once, 16 of 256 px, fewer of larger ones. There are at most 256 shards, up to
+    16 million images.
+    """
+    pixels = resolution[0] * resolution[1]
+    unit = max(1, min(MAX_BATCH, BATCH_PIXELS // pixels))
+    shard = min(MAX_SHARD, max(MIN_SHARD, -(-num_rows // NUM_SHARDS)))
+    # Rounded up to multiples of `unit`, as version 0.1.0 did, so that its unfinished caches have the same shards.
+    return max(1, min(unit, CHUNK_PIXELS // pixels)), -(-shard // unit) * unit
+
+
+def latent_columns(vae: VAE, flip: bool) -> list[str]:
+    """Return the names of a cache's latent columns."""
+    names = ["latent_mean", "latent_std"] if has_posterior(vae) else ["latent_mean"]
+    return names + [f"{name}_flip" for name in names] if flip else names
+
+
+def cache_features(
+    rows: Dataset, vae: VAE, shape: tuple[int, int, int], flip: bool, image_sha256: bool = True
+) -> Features:
+    """Return the features of a cache of `rows`: id, split, hash of the image, latents of `shape`, conditions.
+
+    Raises:
+        ValueError: if a condition has the name of another column.
+    """
+    columns = {"id": Value("string"), "split": Value("string")}
+    if image_sha256:  # which format 2 does not have
+        columns[IMAGE_SHA256] = Value("string")
+    columns |= dict.fromkeys(latent_columns(vae, flip), List(Value("float16"), length=math.prod(shape)))
+    conditions = {k: feature for k, feature in rows.features.items() if k not in ("id", "split", "image")}
+    taken = conditions.keys() & columns.keys()
+    if taken:
+        raise ValueError(f"the source has a column {min(taken)}, which is a column of the cache too; rename it")
+    return Features({**columns, **conditions})
+
+
+def spell_features(features: Features) -> dict[str, Any]:
+    """Return features as JSON that datasets reads from 2.14 on: `List` is `Sequence`, its name before 4.0."""
+    spelled = features.to_dict()
+    return {k: {**v, "_type": "Sequence"} if v["_type"] == "List" else v for k, v in spelled.items()}
+
+
+class ShardWriter:
+    """Writer of a shard's Arrow file, in record batches of 4,096 rows whatever the sizes of the parts it is given.
+
+    Record batches of very large latents have fewer rows, to keep the memory below a gigabyte.
+
+    Args:
+        path: The file.
+        features: Features of the cache.
+    """
+
+    def __init__(self, path: Path, features: Features):
+        metadata = {"huggingface": json.dumps({"info": {"features": spell_features(features)}})}
+        self.schema = features.arrow_schema.with_metadata(metadata)
+        lists = [field.type for field in self.schema if pa.types.is_fixed_size_list(field.type)]
+        row_bytes = sum(kind.list_size * kind.value_type.bit_width // 8 for kind in lists)
+        self.rows = max(1, min(RECORD_BATCH_ROWS, RECORD_BATCH_BYTES // max(1, row_bytes)))
+        self._waiting: list[pa.RecordBatch] = []
+        self._file = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._file, self.schema)
+
+    def write(self, columns: dict[str, pa.Array]) -> None:
+        """Add rows, all columns of the cache by name."""
+        rows = pa.record_batch([columns[name] for name in self.schema.names], schema=self.schema)
+        while len(rows):
+            room = self.rows - sum(map(len, self._waiting))
+            self._waiting.append(rows[:room])
+            rows = rows[room:]
+            if room == len(self._waiting[-1]):
+                self._flush()
+
+    def close(self) -> None:
+        """Write what waits and close the file."""
+        self._flush()
+        self._stream.close()
+        self._file.close()
+
+    def _flush(self) -> None:
+        """Write what waits as one record batch."""
+        if self._waiting:
+            self._stream.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
+        self._waiting = []
+
+
+def open_shards(paths: list[Path]) -> pa.Table:
+    """Map the Arrow files of a cache into memory as one table.
+
+    Random reads are announced to the system: otherwise it reads up to a megabyte around each of them.
+    """
+    tables = []
+    for path in paths:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+            mapped.madvise(mmap.MADV_RANDOM)
+        # The buffer keeps the map open as long as an array needs it.
+        tables.append(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())
+    # Metadata differs where a cache of format 2 was finished by this version.
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+
+
+def latent_array(latents: np.ndarray) -> pa.FixedSizeListArray:
+    """Return latents [rows, values] as an Arrow array of lists, without a copy."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(latents).reshape(-1)), latents.shape[1])
