@@ -65,13 +65,14 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
     return mean
 
 
-def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[str, str]]) -> None:
+def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[str, str]], plan: list[str]) -> None:
     """Write the cache's README.md, which is also its card on the Hub.
 
     Args:
         folder: The cache.
         info: The content of `latents.json`, which need not be written yet.
         left_out: Id and reason of each image that was left out.
+        plan: How the source was read, as it was printed.
     """
     settings, counts = info["settings"], info["counts"]
     channels, height, width = info["latent_shape"]
@@ -79,7 +80,7 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
     reasons = Counter(reason for _, reason in left_out).most_common(10)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-    word = quality(info["psnr"])
+    word, source = quality(info["psnr"]), "\n".join(plan)
     text = f"""---
 tags:
 - dit_hf
@@ -107,6 +108,12 @@ Each row is an image: its `id`, its `split`, the SHA-256 of its file, the latent
 standard deviation of the VAE's posterior where it has one, `_flip` those of the mirrored image) and the conditions
 (null where unknown). `latents.json` has the statistics of each channel, the settings, and size and SHA-256 of every
 file.
+
+How the source was read:
+
+```
+{source}
+```
 
 ```python
 from datasets import load_from_disk

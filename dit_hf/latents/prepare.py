@@ -543,7 +543,7 @@ def _finish(job: Job, spec: CacheSpec) -> None:
     info = _cache_info(job, spec, cache, notes, len(left_out.all()))
     grid = job.folder / "reconstructions.png"
     info["psnr"] = save_reconstruction_grid(cache, spec.source.rows, spec.vae, job, grid)
-    write_cache_card(job.folder, info, left_out.all())
+    write_cache_card(job.folder, info, left_out.all(), spec.source.plan.lines())
     write_manifest(job.folder, CACHE_INFO, "building", **info)
 
     # For the next call on this machine, after the manifest, which does not list it.
@@ -565,6 +565,7 @@ def _cache_info(
         "identity": format_identity(identity),
         **_content_sha256(identity, cache),
         "settings": spec.settings,
+        "plan": spec.source.plan.as_dict(),
         "latent_shape": list(job.latent_shape),
         "conditions": {name: len(labels[name]) if name in labels else 2 for name in names},
         "condition_labels": labels,
