@@ -35,5 +35,5 @@ def test_the_card_counts_the_images_left_out_by_reason(latents, tmp_path):
     info["counts"]["left_out"] = 1003
     shutil.copytree(latents, tmp_path / "copy")
     left_out = [(f"{i}.jpg", "truncated") for i in range(1000)] + [(f"{i}.png", "not an image") for i in range(3)]
-    write_cache_card(tmp_path / "copy", info, left_out)
+    write_cache_card(tmp_path / "copy", info, left_out, ["faces: folder of images", "  images      60 train"])
     assert "| 1,003: 1000 x truncated; 3 x not an image (" in (tmp_path / "copy" / "README.md").read_text()
