@@ -198,7 +198,7 @@ class ShardEncoder:
             return Decoded(reason=error.strerror or str(error))
         except ValueError as error:
             return Decoded(reason=str(error).removeprefix(f"{image_id}: "))
-        return Decoded(np.asarray(image), sha256=hashlib.sha256(data).hexdigest(), stamp=stamp)
+        return Decoded(np.asarray(image), sha256=hashlib.sha256(data or b"").hexdigest(), stamp=stamp)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -7,6 +7,7 @@ hashed, and so are images inside shards, which have no file of their own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -82,9 +83,11 @@ def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.n
                     for row, stored in enumerate(batch["image"])
                     if hashes[start + row] is None or not _same_file(stored, stamps[start + row])
                 ]
-                images_left = [(batch["id"][row], batch["image"][row], hashes[start + row]) for row in rows_left]
-                checked = pool.map(lambda image: _check(*image, job.geometry), images_left)
-                for row, (image_id, _, sha256), stamp in zip(rows_left, images_left, checked, strict=True):
+                ids = [batch["id"][row] for row in rows_left]
+                images_left = [batch["image"][row] for row in rows_left]
+                expected = [hashes[start + row] for row in rows_left]
+                checked = pool.map(_check, ids, images_left, expected, itertools.repeat(job.geometry))
+                for row, image_id, sha256, stamp in zip(rows_left, ids, expected, checked, strict=True):
                     if stamp is not None:
                         stamps[start + row] = stamp
                     if sha256 is not None and stamp is None:
