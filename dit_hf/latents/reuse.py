@@ -83,13 +83,11 @@ def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.n
                     for row, stored in enumerate(batch["image"])
                     if hashes[start + row] is None or not _same_file(stored, stamps[start + row])
                 ]
-                ids, stored_images = (
-                    [batch["id"][row] for row in rows_left],
-                    [batch["image"][row] for row in rows_left],
-                )
-                known = [hashes[start + row] for row in rows_left]
-                checked = pool.map(_check, ids, stored_images, known, itertools.repeat(job.geometry))
-                for row, image_id, sha256, stamp in zip(rows_left, ids, known, checked, strict=True):
+                ids = [batch["id"][row] for row in rows_left]
+                images_left = [batch["image"][row] for row in rows_left]
+                expected = [hashes[start + row] for row in rows_left]
+                checked = pool.map(_check, ids, images_left, expected, itertools.repeat(job.geometry))
+                for row, image_id, sha256, stamp in zip(rows_left, ids, expected, checked, strict=True):
                     if stamp is not None:
                         stamps[start + row] = stamp
                     if sha256 is not None and stamp is None:

@@ -88,9 +88,7 @@ def test_resolutions_of_stable_diffusion_s_vae():
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, **blocks)
     assert latent_shape(vae, (256, 192), 2) == (4, 32, 24)
-    with pytest.raises(
-        ValueError, match=r"resolution 68 .*, the VAE's reduction|resolution 68x68 is not divisible by 8"
-    ):
+    with pytest.raises(ValueError, match="resolution 68x68 is not divisible by 8, the VAE's reduction; 64 or 80"):
         latent_shape(vae, (68, 68), 2)
     with pytest.raises(ValueError, match="latents 17x17, which patches of 2 do not divide; 128 or 144 would do"):
         latent_shape(vae, (136, 136), 2)

@@ -57,9 +57,8 @@ def with_missing(cache: Path, folder: Path) -> Path:
     """Copy a cache with every third value of each condition missing."""
     rows, info = open_latents(cache)
     names = list(info["conditions"])
-    rows = rows.map(
-        lambda row, i: dict.fromkeys(names) if i % 3 == 0 else {}, with_indices=True, features=rows.features
-    )
+    features, none = rows.features, dict.fromkeys(names)
+    rows = rows.map(lambda row, i: none if i % 3 == 0 else {}, with_indices=True, features=features)
     rows.save_to_disk(str(folder))
     shutil.copytree(cache / "vae", folder / "vae")
     del info["files"]
