@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,35 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
         raise type(error)(f"push_to_hub {error} (the cache in {folder} is complete)") from error
     print(f"{folder} is now {url}", flush=True)
     return url
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Cache to build.
+
+    Attributes:
+        source: The opened images.
+        vae: The VAE that encodes them.
+        geometry: Crop and resolution; the resolution is set.
+        flip: Whether each image is encoded mirrored too.
+        max_left_out: The share of images that may be left out.
+        batch_size: Images that the VAE encodes at once; None chooses by their size.
+        settings: Options of `prepare_latents` that `latents.json` and the card quote.
+        identity: See [`cache_identity`].
+    """
+
+    source: Source
+    vae: VAE
+    geometry: Geometry
+    flip: bool
+    max_left_out: float
+    batch_size: int | None
+    settings: dict[str, Any]
+    identity: dict[str, Any]
+
+    def identity_as(self, version: int) -> dict[str, Any]:
+        """Return the identity of this cache in a format."""
+        return earlier_identity(self.identity, self.source) if version == EARLIER_FORMAT else self.identity
 
 
 def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> dict[str, Any]:

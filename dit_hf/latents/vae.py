@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -85,7 +86,10 @@ def _load_folder(path: str, subfolder: str | None = None, local_files_only: bool
     for folder, variant in itertools.product(subfolders, (None, "fp16")):
         options = {"subfolder": folder, "variant": variant, "local_files_only": local_files_only}
         try:
-            return AutoModel.from_pretrained(path, dtype=torch.float32, **options)
+            with warnings.catch_warnings():
+                # diffusers 0.42.1 passes huggingface_hub an option that it warns of.
+                warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
+                return AutoModel.from_pretrained(path, dtype=torch.float32, **options)
         except Exception as error:
             errors.append(error)
             # There is nothing else to find in a repository that does not exist or may not be read.

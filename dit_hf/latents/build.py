@@ -1,0 +1,265 @@
+"""Build a latent cache: reuse what is there, encode the shards that are not, and put the cache in place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from ..data.image_folder import CACHE_INFO
+from ..storage import (
+    folder_taken,
+    hash_json,
+    locked,
+    partial_folder,
+    put_in_place,
+    read_manifest,
+    write_text,
+)
+from .cache import (
+    EARLIER_FORMAT,
+    FORMAT_VERSION,
+    CacheSpec,
+    check_same_identity,
+    finished_identity,
+    format_identity,
+    parse_identity,
+)
+from .encode import ShardEncoder, encode_in_processes
+from .finish import finish
+from .progress import LeftOut, Progress
+from .reuse import SOURCE_FILES, Comparison, compare_images, read_source_files, write_source_files
+from .shards import Job, cache_features, plan_sizes
+from .vae import latent_shape
+
+PATCH_SIZE = 2  # of every preset: latents that it does not divide could not be trained on
+
+
+def is_finished(final: Path, spec: CacheSpec, job: Job) -> bool:
+    """Check whether `final` holds the finished cache of the same images.
+
+    Raises:
+        FileExistsError: if it holds another cache, or something else.
+    """
+    before, place = finished_identity(final), f"output_dir {final}"
+    if before is None:
+        return False
+    version = _known_format(before, place)
+    check_same_identity(before, spec.identity_as(version), place, "a cache")
+    if version == EARLIER_FORMAT:
+        return True
+
+    # The images by content. Stamps that have changed although the images have not are written for the next call.
+    recorded = read_source_files(final)
+    shards: dict[int, np.ndarray | None] = dict.fromkeys(range(job.num_shards))
+    if recorded is not None:
+        shards = {shard: recorded[0][job.rows_of(shard).start : job.rows_of(shard).stop] for shard in shards}
+    compared = compare_images(spec.source.rows, job, final, shards)
+    _check_unchanged(compared, len(spec.source.rows), place, "a cache")
+    if compared.readable and recorded is not None:
+        print(f"{final}: images that were left out can be read now; their shards are encoded again", flush=True)
+        return False
+    if compared.readable:
+        print(f"{final}: some images that were left out can be read now; name a new folder to encode them", flush=True)
+    elif recorded is not None and any((compared.stamps[shard] != shards[shard]).any() for shard in shards):
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            write_source_files(final / SOURCE_FILES, np.concatenate(list(compared.stamps.values())), recorded[1])
+    return True
+
+
+def _known_format(before: dict[str, Any], place: str) -> int:
+    """Return the format in which an identity is compared, and print what format 2 leaves open."""
+    if before.get("format") != EARLIER_FORMAT:
+        return FORMAT_VERSION
+    print(
+        f"{place}: a cache of format {EARLIER_FORMAT}, which did not record the content of its images; they count as "
+        "unchanged if names, sizes and labels are the same",
+        flush=True,
+    )
+    return EARLIER_FORMAT
+
+
+def _check_unchanged(compared: Comparison, total: int, place: str, contents: str) -> None:
+    """Refuse to reuse latents of images that have changed.
+
+    Raises:
+        FileExistsError: with their number and the first of them.
+    """
+    if compared.changed:
+        problem = f"{len(compared.changed)} of {total} images have changed, first {compared.changed[0]}"
+        raise FileExistsError(folder_taken(place, f"holds {contents} of other images: {problem}"))
+
+
+def build(final: Path, spec: CacheSpec, num_proc: int, state: PartialState) -> None:
+    """Encode the unfinished shards on all ranks, complete the cache and put it in place."""
+    partial = partial_folder(final)
+    _check_space(plan_job(partial, spec), partial)
+    lock = locked(partial / "building" / "lock", str(partial))
+    with lock if state.is_main_process else contextlib.nullcontext():
+        try:
+            # The main rank prepares the folder before the others look for finished shards in it.
+            if state.is_main_process:
+                _open_partial(partial, final, spec)
+            state.wait_for_everyone()
+            job = plan_job(partial, spec)
+            complete = (partial / CACHE_INFO).is_file()
+            shards = [] if complete else job.unfinished()
+            # Every rank must have listed the unfinished shards before any rank finishes another one.
+            state.wait_for_everyone()
+
+            _encode(final, job, spec, shards, num_proc, state)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                if not complete:
+                    finish(job, spec)
+                shutil.rmtree(partial / "building")
+                put_in_place(partial, final)
+        except BaseException:
+            # A folder without any latents would only keep its name from being used for something else.
+            if state.is_main_process and not _holds_latents(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+    state.wait_for_everyone()
+
+
+def _holds_latents(partial: Path) -> bool:
+    """Check whether an unfinished cache holds any image."""
+    notes = [path for path in partial.glob("building/*.json") if path.stem.isdigit()]
+    return (partial / CACHE_INFO).is_file() or any(json.loads(path.read_text())["count"] for path in notes)
+
+
+def _encode(final: Path, job: Job, spec: CacheSpec, shards: list[int], num_proc: int, state: PartialState) -> None:
+    """Encode this rank's part of `shards`, stopping as soon as too many images cannot be used."""
+    left_out = LeftOut(spec.max_left_out, spec.source)
+    done = job.num_rows - sum(len(job.rows_of(shard)) for shard in shards)
+    if done and state.is_main_process:
+        print(f"{final}: resuming after {done} of {job.num_rows} images", flush=True)
+    mine = shards[state.process_index :: state.num_processes]
+    with Progress(job, mine, shown=state.is_main_process) as progress:
+        if num_proc > 1:
+            encoded = encode_in_processes(job, spec.source.rows, mine, num_proc, progress.update)
+        else:
+            encoded = ShardEncoder(job, spec.source.rows, spec.vae, progress.update).encode_shards(mine)
+        for shard in encoded:
+            left_out.add(job.notes(shard).left_out)
+
+
+def _open_partial(partial: Path, final: Path, spec: CacheSpec) -> None:
+    """Begin a build, or check that the unfinished one in `partial` is the same and remove half-written files.
+
+    If `final` is a finished cache, some images that it left out can be read now: its other shards are taken over.
+    """
+    begun = partial / "building" / "identity.json"
+    if (partial / CACHE_INFO).is_file():  # complete: it was interrupted before it was put in place
+        _compare_partial(parse_identity(read_manifest(partial, CACHE_INFO)["identity"]), partial, spec)
+        return
+    if begun.is_file():
+        _compare_partial(parse_identity(json.loads(begun.read_text(encoding="utf-8"))), partial, spec)
+
+    # Only what belongs to finished shards (.json, .npy) and the lock survive; files of `write_text` begin with a dot.
+    for path in (partial / "building").iterdir():
+        if path.suffix not in (".json", ".npy", "") or path.name.startswith("."):
+            path.unlink()
+
+    # identity.json comes last: once it is there, the VAE beside it is complete.
+    if not begun.is_file():
+        if (final / CACHE_INFO).is_file():
+            _take_over(final, plan_job(partial, spec))
+        spec.vae.save_pretrained(partial / "vae")
+        write_text(begun, json.dumps(format_identity(spec.identity)))
+        if (final / CACHE_INFO).is_file():
+            _compare_partial(spec.identity, partial, spec)
+
+
+def _take_over(final: Path, job: Job) -> None:
+    """Link the shards of a finished cache into the folder of `job`, with what it noted of them."""
+    recorded = read_source_files(final)
+    assert recorded is not None  # or the cache would have counted as finished
+    stamps, notes = recorded
+    for shard in range(job.num_shards):
+        job.path(shard).unlink(missing_ok=True)
+        try:
+            os.link(final / job.file_name(shard), job.path(shard))
+        except OSError:  # the file system has no links
+            shutil.copy2(final / job.file_name(shard), job.path(shard))
+        np.save(job.stamps_path(shard), stamps[job.rows_of(shard).start : job.rows_of(shard).stop])
+        write_text(job.notes_path(shard), json.dumps(notes[shard].__dict__))
+
+
+def _compare_partial(before: dict[str, Any], partial: Path, spec: CacheSpec) -> None:
+    """Check that an unfinished cache is of the same images, and forget shards that can have more of them now.
+
+    Raises:
+        FileExistsError: if it is of other images, or made with other options.
+    """
+    version = _known_format(before, str(partial))
+    check_same_identity(before, spec.identity_as(version), str(partial), "an unfinished cache")
+    if version == EARLIER_FORMAT or (partial / CACHE_INFO).is_file():
+        return
+    job = plan_job(partial, spec)
+    shards: dict[int, np.ndarray | None] = {
+        shard: np.load(job.stamps_path(shard))
+        for shard in range(job.num_shards)
+        if job.notes_path(shard).is_file() and job.path(shard).is_file()
+    }
+    compared = compare_images(spec.source.rows, job, partial, shards)
+    _check_unchanged(compared, len(spec.source.rows), str(partial), "an unfinished cache")
+    for shard in compared.readable:
+        job.notes_path(shard).unlink()
+
+
+def plan_job(folder: Path, spec: CacheSpec) -> Job:
+    """Return the job that encodes the cache in `folder`, the same on all ranks and after every interruption.
+
+    Raises:
+        ValueError: if the resolution does not fit, or a condition has the name of another column.
+    """
+    resolution = spec.geometry.resolution
+    assert resolution is not None  # `prepare_latents` refuses None
+    rows = spec.source.rows
+    shape = latent_shape(spec.vae, resolution, PATCH_SIZE)
+    batch_size, shard_size = plan_sizes(len(rows), resolution)
+    has_validation = "split" in rows.column_names and "validation" in set(rows.unique("split"))
+    version = _begun_format(folder)
+    return Job(
+        folder=folder,
+        geometry=spec.geometry,
+        latent_shape=shape,
+        flip=spec.flip,
+        hold_out=not has_validation,
+        features=cache_features(rows, spec.vae, shape, spec.flip, image_sha256=version != EARLIER_FORMAT),
+        num_rows=len(rows),
+        batch_size=spec.batch_size or batch_size,
+        shard_size=shard_size,
+        # Of the written form, since the hash is part of the cache's files.
+        sha256=hash_json(format_identity(spec.identity_as(version))),
+    )
+
+
+def _begun_format(folder: Path) -> int:
+    """Return the format of the unfinished cache in `folder`, or the newest if none was begun."""
+    with contextlib.suppress(OSError, ValueError):
+        begun = json.loads((folder / "building" / "identity.json").read_text(encoding="utf-8"))
+        if begun.get("format") == EARLIER_FORMAT:
+            return EARLIER_FORMAT
+    return FORMAT_VERSION
+
+
+def _check_space(job: Job, partial: Path) -> None:
+    """Check before any work that the shards fit on the disk.
+
+    Raises:
+        OSError: naming needed and free space in MB, if they do not.
+    """
+    finished = [shard for shard in range(job.num_shards) if job.notes_path(shard).is_file()]
+    needed = job.bytes_per_row * (job.num_rows - sum(len(job.rows_of(shard)) for shard in finished))
+    place = next(folder for folder in (partial, *partial.parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(f"the cache needs {needed / 1e6:,.0f} MB more and {place} has {free / 1e6:,.0f} MB free")

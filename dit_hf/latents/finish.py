@@ -1,0 +1,132 @@
+"""Complete a latent cache once its shards are encoded: everything beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, load_from_disk
+
+from ..data.image_folder import CACHE_INFO
+from ..storage import (
+    hash_json,
+    write_manifest,
+    write_text,
+)
+from .cache import (
+    EARLIER_FORMAT,
+    FORMAT_VERSION,
+    CacheSpec,
+    format_identity,
+)
+from .card import save_reconstruction_grid, write_cache_card
+from .progress import LeftOut
+from .reuse import SOURCE_FILES, write_source_files
+from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, spell_features
+from .vae import weights_sha256
+
+
+def finish(job: Job, spec: CacheSpec) -> None:
+    """Write everything beside the shards: index, list of images left out, reconstructions, card and latents.json."""
+    notes = [job.notes(shard) for shard in range(job.num_shards)]
+
+    # Images that are left out.
+    left_out = LeftOut(spec.max_left_out, spec.source)
+    left_out.add([(image_id, reason) for note in notes for image_id, reason in note.left_out])
+    with open(job.folder / "left_out.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "reason"), *left_out.all()])
+
+    # The dataset's own files, without which it cannot be opened.
+    _write_index(job)
+    cache = load_from_disk(str(job.folder))
+    if not len(cache):
+        raise ValueError(f"no image of {spec.source.name} can be used: {': '.join(left_out.all()[0])}")
+
+    # Card and metadata; latents.json comes last because it lists the hashes of all other files.
+    info = _cache_info(job, spec, cache, notes, len(left_out.all()))
+    grid = job.folder / "reconstructions.png"
+    info["psnr"] = save_reconstruction_grid(cache, spec.source.rows, spec.vae, job, grid)
+    write_cache_card(job.folder, info, left_out.all(), spec.source.plan.lines())
+    write_manifest(job.folder, CACHE_INFO, "building", **info)
+
+    # For the next call on this machine, after the manifest, which does not list it.
+    if IMAGE_SHA256 in job.features:
+        stamps = [np.load(job.stamps_path(shard)) for shard in range(job.num_shards)]
+        write_source_files(job.folder / SOURCE_FILES, np.concatenate(stamps), notes)
+
+
+def _cache_info(
+    job: Job, spec: CacheSpec, cache: Dataset, notes: list[ShardNotes], num_left_out: int
+) -> dict[str, Any]:
+    """Return the content of `latents.json`, but for the PSNR and the list of files."""
+    labels = {k: feature.names for k, feature in cache.features.items() if isinstance(feature, ClassLabel)}
+    others = ("id", "split", IMAGE_SHA256, *latent_columns(spec.vae, job.flip))
+    names = [name for name in job.features if name not in others]
+    splits = cache["split"][:]
+    identity = spec.identity_as(FORMAT_VERSION if IMAGE_SHA256 in job.features else EARLIER_FORMAT)
+    return {
+        "identity": format_identity(identity),
+        **_content_sha256(identity, cache),
+        "settings": spec.settings,
+        "plan": spec.source.plan.as_dict(),
+        "latent_shape": list(job.latent_shape),
+        "conditions": {name: len(labels[name]) if name in labels else 2 for name in names},
+        "condition_labels": labels,
+        "statistics": _statistics(notes),
+        "scaling_factor": spec.vae.config.get("scaling_factor") or 1.0,
+        "shift_factor": spec.vae.config.get("shift_factor") or 0.0,
+        "vae_sha256": weights_sha256(spec.vae),
+        "counts": {name: splits.count(name) for name in ("train", "validation", "test")} | {"left_out": num_left_out},
+    }
+
+
+def _content_sha256(identity: dict[str, Any], cache: Dataset) -> dict[str, str]:
+    """Return the hash of images and labels that [`content_sha256`] reads; nothing in format 2, which has none."""
+    if IMAGE_SHA256 not in cache.column_names:
+        return {}
+    images = hashlib.sha256("".join(cache[IMAGE_SHA256][:]).encode()).hexdigest()
+    parts = {"ids": identity["source"]["sha256"], "labels": identity["labels"], "images": images}
+    return {"content_sha256": hash_json(parts)[:12]}
+
+
+def _write_index(job: Job) -> None:
+    """Write the two files by which `load_from_disk` finds the shards: those of an empty dataset, with shards named."""
+    empty = job.folder / "building" / "index"
+    with _hidden_progress_bars():
+        Dataset.from_dict({name: [] for name in job.features}, job.features).save_to_disk(str(empty))
+    # The keys of state.json are private to datasets (read in 5.2).
+    state = json.loads((empty / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": job.path(shard).name} for shard in range(job.num_shards)]
+    state["_fingerprint"] = job.sha256[:16]
+    write_text(job.folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
+    info = json.loads((empty / "dataset_info.json").read_text(encoding="utf-8"))
+    info["features"] = spell_features(job.features)
+    write_text(job.folder / "dataset_info.json", json.dumps(info, indent=2))
+    shutil.rmtree(empty)
+
+
+def _statistics(notes: list[ShardNotes]) -> dict[str, list[float]]:
+    """Return mean and standard deviation, by channel, of samples of the posteriors (law of total variance)."""
+    sums = torch.tensor([note.sums for note in notes], dtype=torch.float64).sum(0)  # [3, channels]
+    mean, mean_square, variance = sums / sum(note.count for note in notes)
+    return {"mean": mean.tolist(), "std": (mean_square - mean.square() + variance).sqrt().tolist()}
+
+
+@contextlib.contextmanager
+def _hidden_progress_bars() -> Iterator[None]:
+    """Disable datasets' progress bars and restore their setting afterwards."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,84 @@
+"""Follow an encoding: its speed, and the images that are left out."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.sources import Source
+from ..devices import peak_memory
+from .shards import Job
+
+
+class LeftOut:
+    """The images that are left out: a list that raises as soon as it exceeds `share`.
+
+    Two shares are added up: the rows that the source itself leaves out, of the whole source even if `num_images` takes
+    only a few, and the broken images, of the images to encode.
+    """
+
+    def __init__(self, share: float, source: Source):
+        self.share, self.source = share, source
+        self.broken: list[tuple[str, str]] = []
+        self.add([])
+
+    def all(self) -> list[tuple[str, str]]:
+        """Return id and reason of every image that is left out."""
+        return self.source.left_out + self.broken
+
+    def add(self, broken: list[tuple[str, str]]) -> None:
+        """Add ids and reasons of images that cannot be decoded.
+
+        Raises:
+            ValueError: with the first reasons, if the share is exceeded.
+        """
+        self.broken += broken
+        counts = (len(self.source.left_out), self.source.total), (len(self.broken), len(self.source.rows))
+        if sum(count / max(1, total) for count, total in counts) > self.share:
+            summary = " and ".join(f"{count} of {total} images" for count, total in counts if count)
+            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in self.all()[:3])
+            raise ValueError(f"{summary} cannot be used, more than max_left_out={self.share:g} of them: {first}")
+
+
+class Progress:
+    """Progress bar that prints once, after the first batches, what the encoding will take.
+
+    Args:
+        job: The cache that is encoded.
+        shards: The shards that this process encodes.
+        shown: Whether anything is printed.
+    """
+
+    def __init__(self, job: Job, shards: list[int], shown: bool):
+        self.job, self.shown = job, shown
+        total = sum(len(job.rows_of(shard)) for shard in shards)
+        self.bar = tqdm(total=total, desc="encoding", unit="images", disable=not shown)
+        self.done, self.total, self.calls = 0, total, 0
+        self.first = (0, time.monotonic())  # images and time after the first batch, which warms up
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Count `count` images that were encoded."""
+        self.bar.update(count)
+        self.done, self.calls = self.done + count, self.calls + 1
+        if self.calls == 1:
+            self.first = (self.done, time.monotonic())
+        if self.calls == 3 and self.shown and self.done < self.total:
+            images, seconds = self.done - self.first[0], time.monotonic() - self.first[1]
+            self.bar.write(self.estimate(images / max(seconds, 1e-9)))
+
+    def estimate(self, speed: float) -> str:
+        """Return what is left to be encoded at `speed` images/s, and what it takes."""
+        left = self.total - self.done
+        return (
+            f"{left:,} images left at {speed:,.1f} images/s: about {timedelta(seconds=round(left / speed))}, "
+            f"{peak_memory()}, {left * self.job.bytes_per_row / 1e9:,.2f} GB on the disk"
+        )
