@@ -1,7 +1,6 @@
 """Encoding: sizes, memory, estimates and interruption."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from dit_hf.data.transforms import Geometry
 from dit_hf.latents import prepare
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.prepare import prepare_latents
-from dit_hf.latents.shards import Job, ShardNotes, plan_sizes
+from dit_hf.latents.shards import Job, ShardNotes
 from dit_hf.latents.vae import encode
 from dit_hf.storage import sha256
 
@@ -47,16 +46,6 @@ def test_a_cache_opens_with_datasets_and_holds_the_vae_s_latents(latents):
                 stored = torch.tensor(cache[row][f"{name}{suffix}"])
                 torch.testing.assert_close(stored, expected.flatten(), atol=2e-3, rtol=2e-3)
         assert cache[row]["Male"] == images[row]["Male"]
-
-
-def test_two_percent_are_held_out_by_their_id(tmp_path, vae_folder):
-    prepare_latents("avatars", str(tmp_path / "a"), str(vae_folder), "8", num_images=400)
-    cache, info = open_latents(tmp_path / "a")
-    assert set(cache["split"]) == {"train", "validation"}
-    assert info["counts"]["train"] + info["counts"]["validation"] == 400
-    held_out = [int.from_bytes(hashlib.sha256(i.encode()).digest()[:8], "big") / 2**64 < 0.02 for i in cache["id"]]
-    assert list(cache["split"]) == ["validation" if held else "train" for held in held_out]
-    assert info["counts"]["validation"] == sum(held_out) > 0
 
 
 def test_a_finished_shard_is_encoded_again_if_its_file_is_damaged(tmp_path):
@@ -95,13 +84,6 @@ def test_512_px_with_a_vae_of_stable_diffusion_s_shape(tmp_path):
     torch.testing.assert_close(torch.tensor(cache[1]["latent_std"]), std.float().flatten(), atol=2e-3, rtol=2e-3)
 
 
-def test_sizes_depend_on_the_images_alone():
-    assert plan_sizes(200_000, (256, 256)) == (16, 832)
-    assert plan_sizes(200_000, (512, 512)) == (4, 784)
-    assert plan_sizes(100, (64, 64)) == (64, 512)
-    assert plan_sizes(10, (4096, 4096))[0] == 1
-
-
 class SmallMemory(AutoencoderKL):
     """A VAE on a machine whose memory holds three images of 16 px."""
 
@@ -135,23 +117,6 @@ def test_batch_size_changes_no_file_but_by_rounding(tmp_path, vae_folder):
         np.testing.assert_allclose(cache["latent_mean"], caches[0]["latent_mean"], atol=2e-3)
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         prepare_latents("avatars", str(tmp_path / "out"), str(vae_folder), "16", batch_size=0)
-
-
-def test_time_memory_and_disk_are_estimated_in_one_line(tmp_path, vae_folder, capsys):
-    prepare_latents("avatars", str(tmp_path / "out"), str(vae_folder), "16", num_images=40, batch_size=5)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "images left at" in line]
-    assert len(lines) == 1
-    assert re.search(
-        r"25 images left at [\d,.]+ images/s: about \d+:\d\d:\d\d, [\d.]+ GB of memory, 0\.00 GB on", lines[0]
-    )
-
-
-def test_the_quality_of_the_reconstructions_is_named(tmp_path, vae_folder, capsys):
-    prepare_latents("avatars", str(tmp_path / "poor"), str(vae_folder), "16", num_images=4)
-    assert re.search(r"reconstructions\.png: PSNR \d+\.\d dB, poor", capsys.readouterr().out)
-    assert re.search(r"PSNR \d+\.\d dB .*, poor", (tmp_path / "poor" / "README.md").read_text())
-    prepare_latents("avatars", str(tmp_path / "good"), "avatar", "64", num_images=4)
-    assert re.search(r"PSNR 3\d\.\d dB, very good", capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from dit_hf.cli import main
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.prepare import prepare_latents
-from dit_hf.latents.shards import RECORD_BATCH_ROWS, ShardWriter, latent_array, open_shards, spell_features
+from dit_hf.latents.shards import RECORD_BATCH_ROWS, ShardWriter, latent_array, open_shards, plan_sizes, spell_features
 from dit_hf.latents.vae import latent_shape
 
 
@@ -116,3 +116,10 @@ def tiny_image(seed: int):
     from PIL import Image as PILImage
 
     return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8))
+
+
+def test_sizes_depend_on_the_images_alone():
+    assert plan_sizes(200_000, (256, 256)) == (16, 832)
+    assert plan_sizes(200_000, (512, 512)) == (4, 784)
+    assert plan_sizes(100, (64, 64)) == (64, 512)
+    assert plan_sizes(10, (4096, 4096))[0] == 1
