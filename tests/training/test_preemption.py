@@ -23,12 +23,12 @@ with stop.listening():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once_and_an_echo_of_the_first_does_not(number):
-    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "listening\n"
-    process.send_signal(number)
-    assert process.stdout.readline() == "noticed\n"
-    process.send_signal(number)  # a launcher and its group often both send it
-    time.sleep(1.5)
-    assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 128 + number
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "noticed\n"
+        process.send_signal(number)  # a launcher and its group often both send it
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number
