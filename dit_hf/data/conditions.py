@@ -38,7 +38,8 @@ def infer_condition(column: Column, requested: bool = False) -> tuple[list[int |
         return ids, ClassLabel(names=column.labels)
 
     try:
-        texts = {value: _simplified(value) for value in set(column.values)}
+        # Names of folders are names, even if one is called NA.
+        texts = {value: value if column.origin == "folder" else _simplified(value) for value in set(column.values)}
     except TypeError:
         return "lists or structures"
     distinct = sorted({text for text in texts.values() if text is not None})

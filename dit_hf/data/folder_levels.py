@@ -6,11 +6,12 @@ lose images or invent classes, the reading is printed, or refused with both read
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath
 
 from .contents import Column, Contents, SourceOptions, shortened
-from .splits import split_named
+from .splits import split_named, split_of_folder
 
 _BLOCK = 1000  # images in each folder that the tools of FFHQ and StyleGAN write
 
@@ -29,7 +30,7 @@ def splits_by_folder(names: list[str], options: SourceOptions, contents: Content
     for level in range(max(map(len, parents.values()), default=0)):
         # The first level at which any folder is named like a split.
         folders = {name: parts[level] for name, parts in parents.items() if len(parts) > level}
-        splits = {name: split for name, folder in folders.items() if (split := split_named(folder))}
+        splits = {name: split for name, folder in folders.items() if (split := split_of_folder(folder))}
         if not splits:
             continue
         others = Counter(f"{parents[name][level]}/" if name in folders else "" for name in names if name not in splits)
@@ -87,7 +88,8 @@ def classes_by_folder(names: list[str], has_splits: bool, options: SourceOptions
         parents = [_without_split(parts) for parts in parents]
     _remove_shared_folders(parents)
 
-    classes = [parts[-1] if parts else None for parts in parents]
+    # In one Unicode form: the same name may be spelled in two.
+    classes = [unicodedata.normalize("NFC", parts[-1]) if parts else None for parts in parents]
     named = sorted({folder for folder in classes if folder is not None})
     if len(named) < 2 and not requested:
         if named and None in classes:
@@ -101,7 +103,7 @@ def classes_by_folder(names: list[str], has_splits: bool, options: SourceOptions
         )
     if _are_blocks(classes) and not requested:
         contents.choices.append(
-            f"folders {named[0]} to {named[-1]} are blocks of {_BLOCK:,} images, no classes (--conditions class reads "
+            f"folders {named[0]} to {named[-1]} are blocks of images, no classes (--conditions class reads "
             "them as classes)"
         )
         return None
@@ -110,7 +112,7 @@ def classes_by_folder(names: list[str], has_splits: bool, options: SourceOptions
 
 def _without_split(parts: list[str]) -> list[str]:
     """Remove the first folder that is named like a split."""
-    level = next((i for i, folder in enumerate(parts) if split_named(folder)), None)
+    level = next((i for i, folder in enumerate(parts) if split_of_folder(folder)), None)
     return parts if level is None else parts[:level] + parts[level + 1 :]
 
 

@@ -65,6 +65,8 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     files = scan(folder)
     if not files.sizes:
         first = f"; {len(files.left_out)} left out, {': '.join(files.left_out[0])}" if files.left_out else ""
+        others = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(files.others.items()))
+        first += f"; it holds {others}" if others else ""
         raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)}){first}")
     contents = Contents("folder of images", left_out=files.left_out)
     contents.unused |= {f"folder {name}": reason for name, reason in files.skipped.items()}
@@ -78,6 +80,10 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
         paths = _read_celeba(folder, files, celeba, contents)
     else:
         paths = _read_described(folder, files, options, contents)
+
+    if not paths:
+        reason = ": ".join(contents.left_out[0]) if contents.left_out else "no image is in a split"
+        raise ValueError(f"source {folder}: none of its {len(files.sizes):,} images can be used; first {reason}")
 
     # Images.
     root = folder.resolve()
@@ -124,11 +130,13 @@ def _read_described(folder: Path, files: Files, options: SourceOptions, contents
         if splits:
             names = _keep_only(splits, names, contents)
 
-    # Classes by label file or folder. Metadata describes the images alone.
-    if not metadata:
+    # Classes by label file or folder. Metadata describes the images alone, unless folders are requested too.
+    if not metadata or "class" in (options.conditions or []):
         column = _classes(folder, label_files, names, options, contents)
         if column is not None:
             contents.columns["class"] = column
+    elif contents.split_origin != "by folder" and len({PurePosixPath(name).parent.name for name in names}) > 1:
+        contents.unused["names of folders"] = "metadata describes the images (--conditions ...,class reads them too)"
     lists = sorted({PurePosixPath(name).name for name in metadata or label_files})
     contents.kind += f" with {shortened(lists)}" if lists else ""
     return {name: name for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import json
@@ -44,6 +45,7 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
     table = Table(", ".join(dict.fromkeys(PurePosixPath(name).name for name in names)))
     for name in names:
         for number, row in _metadata_rows(folder / name, name, left_out):
+            row = {"split" if str(column).lower() == "split" else column: value for column, value in row.items()}
             # Key: `file_name` is relative to the folder of the metadata file.
             file_name = row.pop("file_name", None)
             if not isinstance(file_name, str) or not file_name:
@@ -77,6 +79,7 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
         with csv_errors(path), open_text(path) as file:
             # DictReader files extra values under the key None, and fills up missing ones with None.
             reader = csv.DictReader(file, delimiter=delimiter(path, "file_name"))
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             check_header(path, reader.fieldnames or [], "file_name")
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
@@ -99,8 +102,10 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text file, with or without a byte order mark; bytes that are not UTF-8 are kept as escapes."""
-    return open(path, encoding="utf-8-sig", errors="backslashreplace", newline="")
+    """Open a text file of UTF-8 or, with a byte order mark, UTF-16; bytes that are neither are kept as escapes."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return open(path, encoding="utf-16" if is_utf16 else "utf-8-sig", errors="backslashreplace", newline="")
 
 
 def delimiter(path: Path, column: str) -> str:

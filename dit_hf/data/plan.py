@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,8 @@ class Plan:
         """Count the rows by split and by the values of each condition, and what is left out by reason."""
         counts = Counter(rows["split"][:] if "split" in rows.column_names else {"train": len(rows)})
         self.counts = {split: counts[split] for split in ("train", "validation", "test") if counts[split]}
-        self.left_out = dict(Counter(reason for _, reason in left_out))
+        # Without the numbers of rows, which would make each reason another one.
+        self.left_out = dict(Counter(re.sub(r"\d+", "N", reason) for _, reason in left_out))
         for name in self.conditions:
             origin = self.contents.columns[name].origin
             text = describe_condition(rows[name][:], rows.features[name])

@@ -88,7 +88,7 @@ def _add(sample: Sample, suffix: str, member: tarfile.TarInfo, archive: tarfile.
         values = json.loads(_content(archive, member))
         sample.values |= values if isinstance(values, dict) else {suffix: values}
     elif last in (".cls", ".cls2"):
-        sample.values[suffix] = _content(archive, member).decode().strip()
+        sample.values[suffix.lower()] = _content(archive, member).decode().strip()
     else:
         sample.others.append(f".{suffix}")
 

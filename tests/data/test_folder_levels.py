@@ -65,7 +65,7 @@ def test_blocks_of_images_are_no_classes_unless_that_is_requested(tmp_path, name
     write(tmp_path, *(f"{name}*2" for name in names))
     source = read(tmp_path)
     assert source.plan.conditions == {}
-    assert "blocks of 1,000 images" in source.plan.contents.choices[0]
+    assert "blocks of images" in source.plan.contents.choices[0]
     assert set(classes(read(tmp_path, conditions=["class"])).values()) == {*names}
 
 

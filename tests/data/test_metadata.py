@@ -72,3 +72,23 @@ def test_rows_that_cannot_be_read_are_left_out_with_their_number(tmp_path):
         ("2.png", "row 3 of metadata.csv is ragged"),
         ("metadata.csv:5", "a row without file_name"),
     } <= set(source.left_out)
+
+
+def test_a_csv_of_excel_with_spaces_in_its_header_and_a_capital_split(tmp_path):
+    for i in range(4):
+        save_image(tmp_path / "cat" / f"{i}.png")
+    lines = [
+        "file_name, breed,Split",
+        *(f"cat/{i}.png, {'pug' if i % 2 else 'lab'},{'Val' if i else 'Train'}" for i in range(4)),
+    ]
+    (tmp_path / "metadata.csv").write_bytes("\r\n".join(lines).encode("utf-16"))
+    source = open_source(str(tmp_path))
+    assert source.plan.counts == {"train": 1, "validation": 3}
+    assert source.rows.features["breed"].names == ["lab", "pug"]
+
+
+def test_rows_of_which_none_can_be_used_are_an_error_with_the_first_reason(tmp_path):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,breed\na,pug\n")
+    with pytest.raises(ValueError, match="none of its 1 images can be used; first a: no such picture"):
+        open_source(str(tmp_path))

@@ -6,7 +6,7 @@ from celeba import save_image
 
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
-from dit_hf.data.splits import is_held_out
+from dit_hf.data.splits import is_held_out, split_of_folder
 
 
 def test_folders_are_splits_beside_metadata_too(tmp_path):
@@ -57,3 +57,10 @@ def test_one_folder_named_like_a_split_is_ambiguous(tmp_path):
     rows = open_source(str(tmp_path / "vehicles"), SourceOptions(split_from="none")).rows
     assert "split" not in rows.column_names
     assert rows.features["class"].names == ["ship", "train"]
+
+
+def test_words_beside_a_split_make_a_folder_a_class():
+    for name in ("train", "Train2017", "test_set", "images-val", "valid.1"):
+        assert split_of_folder(name)
+    for name in ("freight_train", "crash_test", "dev_board", "trainval", "train_val"):
+        assert split_of_folder(name) is None
