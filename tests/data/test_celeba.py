@@ -95,3 +95,21 @@ def test_celeba_hq_without_its_masks_and_with_the_partition_of_celeba(tmp_path):
     assert source.rows["id"] == ["0.jpg", "1.jpg", "2.jpg"]
     assert source.rows["split"] == ["validation", "test", "train"]
     assert source.rows["Male"] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_list_that_a_spreadsheet_saved_with_another_separator(tmp_path, mark):
+    celeba = make_celeba(tmp_path / "celeba", 10, faults=False)
+    for path in celeba.folder.glob("*.csv"):
+        path.write_text(path.read_text().replace(",", mark))
+    check_celeba(celeba, open_source(str(celeba.folder)), {})
+
+
+def test_the_original_list_without_its_number_of_rows(tmp_path):
+    celeba = make_celeba(tmp_path / "celeba", 10, faults=False)
+    path = celeba.folder / "list_attr_celeba.csv"
+    header, *rows = path.read_text().splitlines()
+    lines = [" ".join(header.split(",")[1:]), *(row.replace(",", " ") for row in rows)]
+    path.with_suffix(".txt").write_text("\n".join(lines))
+    path.unlink()
+    check_celeba(celeba, open_source(str(celeba.folder)), {})

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 from celeba import save_image
 from datasets import ClassLabel
@@ -57,3 +60,19 @@ def test_links_are_followed_once_and_hidden_files_are_skipped(tmp_path):
     (tmp_path / "source" / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "source" / "again").symlink_to(tmp_path / "source")
     assert open_source(str(tmp_path / "source")).rows["id"] == ["b.png", "linked/a.png"]
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_the_others_are_read(tmp_path, monkeypatch):
+    for name in ("a.png", "lost+found/b.png"):
+        save_image(tmp_path / name)
+    scandir = os.scandir
+
+    def refuse(folder):  # instead of a mode, because root may read everything
+        if str(folder).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = open_source(str(tmp_path))
+    assert source.rows["id"] == ["a.png"]
+    assert source.plan.contents.unused == {"folder lost+found/": "Permission denied"}
