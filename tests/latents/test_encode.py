@@ -78,10 +78,11 @@ def test_512_px_with_a_vae_of_stable_diffusion_s_shape(tmp_path):
     prepare_latents("avatars", str(tmp_path / "latents"), str(tmp_path / "vae"), "512", num_images=2)
     cache, info = open_latents(tmp_path / "latents")
     assert info["latent_shape"] == [4, 64, 64]
-    image = open_images("avatars", resolution=512, num_images=2)[1]["image"]
-    mean, std = encode(vae, torch.from_numpy(np.array(image))[None])
-    torch.testing.assert_close(torch.tensor(cache[1]["latent_mean"]), mean.float().flatten(), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(torch.tensor(cache[1]["latent_std"]), std.float().flatten(), atol=2e-3, rtol=2e-3)
+    # Both at once, as they were encoded: with random weights, flat areas amplify the rounding of another batch size.
+    images = open_images("avatars", resolution=512, num_images=2)["image"]
+    mean, std = encode(vae, torch.from_numpy(np.stack([np.asarray(image) for image in images])))
+    torch.testing.assert_close(torch.tensor(cache[1]["latent_mean"]), mean[1].float().flatten(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(torch.tensor(cache[1]["latent_std"]), std[1].float().flatten(), atol=2e-3, rtol=2e-3)
 
 
 class SmallMemory(AutoencoderKL):
