@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 
@@ -55,7 +54,7 @@ def available_cpus() -> int:
 def peak_memory() -> str:
     """Return the most memory that this process and the largest process it started have taken, and the GPU's."""
     taken = []
-    with suppress(ImportError):  # not on Windows
+    with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
         kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path, PurePosixPath
 
-from .metadata import DELIMITERS, Table, csv_errors, open_text
+from .metadata import DELIMITERS, Table, check_names_differ, csv_errors, open_text
 
 CELEBA_LISTS = ("list_attr_celeba", "CelebAMask-HQ-attribute-anno", "list_eval_partition")
 CELEBA_HQ_MAPPING = "CelebA-HQ-to-CelebA-mapping"  # the image of CelebA that each image of CelebA-HQ was made of
@@ -105,9 +105,7 @@ def _celeba_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             numbered = numbered[1:]
         has_names = bool(numbered) and not any("." in cell for cell in numbered[0][1])
         header, numbered = (numbered[0][1], numbered[1:]) if has_names else ([], numbered)
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} has columns of one name: {', '.join(twice)}")
+    check_names_differ(path, header)
     return header, numbered
 
 

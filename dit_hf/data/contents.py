@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -116,3 +117,8 @@ def shortened(names: list[str], count: int = 4) -> str:
     """Return names as one text, of which only the first `count` are named."""
     rest = f", … ({len(names):,} in all)" if len(names) > count else ""
     return ", ".join(names[:count]) + rest
+
+
+def counted(numbers: Mapping[str, int]) -> str:
+    """Return numbers by name as one text in the order of the names, such as `2 .txt, 1 without a suffix`."""
+    return ", ".join(f"{number:,} {name}" for name, number in sorted(numbers.items()))

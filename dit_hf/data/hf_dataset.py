@@ -26,7 +26,7 @@ from datasets import (
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line
 from .celeba import CELEBA_LISTS
-from .contents import Column, Contents, SourceOptions, shortened
+from .contents import Column, Contents, SourceOptions, counted, shortened
 from .image_folder import walk
 from .metadata import METADATA
 from .splits import split_named
@@ -46,7 +46,7 @@ def holds_dataset(folder: Path) -> bool:
     Raises:
         ValueError: if there are shards and more images than previews.
     """
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file() or _has_own_card(folder):
+    if _is_saved(folder) or _has_own_card(folder):
         return True
     num_images, first_image, shards = 0, "", []
     for name, _ in walk(folder, {}):
@@ -113,11 +113,10 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
         raise FileNotFoundError(f"source {source}: no such folder (a dataset on the Hub is spelled OWNER/NAME)")
     if path.is_file() and path.suffix.lower() not in _LOADERS:
         raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
-    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    if path.exists() and not is_saved and not _has_own_card(path):
+    if path.exists() and not _is_saved(path) and not _has_own_card(path):
         return _load_shards(path, options, contents)
     try:
-        if is_saved:
+        if _is_saved(path):
             contents.kind = "saved dataset"
             loaded = load_from_disk(source)
         else:
@@ -126,6 +125,11 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
         raise ValueError(f"source {source}: {_load_problem(source, error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
+
+
+def _is_saved(folder: Path) -> bool:
+    """Check for a dataset, or splits, that `save_to_disk` wrote."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _has_own_card(folder: Path) -> bool:
@@ -152,7 +156,7 @@ def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> Data
     contents.kind = {".tar": "webdataset", ".parquet": "parquet shards", ".arrow": "Arrow shards"}[suffix]
     others = {kind or "without a suffix": len(files) for kind, files in by_suffix.items() if kind != suffix}
     if others:
-        contents.unused["files"] = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+        contents.unused["files"] = counted(others)
     files = _files_by_split(by_suffix[suffix], options, contents)
     if suffix == ".tar":
         return DatasetDict({split: _load_archives([path / name for name in group]) for split, group in files.items()})
@@ -302,17 +306,11 @@ def _image_sizes(images: Dataset) -> list[int]:
 
 
 def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
-    """Return the columns of numbers, booleans, strings and classes, by their names without the structs around them.
-
-    Of several columns with one short name, each keeps its whole name.
-    """
+    """Return the columns of numbers, booleans, strings and classes, by their short names."""
     if VALUES in part.column_names:
         return _archive_columns([json.loads(values) for values in part[VALUES]], contents)
-    short = {name: name.rpartition(".")[2] for name in part.column_names}
-    ambiguous = {name for name in short.values() if [*short.values()].count(name) > 1}
     columns: dict[str, Column] = {}
-    for name, feature in part.features.items():
-        own = name if short[name] in ambiguous else short[name]
+    for (name, feature), own in zip(part.features.items(), _short_names(part.column_names), strict=True):
         if isinstance(feature, ClassLabel):
             columns[own] = Column(list(part[name]), feature.names, declared=True)
         elif isinstance(feature, Value) and not feature.dtype.startswith(("binary", "large_binary")):
@@ -326,19 +324,24 @@ def _archive_columns(samples: list[dict[str, Any]], contents: Contents) -> dict[
     """Return the columns of a webdataset's JSON and class files; a sample without one is None there."""
     others = Counter(suffix for sample in samples for suffix in sample["others"])
     if others:
-        contents.unused["files in the archives"] = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(others.items()))
+        contents.unused["files in the archives"] = counted(others)
     rows = [dict(_leaves(sample["values"])) for sample in samples]
-    names = dict.fromkeys(name for row in rows for name in row)
-    short = {name: name.rpartition(".")[2] for name in names}
+    names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
-    for name in names:
-        own = short[name] if [*short.values()].count(short[name]) == 1 else name
+    for name, own in zip(names, _short_names(names), strict=True):
         values = [row.get(name) for row in rows]
         if any(isinstance(value, list) for value in values):
             contents.unused[f"column {own}"] = "lists or structures"
         else:
             columns[own] = Column(values, declared=name == "cls")
     return columns
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Return names without the structs around them; of several with one short name, each stays whole."""
+    short = [name.rpartition(".")[2] for name in names]
+    counts = Counter(short)
+    return [own if counts[own] == 1 else name for name, own in zip(names, short, strict=True)]
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

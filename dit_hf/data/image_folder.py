@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Image
 
 from ..pipelines.image_inputs import HEIF_SUFFIXES, IMAGE_SUFFIXES
 from .celeba import CELEBA_HQ_MAPPING, CELEBA_LISTS, celeba_images, read_celeba_lists
-from .contents import Column, Contents, SourceOptions, shortened
+from .contents import Column, Contents, SourceOptions, counted, shortened
 from .folder_levels import classes_by_folder, splits_by_file_name, splits_by_folder
 from .label_files import DATASET_JSON, LABEL_FILES, read_label_files
 from .metadata import METADATA, Table, join_tables, read_metadata
@@ -65,13 +65,12 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     files = scan(folder)
     if not files.sizes:
         first = f"; {len(files.left_out)} left out, {': '.join(files.left_out[0])}" if files.left_out else ""
-        others = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(files.others.items()))
-        first += f"; it holds {others}" if others else ""
+        first += f"; it holds {counted(files.others)}" if files.others else ""
         raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)}){first}")
     contents = Contents("folder of images", left_out=files.left_out)
     contents.unused |= {f"folder {name}": reason for name, reason in files.skipped.items()}
     if files.others:
-        contents.unused["files"] = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(files.others.items()))
+        contents.unused["files"] = counted(files.others)
 
     # CelebA's lists take precedence over metadata files, and these over label files and subfolders.
     special = {*METADATA, *LABEL_FILES}

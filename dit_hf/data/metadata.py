@@ -124,6 +124,15 @@ def check_header(path: Path, names: Sequence[str], column: str) -> None:
     """
     if column not in names:
         raise ValueError(f"{path} has no column {column}; it has {', '.join(names)}")
+    check_names_differ(path, names)
+
+
+def check_names_differ(path: Path, names: Sequence[str]) -> None:
+    """Refuse columns of one name, of which one would be lost.
+
+    Raises:
+        ValueError: naming the file and the names.
+    """
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{path} has columns of one name: {', '.join(twice)}")

@@ -35,13 +35,15 @@ class Plan:
     counts: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 
-    def count(self, rows: Dataset, left_out: list[tuple[str, str]]) -> None:
+    def describe(self, rows: Dataset, left_out: list[tuple[str, str]]) -> None:
         """Count the rows by split and by the values of each condition, and what is left out by reason."""
         counts = Counter(rows["split"][:] if "split" in rows.column_names else {"train": len(rows)})
         self.counts = {split: counts[split] for split in ("train", "validation", "test") if counts[split]}
         # Without the numbers of rows, which would make each reason another one.
         self.left_out = dict(Counter(re.sub(r"\d+", "N", reason) for _, reason in left_out))
-        for name in self.conditions:
+        for name in rows.column_names:
+            if name in ("id", "image", "split"):
+                continue
             origin = self.contents.columns[name].origin
             text = describe_condition(rows[name][:], rows.features[name])
             self.conditions[name] = f"{text} ({origin})" if origin else text

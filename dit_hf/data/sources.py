@@ -79,7 +79,7 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
 
     # The requested part. `total` counts before `num_images` cuts: it is what `left_out` is a share of.
     plan = Plan(name, contents)
-    rows, left_out = _assemble(source, contents, options, plan)
+    rows, left_out = _assemble(source, contents, options)
     if options.split is not None:
         if contents.splits is None:
             raise ValueError(f"split={options.split!r}: {source} has no splits")
@@ -89,10 +89,10 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
     total = len(rows) + len(left_out)
     if options.num_images is not None and source != AVATARS:
         rows = _take(rows, options, plan)
-    plan.count(rows, left_out)
 
     fingerprint = _fingerprint(rows, left_out)
     rows = rows.remove_columns([name for name in (_SIZE, _GROUP) if name in rows.column_names])
+    plan.describe(rows, left_out)
     return Source(name, rows, left_out, total, fingerprint, plan)
 
 
@@ -117,9 +117,7 @@ def _read_avatars(options: SourceOptions) -> Contents:
     return contents
 
 
-def _assemble(
-    source: str, contents: Contents, options: SourceOptions, plan: Plan
-) -> tuple[Dataset, list[tuple[str, str]]]:
+def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[Dataset, list[tuple[str, str]]]:
     """Assemble the rows of a source, of all splits, without duplicates and rows that are to be left out.
 
     Returns:
@@ -151,7 +149,6 @@ def _assemble(
             reasons |= {row: f"no value of {name}" for row in missing if row not in reasons}
         if requested and not options.allow_partial:
             _check_splits_have(name, data[name], contents.splits)
-        plan.conditions[name] = ""  # described when all rows are known
     assert contents.images is not None  # every reader sets them
     rows = concatenate_datasets([Dataset.from_dict(data, Features(features)), contents.images], axis=1)
     rows = rows.select_columns(["id", "image", *(name for name in data if name != "id")])

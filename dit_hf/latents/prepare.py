@@ -14,16 +14,9 @@ from ..data.image_folder import CACHE_INFO
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, parse_resolution
 from ..devices import memory_errors
-from ..storage import (
-    disk_errors,
-    read_manifest,
-)
+from ..storage import disk_errors, read_manifest
 from .build import build, is_finished, plan_job
-from .cache import (
-    CacheSpec,
-    cache_identity,
-    push_latents,
-)
+from .cache import CacheSpec, cache_identity, push_latents
 from .card import quality
 from .progress import LeftOut
 from .vae import load_vae
