@@ -76,7 +76,7 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     special = {*METADATA, *LABEL_FILES}
     celeba = [name for name in files.lists if PurePosixPath(name).name not in special]
     if celeba:
-        paths = _read_celeba(folder, files, celeba, contents)
+        paths = _read_celeba(folder, files, celeba, options, contents)
     else:
         paths = _read_described(folder, files, options, contents)
 
@@ -96,7 +96,9 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     return contents
 
 
-def _read_celeba(folder: Path, files: Files, lists: list[str], contents: Contents) -> dict[str, str]:
+def _read_celeba(
+    folder: Path, files: Files, lists: list[str], options: SourceOptions, contents: Contents
+) -> dict[str, str]:
     """Read CelebA's or CelebA-HQ's lists into `contents`; return the path of each described image by its id."""
     contents.kind = "CelebA's lists"
     images = celeba_images(files.sizes, contents.left_out)
@@ -104,7 +106,7 @@ def _read_celeba(folder: Path, files: Files, lists: list[str], contents: Content
     keys = {image_id: PurePosixPath(image_id).stem for image_id in images}
     described = join_tables(keys, tables, contents.left_out)
     origin = shortened([table.name for table in tables])
-    _take_rows(_with_splits(described, SourceOptions(), contents), origin, contents)
+    _take_rows(_with_splits(described, options, contents), origin, contents)
     for column in contents.columns.values():
         column.signed = True
     return {image_id: images[image_id] for image_id in contents.ids}

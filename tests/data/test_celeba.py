@@ -6,6 +6,7 @@ from datasets import Value
 
 from dit_hf import open_images
 from dit_hf.data.avatars import ATTRIBUTES
+from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
 
 
@@ -113,3 +114,9 @@ def test_the_original_list_without_its_number_of_rows(tmp_path):
     path.with_suffix(".txt").write_text("\n".join(lines))
     path.unlink()
     check_celeba(celeba, open_source(str(celeba.folder)), {})
+
+
+def test_the_partition_can_be_left_aside(tmp_path):
+    celeba = make_celeba(tmp_path / "celeba", 10, faults=False)
+    assert open_source(str(celeba.folder), SourceOptions(split_from="none")).plan.counts == {"train": 10}
+    assert open_source(str(celeba.folder), SourceOptions(split_from="column")).plan.counts["validation"] == 1
