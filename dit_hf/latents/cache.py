@@ -15,7 +15,7 @@ from datasets import Dataset, load_from_disk
 
 from ..data.image_folder import CACHE_INFO
 from ..data.sources import Source
-from ..data.transforms import Geometry
+from ..data.transforms import DECODING_VERSION, Geometry
 from ..storage import folder_taken, is_missing_or_empty, read_manifest
 from ..upload import upload_folder
 from .reuse import SOURCE_FILES
@@ -23,7 +23,6 @@ from .vae import VAE, weights_sha256
 
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
-PREPROCESSING = 2  # version of the rules by which images become pixels
 # Format 2 spells parts of the identity as text; a name may itself hold commas, parentheses and line breaks.
 _SOURCE_TEXT = re.compile(r"(?P<name>.*), (?P<num_images>\d+) pictures \((?P<sha256>\w+)\)", re.DOTALL)
 _VAE_TEXT = re.compile(r"(?P<name>.*) \((?P<sha256>\w+)\)", re.DOTALL)
@@ -128,7 +127,7 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
         "format": FORMAT_VERSION,
         "source": {"name": source.name, "num_images": len(source.rows), "sha256": ids},
         "labels": columns,
-        "preprocessing": PREPROCESSING,
+        "preprocessing": DECODING_VERSION,
         # `load_vae` sets the name (`_name_or_path` is private in diffusers 0.42.1).
         "vae": {"name": vae.config._name_or_path, "sha256": weights_sha256(vae)[:12]},
         "crop": geometry.crop,
