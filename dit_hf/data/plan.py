@@ -75,7 +75,7 @@ class Plan:
         elif len(self.conditions) <= _MAX_CONDITIONS:
             lines += [f"  {name:<11} {text}" for name, text in self.conditions.items()]
         else:
-            lines.append(f"  conditions  {len(self.conditions)}: {shortened([*self.conditions], 8)}")
+            lines.append(f"  conditions  {shortened([*self.conditions], 6)}")
         by_reason: dict[str, list[str]] = {}
         for what, reason in contents.unused.items():
             by_reason.setdefault(reason, []).append(what)

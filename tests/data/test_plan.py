@@ -23,6 +23,8 @@ def test_the_plan_names_everything_that_is_not_used(tmp_path):
         "  not used    column note: no values",
         "  left out    3 images or rows: 1 no such picture; it has a row in metadata.csv, 2 no row in metadata.csv",
     ]
+    avatars = read("avatars", num_images=10).plan.lines()
+    assert avatars[2].endswith("Eyeglasses, Smiling, Mouth_Slightly_Open, Wearing_Hat, Bald, … (22 in all)")
     plan = describe_source(str(tmp_path), conditions="none", split_from="none")
     assert plan["images"] == {"train": 4}
     assert plan["not_used"]["column smiling"] == "not requested"
