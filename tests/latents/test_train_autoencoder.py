@@ -10,7 +10,7 @@ from dit_hf.latents.train_autoencoder import psnr, train_autoencoder
 from dit_hf.latents.vae import load_vae
 
 
-@pytest.mark.parametrize(("resolution", "latents"), [(64, 16), (128, 32)])
+@pytest.mark.parametrize(("resolution", "latents"), [(64, 16), pytest.param(128, 32, marks=pytest.mark.slow)])
 def test_bundled_vae_reconstructs_new_avatars(resolution, latents):
     vae = load_vae("avatar")
     assert psnr(vae, open_images("avatars", resolution=resolution, num_images=200, seed=4711)) >= 32
