@@ -141,7 +141,7 @@ def _encode(final: Path, job: Job, spec: CacheSpec, shards: list[int], num_proc:
     if done and state.is_main_process:
         print(f"{final}: resuming after {done} of {job.num_rows} images", flush=True)
     mine = shards[state.process_index :: state.num_processes]
-    with Progress(job, mine, shown=state.is_main_process) as progress:
+    with Progress(job, mine, num_proc, shown=state.is_main_process) as progress:
         if num_proc > 1:
             encoded = encode_in_processes(job, spec.source.rows, mine, num_proc, progress.update)
         else:

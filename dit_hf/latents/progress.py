@@ -44,20 +44,24 @@ class LeftOut:
 
 
 class Progress:
-    """Progress bar that prints once, after the first batches, what the encoding will take.
+    """Progress bar that prints once, after the first batches or shards, what the encoding will take.
 
     Args:
         job: The cache that is encoded.
-        shards: The shards that this process encodes.
+        shards: The shards that this rank encodes.
+        num_proc: Number of processes that encode them.
         shown: Whether anything is printed.
     """
 
-    def __init__(self, job: Job, shards: list[int], shown: bool):
+    def __init__(self, job: Job, shards: list[int], num_proc: int, shown: bool):
         self.job, self.shown = job, shown
+        # The calls of `update` between which the speed is measured. One process reports each batch, of which the first
+        # warms up. Several report whole shards, the first of all processes at nearly the same time.
+        self.measured = (1, 3) if num_proc == 1 else (0, num_proc)
         total = sum(len(job.rows_of(shard)) for shard in shards)
         self.bar = tqdm(total=total, desc="encoding", unit="images", disable=not shown)
         self.done, self.total, self.calls = 0, total, 0
-        self.first = (0, time.monotonic())  # images and time after the first batch, which warms up
+        self.first = (0, time.monotonic())  # images and time when the measurement began
 
     def __enter__(self) -> Progress:
         return self
@@ -69,9 +73,10 @@ class Progress:
         """Count `count` images that were encoded."""
         self.bar.update(count)
         self.done, self.calls = self.done + count, self.calls + 1
-        if self.calls == 1:
+        begin, end = self.measured
+        if self.calls == begin:
             self.first = (self.done, time.monotonic())
-        if self.calls == 3 and self.shown and self.done < self.total:
+        if self.calls == end and self.shown and self.done < self.total:
             images, seconds = self.done - self.first[0], time.monotonic() - self.first[1]
             self.bar.write(self.estimate(images / max(seconds, 1e-9)))
 
