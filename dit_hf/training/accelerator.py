@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -43,6 +44,8 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
     if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and torch.cuda.is_available():
         precision = "fp16"
 
+    # torch 2.13 calls `broadcast_buffers` by another name, which accelerate does not know yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
