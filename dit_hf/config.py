@@ -283,8 +283,16 @@ def recipe_path(name: str) -> Path:
     Raises:
         FileNotFoundError: if there is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
-    if not name or str(Path(name).parent) not in (".", "recipes"):
-        raise FileNotFoundError(f"{name!r}: no such file")
-    return shipped_file(f"recipes/{Path(name).with_suffix('.yaml').name}")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.stem in recipe_names() and str(path.parent) in (".", "recipes"):
+        return shipped_file(f"recipes/{path.stem}.yaml")
+    raise FileNotFoundError(
+        f"{name!r}: no such file; the recipes that come with dit_hf are {', '.join(recipe_names())}"
+    )
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with dit_hf."""
+    return sorted(path.stem for path in shipped_file("recipes/avatars.yaml").parent.glob("*.yaml"))

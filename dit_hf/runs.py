@@ -7,6 +7,7 @@ export by `training/export.py`.
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import re
@@ -21,6 +22,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from .config import Config, ObjectiveConfig, read_config
+from .data.image_folder import CACHE_INFO
 from .devices import default_device
 from .latents.reader import LatentReader
 from .latents.vae import load_vae
@@ -200,6 +202,7 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     Raises:
         ValueError: if no [`LatentDiTPipeline`] can be loaded from there.
     """
+    check_model(model)
     run = RunFolder(Path(model))
 
     # A checkpoint: saved to a folder first, so that `options` mean the same as for a saved pipeline.
@@ -227,6 +230,34 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or default_device())
     return pipeline
+
+
+def check_model(model: str) -> None:
+    """Refuse a MODEL that is certainly none, without asking the Hub.
+
+    Raises:
+        ValueError: naming what there is instead.
+    """
+    path = Path(model)
+    if (path / CACHE_INFO).is_file():
+        raise ValueError(
+            f"{model} is a latent cache, not a model: dit-hf train celeba --data.latents {model} trains one"
+        )
+    if path.exists():
+        return
+
+    # On the Hub a model is OWNER/NAME. What begins like an existing folder, or has more or fewer parts, is a path.
+    local = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) != 2 or path.parent.is_dir()
+    if not local:
+        return
+    checkpoints = [checkpoint.name for checkpoint in RunFolder(path.parent).checkpoints()]
+    if path.name.startswith("checkpoint-") and path.parent.is_dir():
+        there = f"its checkpoints are {', '.join(checkpoints)}" if checkpoints else f"{path.parent} has no checkpoints"
+    else:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        there = f"did you mean {path.parent / near[0]}?" if near else "a model on the Hub is OWNER/NAME"
+    raise ValueError(f"{model}: no such folder; {there}")
 
 
 def checkpoint_pipeline(checkpoint: Path) -> LatentDiTPipeline:

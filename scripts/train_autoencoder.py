@@ -2,7 +2,7 @@
 
 import sys
 
-from dit_hf.cli import main
+from dit_hf_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["train-autoencoder", *sys.argv[1:]]))

@@ -1,6 +1,7 @@
 """The command line: help, errors in one line with exit codes, and whole commands."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,12 @@ import pytest
 import torch
 import yaml
 
-from dit_hf.cli import main
+from dit_hf.cli import VERBS, build_parser, main
+from dit_hf.command_help import command_help, verb_help
+from dit_hf.latents.prepare import prepare_latents
+from dit_hf.options import named_options
+from dit_hf.runs import check_model
+from dit_hf_cli import help_text
 
 
 def run(capsys, *args):
@@ -23,13 +29,41 @@ def run(capsys, *args):
     ("args", "code", "message"),
     [
         (["trian"], 2, "did you mean 'train'"),
-        (["prepare-latents", "--sorce", "x"], 2, "did you mean 'source'"),
-        (["prepare-latents", "--output_dir", "x", "--num_images", "many"], 2, "num_images"),
-        (["train", "--config", "recipes/avatars.yaml", "--train.max_train_step", "3"], 2, "max_train_steps"),
-        (["train", "--config", "recipes/avatars.yaml", "--optim.learning_rate", "fast"], 2, "optim.learning_rate"),
-        (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["prepare-latents", "--sorce", "x"], 2, "unknown option --sorce; did you mean --source?"),
+        (
+            ["prepare-latents", "x", "--num_images", "many"],
+            2,
+            "--num_images: expected a whole number or null, got 'many'",
+        ),
+        (["prepare-latents", "x", "--output_dir"], 2, "--output_dir needs a value: text"),
+        (["prepare-latents", "x", "--flip", "3", "--output_dir", "y"], 2, "'3' is one argument too many"),
+        (["prepare-latents", "x", "--flip=3"], 2, "--flip: expected true or false, got '3'"),
+        (["prepare-latents", "x"], 2, "missing: --output_dir"),
+        (["prepare-latents", "x", "y"], 2, "'y' is one argument too many"),
+        (["prepare-latents", "x", "--source", "y"], 2, "source is given twice, by position and as --source"),
+        (["sample", "--output_dir", "x"], 2, "missing: MODEL"),
+        (["sample", "m", "--mode", "magic"], 2, "--mode: expected one of generate, img2img, inpaint"),
+        (["sample", "m", "--options", "3"], 2, "--options: expected a JSON object or null, got '3'"),
+        (["sample", "nowhere", "--output_dir", "x"], 1, "nowhere: no such folder; a model on the Hub is OWNER/NAME"),
+        (["train"], 2, "which recipe? avatars, celeba, celeba-l1, or a file of your own"),
+        (
+            ["train", "celeb"],
+            2,
+            "'celeb': no such file; the recipes that come with dit_hf are avatars, celeba, celeba-l1",
+        ),
+        (["train", "nowhere.yaml"], 2, "'nowhere.yaml': no such file"),
+        (["train", "avatars", "--max_train_steps", "3"], 2, "write it with its section: --train.max_train_steps"),
+        (["train", "avatars", "--train.max_train_step", "3"], 2, "did you mean --train.max_train_steps?"),
+        (["train", "avatars", "--model.learning_rate", "3"], 2, "did you mean --optim.learning_rate?"),
+        (["train", "avatars", "--lerning_rate", "3"], 2, "did you mean --optim.learning_rate?"),
+        (
+            ["train", "avatars", "--optim.learning_rate", "fast"],
+            2,
+            "--optim.learning_rate: expected a number, got 'fast'",
+        ),
+        (["train", "avatars", "--train.report_to", "null"], 2, "expected one of wandb, tensorboard, none, got 'null'"),
         (["train", "--data.latents", "nowhere"], 1, "not a latent cache"),
-        (["prepare-latents", "--source", "nowhere", "--vae", "avatar", "--output_dir", "x"], 1, "no such folder"),
+        (["prepare-latents", "nowhere", "--vae", "avatar", "--output_dir", "x"], 1, "no such folder"),
         (["demo", "--minutes", "-1"], 1, "minutes=-1"),
     ],
 )
@@ -60,12 +94,43 @@ def test_print_config_shows_the_whole_recipe(capsys):
     assert recipe["optim"]["adam_epsilon"] == 1e-8
 
 
-def test_help_and_version(capsys):
-    assert "prepare-latents" in run(capsys, "--help")[1]
-    assert run(capsys, "--version")[1].startswith("dit_hf ")
-    code, out, _ = run(capsys, "prepare-latents", "--help")
-    assert code == 0
-    assert "--crop" in out
+@pytest.mark.parametrize("name", ["dit-hf", *VERBS])
+def test_help_is_what_the_signatures_say(name):
+    """`python -m dit_hf.command_help` writes it anew."""
+    assert help_text(name) == (command_help() if name == "dit-hf" else verb_help(name))
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--help"], ["--version"], ["sample", "--help"], ["train", "x", "-h"], ["trian"]]
+)
+def test_questions_about_the_command_import_nothing_heavy(args):
+    code = (
+        f"import sys, dit_hf_cli; dit_hf_cli.main({args}); sys.exit('torch' in sys.modules or 'dit_hf' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "dit" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("form", ["--output-dir=here", "--output_dir=here", "--output-dir here"])
+@pytest.mark.parametrize("source", ["images", "--source images", "--source=images"])
+def test_options_are_spelled_in_every_usual_way(form, source):
+    parser = build_parser("prepare-latents", prepare_latents)
+    options = parser.parse_args(named_options([*form.split(), "--flip", *source.split()], parser))
+    assert (options.source, options.output_dir, options.flip) == ("images", "here", True)
+
+
+def test_a_model_that_is_none_is_named_without_the_hub(tmp_path, latents):
+    (tmp_path / "faces" / "checkpoint-5").mkdir(parents=True)
+    for model, message in {
+        str(latents): f"is a latent cache, not a model: dit-hf train celeba --data.latents {latents}",
+        str(tmp_path / "face"): f"did you mean {tmp_path / 'faces'}",
+        str(tmp_path / "faces" / "checkpoint-9"): "its checkpoints are checkpoint-5",
+        "./faces/checkpoint-9": "no such folder",
+        "~/faces": "no such folder",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_model(model)
+    check_model("someone/faces")  # on the Hub
 
 
 def test_a_full_gpu_is_one_line(capsys, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
     Args:
         model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
         host: The address to listen at; 0.0.0.0 is reachable from other machines.
-        port: The port; None is the first free one from 7860 on.
+        port: The port; by default the first free one from 7860 on.
 
     Raises:
         ValueError: if the model cannot be loaded, or gradio is not installed.

@@ -43,7 +43,13 @@ from .validation import choose_validation
 
 
 def train(config: Config) -> Path:
-    """Train by the recipe `config`, export the pipeline, and return the run's folder.
+    """Train a model by a recipe, and export its pipeline.
+
+    Args:
+        config: The recipe.
+
+    Returns:
+        The run's folder.
 
     Raises:
         ValueError: if the recipe cannot work, or the checkpoint belongs to another one.

@@ -1,0 +1,139 @@
+"""Options of the `dit-hf` command: given by position or by name, and their errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import types
+import typing
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from .config import recipe_path
+
+
+class OneLineParser(ArgumentParser):
+    """A parser that reports a wrong option in one line, suggests the nearest valid name, and exits with code 2.
+
+    Attributes:
+        positions: The options that may be given by position, in order.
+        recipe: The recipe that `--config` names.
+    """
+
+    positions: tuple[str, ...] = ()
+    recipe: str | None = None
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"{self.prog}: error: {self._one_line(str(message))}", file=sys.stderr)
+        sys.exit(2)
+
+    def type_of(self, name: str) -> Any:
+        """Return the type of the option `name`, or None. `_typehint` is private to jsonargparse (read in 4.53)."""
+        return next((getattr(a, "_typehint", a.type) for a in self._actions if a.dest == name), None)
+
+    def takes(self, name: str, following: str) -> bool:
+        """Whether the argument after the option `name` is its value: `--flip` may stand alone."""
+        action = next(a for a in self._actions if f"--{name}" in a.option_strings)
+        if action.nargs == "?":
+            return following.lower() in ("true", "false", "yes", "no")
+        return action.nargs != 0
+
+    def names(self) -> list[str]:
+        """Return the names of all options."""
+        return [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
+
+    def _one_line(self, message: str) -> str:
+        """Say in the user's terms what jsonargparse (4.53) or argparse says over several lines."""
+        if match := re.match(r'Parser key "(.+?)":', message):
+            given = re.search(r"(?:Got value|Given value): (.*)", message)
+            if (type_ := self.type_of(match[1])) is not None and given:
+                value = {"None": "null", "True": "true", "False": "false"}.get(given[1], given[1])
+                return f"--{match[1]}: expected {in_words(type_)}, got {value!r}"
+        if match := re.match(r"argument (--\S+): expected one argument", message):
+            return f"{match[1]} needs a value: {in_words(self.type_of(match[1][2:]))}"
+        if match := re.match(r"the following arguments are required: (.*)", message):
+            missing = match[1].split(", ")
+            return f"missing: {', '.join(n.upper() if n in self.positions else f'--{n}' for n in missing)}"
+        if match := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
+            return self._unknown(match[1])
+        lines = [line.strip() for line in message.splitlines() if line.strip()] or ["wrong options"]
+        text = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+        if self.recipe and re.search("(is not accepted|does not accept)", text):
+            text = f"{self.recipe}: {text}"
+        key = re.search(r"'([\w.]+)'[^']*$", text)  # an unknown key of a recipe is what the message ends with
+        near = self._nearest(key[1]) if key else None
+        return f"{text}; did you mean {near!r}?" if near else text
+
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"{argument!r} is one argument too many"
+        name = argument.lstrip("-").partition("=")[0]
+        sections = [known for known in self.names() if known.endswith(f".{name}")]
+        if sections:  # of a recipe
+            return f"unknown option --{name}; write it with its section: --{sections[0]}"
+        near = self._nearest(name)
+        return f"unknown option --{name}" + (f"; did you mean --{near}?" if near else "; --help lists the options")
+
+    def _nearest(self, word: str) -> str | None:
+        """Return the option most like `word`, which may lack the section of a recipe or have a wrong one."""
+        names = self.names()
+        names = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]  # no section
+        if near := difflib.get_close_matches(word, names, 1, 0.75):
+            return near[0]
+        keys = {name.rpartition(".")[2]: name for name in names}
+        near = difflib.get_close_matches(word.rpartition(".")[2], keys, 1, 0.75)
+        return keys[near[0]] if near else None
+
+
+def named_options(args: list[str], parser: OneLineParser) -> list[str]:
+    """Return the arguments of a verb as `--name=value`, names with underscores, a recipe's name as a path.
+
+    Args:
+        args: The command line after the verb.
+        parser: The verb's parser.
+
+    Raises:
+        SystemExit: with code 2 and one line, if an option is unknown or given twice, or a recipe is not there.
+    """
+    left, known, waiting = list(parser.positions), parser.names(), list(args)
+    options: list[str] = []
+    while waiting:
+        argument = waiting.pop(0)
+        if argument.startswith("--") and len(argument) > 2:
+            name, equals, value = argument[2:].partition("=")
+            name = name if name in known else name.replace("-", "_")
+            if name not in known:
+                parser.error(f"unrecognized arguments: {argument}")
+            if not equals and waiting and parser.takes(name, waiting[0]):
+                equals, value = "=", waiting.pop(0)
+            if name in parser.positions and name not in left:
+                parser.error(f"{name} is given twice, by position and as --{name}")
+            left = [position for position in left if position != name]
+        elif left:
+            name, equals, value = left.pop(0), "=", argument
+        else:
+            parser.error(f"unrecognized arguments: {argument}")
+        if name == "config" and equals:
+            try:
+                value = parser.recipe = str(recipe_path(value))
+            except FileNotFoundError as error:
+                parser.error(str(error))
+        options.append(f"--{name}{equals}{value}")
+    return options
+
+
+def in_words(type_: Any) -> str:
+    """Describe the type of an option: `int | None` is "a whole number or null"."""
+    origin, parts = typing.get_origin(type_), typing.get_args(type_)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(in_words(part) for part in parts))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
+    if origin is list:
+        return f"a list [{in_words(parts[0])}, ...]"
+    if origin is dict:
+        return "a JSON object"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(type_, "another value")

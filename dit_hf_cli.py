@@ -1,0 +1,54 @@
+"""Entry of the `dit-hf` command: answers what needs no import, and hands everything else to `dit_hf.cli`.
+
+It stands beside the package because importing that takes seconds: it registers its classes with diffusers, which needs
+torch. The texts in `dit_hf/help` are written by `dit_hf.command_help`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import sys
+from pathlib import Path
+
+HELP = Path(__file__).parent / "dit_hf" / "help"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one verb and return the exit code, see `dit_hf.cli.main`."""
+    args = sys.argv[1:] if args is None else args
+    code = quick_answer(args)
+    if code is None:
+        from dit_hf.cli import main as run
+
+        return run(args)
+    return code
+
+
+def quick_answer(args: list[str]) -> int | None:
+    """Answer a question about the command itself and return the exit code, or None if there is a verb to run."""
+    verb = args[0] if args else "--help"
+    verbs = sorted(path.stem for path in HELP.glob("*.txt") if path.stem != "dit-hf")
+    if verb == "--version":
+        print(f"dit_hf {importlib.metadata.version('dit_hf')}")
+    elif verb in ("-h", "--help"):
+        print(help_text("dit-hf"), end="")
+    elif verb not in verbs:
+        nearest = difflib.get_close_matches(verb, verbs, 1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"the verbs are {', '.join(verbs)}"
+        print(f"dit-hf: error: unknown verb {verb!r}; {hint}", file=sys.stderr)
+        return 2
+    elif "-h" in args or "--help" in args:
+        print(help_text(verb), end="")
+    else:
+        return None
+    return 0
+
+
+def help_text(name: str) -> str:
+    """Return the help of a verb, or of the whole command, `dit-hf`."""
+    return (HELP / f"{name}.txt").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
