@@ -6,8 +6,9 @@ PIP := .venv/bin/python -m pip install --disable-pip-version-check -q -c constra
 demo: .venv/installed
 	.venv/bin/dit-hf demo --output_dir runs/demo
 
+# Two processes of one thread each: tiny models gain nothing from more threads.
 test: .venv/installed
-	.venv/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/installed
 	.venv/bin/python -m pytest -m slow

@@ -30,7 +30,7 @@ def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
     for name in ("run", "run/pipeline"):
         assert load_pipeline(str(tmp_path / name)).config.guidance_scale == 2.0
-    with pytest.raises(ValueError, match=r"nowhere: no pipeline could be loaded from there \("):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
         load_pipeline(str(tmp_path / "nowhere"))
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="no pipeline could be loaded"):

@@ -164,7 +164,7 @@ def test_a_run_is_evaluated_without_options(config, net, capsys):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
         ({"reference": "few"}, "expected at least 32 reference images, got 20"),
-        ({"model": "nowhere"}, "no pipeline could be loaded"),
+        ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"reference": None}, "give --reference"),
         ({"reference": "nowhere"}, "no such folder"),
         ({"output_dir": None, "model": "pipeline"}, "--output_dir"),

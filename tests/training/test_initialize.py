@@ -65,7 +65,7 @@ def test_at_another_resolution_positions_are_stretched(config, earlier, vae_fold
             "500 noise levels of its own, .* not the cosine .* 100",
         ),
         ({"model": {"qk_norm": "rms_norm"}}, "qk_norm is None there and 'rms_norm' here"),
-        ({"model": {"init_from": "nowhere"}}, "model.init_from nowhere: no pipeline could be loaded"),
+        ({"model": {"init_from": "nowhere"}}, "model.init_from nowhere: no such folder"),
     ],
 )
 def test_an_earlier_model_that_does_not_fit_is_refused_with_the_difference(config, earlier, sections, message):
