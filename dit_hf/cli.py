@@ -86,6 +86,7 @@ def build_parser(verb: str, function: Any) -> OneLineParser:
     # `train` takes the sections of a recipe instead of a function's arguments.
     if verb == "train":
         parser.add_argument("--config", action="config")
+        parser.add_argument("--dry_run", type=bool, default=False)
         parser.add_class_arguments(Config)
     else:
         parser.add_function_arguments(function)
@@ -100,7 +101,7 @@ def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -
     options = parser.instantiate(options)
     if verb == "train":
         sections = ("data", "model", "objective", "optim", "train")
-        function(Config(**{section: options[section] for section in sections}))
+        function(Config(**{section: options[section] for section in sections}), options.dry_run)
     else:
         function(**options.as_dict())
 

@@ -221,6 +221,7 @@ def recipe_options() -> dict[str, list[Option]]:
         Option("config", str, None, "A recipe: a file, or the name of one that comes with dit_hf "
                f"({', '.join(recipe_names())}). The options below change single keys of it"),
         Option("print_config", bool, False, "Print the whole recipe and stop"),
+        Option("dry_run", bool, False, documented(verb_function("train"))["dry_run"]),
     ]  # fmt: skip
     groups = {"Options": own}
     for section in dataclasses.fields(Config):

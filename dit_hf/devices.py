@@ -6,7 +6,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import torch
 
 from .storage import first_line
@@ -20,7 +22,7 @@ def default_device() -> torch.device:
 
 @contextlib.contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Turn torch's error for a full GPU memory into one line that gives `advice`: what needs less of it.
+    """Turn the error for a full memory, a GPU's or a CPU's, into one line that gives `advice`: what needs less of it.
 
     Raises:
         OSError: if the memory is full.
@@ -29,6 +31,13 @@ def memory_errors(advice: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OSError(f"the GPU's memory is full; {advice} ({first_line(error)})") from error
+    except MemoryError as error:
+        raise OSError(f"the memory is full; {advice}") from error
+    except RuntimeError as error:
+        # torch has no class for it on a CPU.
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise OSError(f"the memory is full; {advice} ({first_line(error)})") from error
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -49,6 +58,33 @@ def _one_kernel(x: torch.Tensor) -> torch.Tensor:
 def available_cpus() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(device: torch.device) -> tuple[str, int | None]:
+    """Return the name of the memory that a training on `device` uses, and its free bytes; None if they are unknown."""
+    if device.type == "cuda":
+        # What this process has cached counts as free.
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return "GPU memory", free - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return "memory", None
+    free = psutil.virtual_memory().available
+    # A container's limit (cgroup v2) and one of the process (ulimit -v).
+    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if address_space != resource.RLIM_INFINITY:
+            free = min(free, address_space - psutil.Process().memory_info().vms)
+    return "memory", free
+
+
+def _read_number(path: str) -> int | None:
+    text = Path(path).read_text().strip() if Path(path).is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def peak_memory() -> str:

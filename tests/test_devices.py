@@ -2,13 +2,14 @@
 
 import os
 
+import psutil
 import pytest
 import torch
 from conftest import tiny_pipeline
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache
 
-from dit_hf.devices import available_cpus, compiler_problem
+from dit_hf.devices import available_cpus, compiler_problem, free_memory, memory_errors
 from dit_hf.runs import load_pipeline
 
 
@@ -41,3 +42,20 @@ def test_cores_are_those_that_the_process_may_use():
         assert available_cpus() == 1
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def test_a_full_memory_of_a_cpu_is_one_line():
+    with (
+        pytest.raises(OSError, match=r"^the memory is full; less helps \(.*allocate") as error,
+        memory_errors("less helps"),
+    ):
+        torch.empty(2**55)
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="size of tensor"), memory_errors("less helps"):
+        torch.empty(2) + torch.empty(3)
+
+
+def test_free_memory_is_below_the_machines():
+    place, free = free_memory(torch.device("cpu"))
+    assert place == "memory"
+    assert 0 < free < psutil.virtual_memory().total

@@ -159,6 +159,13 @@ def save_checkpoint(
     return folder
 
 
+def is_best(run: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` has the lowest validation loss of those that `best.json` lists."""
+    path = RunFolder(run).best
+    listed = json.loads(path.read_text(encoding="utf-8"))["checkpoints"] if path.is_file() else []
+    return bool(listed) and listed[0]["checkpoint"] == RunFolder(run).checkpoint(step).name
+
+
 def write_best(run: Path, limit: int) -> None:
     """Write `best.json`: the `limit` best of the existing checkpoints, with their validation losses."""
     best = _validated(RunFolder(run).checkpoints())[:limit]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState, init_empty_weights
-from tqdm import tqdm
 
 from ..config import Config
 from ..devices import memory_errors
@@ -17,13 +17,16 @@ from ..hub.background_push import BackgroundPush
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..progress import ProgressBar
 from ..runs import RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, folder_taken, locked, write_text
 from .accelerator import build_accelerator, should_compile, use_deterministic_kernels
+from .announce import announce, summary
 from .checkpoint import (
     TrainingTensors,
     agreed_checkpoint,
     check_disk_space,
+    is_best,
     remove_partial_checkpoints,
     save_checkpoint,
     write_best,
@@ -41,12 +44,16 @@ from .throughput import Speed
 from .trackers import choose_tracker, log_sample_grid, start_tracker
 from .validation import choose_validation
 
+# Optimizer steps after which the time of the run is estimated.
+ESTIMATED_AFTER = 20
 
-def train(config: Config) -> Path:
+
+def train(config: Config, dry_run: bool = False) -> Path:
     """Train a model by a recipe, and export its pipeline.
 
     Args:
         config: The recipe.
+        dry_run: Only print what would be trained, and how much memory and disk that takes.
 
     Returns:
         The run's folder.
@@ -74,6 +81,9 @@ def train(config: Config) -> Path:
     )
     with memory_errors(advice):
         trainer = Trainer(config)
+        trainer.announce(run)
+        if dry_run:
+            return run
         with disk_errors(place), trainer.exclusive(run):
             trainer.fit(run)
     return run
@@ -125,7 +135,7 @@ class Trainer:
         # Everything that works between steps.
         self.tensors = TrainingTensors(self.transformer, self.step.emas, self.step.optimizer)
         self.hub = (
-            BackgroundPush(train.hub_model_id, train.hub_private_repo, train.hub_revision, tqdm.write)
+            BackgroundPush(train.hub_model_id, train.hub_private_repo, train.hub_revision, self._print)
             if train.push_to_hub and train.hub_model_id
             else None
         )
@@ -152,20 +162,22 @@ class Trainer:
         self._prepare_folder(run, start)
         if start < total:
             start_tracker(self.accelerator, run, self.tracker, self.tracker_options, self.recipe)
-            print_once(f"training {run} on {self.device}, {self.step.optimizer_name}, steps {start} to {total}")
+            self._print(f"training {run} on {self.device}, steps {start:,} to {total:,}")
 
         stop, speed = StopSignal(), Speed()
         began = time.monotonic()
-        hidden = not self.accelerator.is_main_process
-        with stop.listening(), tqdm(total=total, initial=start, desc="training", unit="step", disable=hidden) as bar:
+        shown = self.accelerator.is_main_process
+        with stop.listening(), ProgressBar(total, "training", "steps", initial=start, shown=shown) as bar:
             for step in range(start, total):
                 # One optimizer step. Its result stays on the device, which is not waited for.
                 grad_norm = self.step(step)
                 done = step + 1
                 if self.compiled and step == start:
-                    print_once(f"compiled the blocks: the first step took {time.monotonic() - began:.1f} s")
+                    bar.write(f"compiled the blocks: the first step took {time.monotonic() - began:.1f} s")
                 speed.steps += 1
                 bar.update()
+                if done == start + ESTIMATED_AFTER < total and (left := bar.remaining()) is not None:
+                    bar.write(f"about {timedelta(seconds=round(left))} of training are left")
 
                 # Log, validate, sample and save where it is due.
                 saved = self._report_and_save(run, done, grad_norm, speed, bar)
@@ -174,8 +186,22 @@ class Trainer:
                 if stop.is_set() and done < total:
                     self._stop_early(run, done, saved)
 
+        self._print("exporting the pipeline")
         self._export(run)
         self.accelerator.end_training()
+        self._print(*summary(run))
+
+    def announce(self, run: Path) -> None:
+        """Print what will be trained, what it takes and where it goes.
+
+        Raises:
+            OSError: if it cannot fit into the memory.
+        """
+        self._print(*announce(self.step, run, self.tensors.bytes(), self.tracker, self.compiled))
+
+    def _print(self, *lines: str) -> None:
+        """Print lines on the first rank."""
+        self.accelerator.print(*lines, sep="\n", flush=True)
 
     def pipeline(self) -> LatentDiTPipeline | None:
         """Build the pipeline of the EMA weights, on the first rank (None on others); call it on all ranks."""
@@ -224,7 +250,7 @@ class Trainer:
                 check_disk_space(run, self.tensors.bytes())
         self.accelerator.wait_for_everyone()
 
-    def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed, bar: tqdm) -> bool:
+    def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed, bar: ProgressBar) -> bool:
         """Log, validate, sample and save what is due after `done` steps; return whether a checkpoint was saved."""
         train = self.config.train
 
@@ -241,16 +267,18 @@ class Trainer:
         row: dict[str, Any] = {}
         if checkpoint_due or quality or push_due or due(train.logging_steps):
             row = measure(self.step, run, done, grad_norm, speed)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_second']:.0f}")
+            bar.report(f"loss {row['loss']:.4f}, {row['images_per_second']:,.0f} images/s")
         if not row and not samples_due:
             return False  # the usual case, in which nothing has waited for the device
 
         # What follows is not training and is left out of the measured speed.
         with speed.paused():
             if checkpoint_due and self.validation:
-                row |= self.validation.validate_emas(self.step, self.accelerator)
+                with bar.doing("validating"):
+                    row |= self.validation.validate_emas(self.step, self.accelerator)
             if quality:
-                row |= self._evaluate(quality)
+                with bar.doing("generating samples"):
+                    row |= self._evaluate(quality)
 
             # The row is complete now. It is written before the checkpoint: a run killed in between resumes from an
             # earlier checkpoint and cuts the row off again, whereas a missing row would never be written.
@@ -260,9 +288,14 @@ class Trainer:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
 
             if samples_due:
-                self._save_samples(run, done)
+                with bar.doing("generating a sample grid"):
+                    self._save_samples(run, done)
             if checkpoint_due:
-                self._save(run, done, row)
+                with bar.doing("saving a checkpoint"):
+                    self._save(run, done, row)
+                if (loss := row.get("validation_loss")) is not None:
+                    best = ", the best so far" if is_best(run, done) else ""
+                    bar.write(f"step {done:,}: validation loss {loss:.4f}{best}")
             if push_due:
                 self._push(run, done, self.pipeline())
         return checkpoint_due
@@ -277,7 +310,7 @@ class Trainer:
             # Never save weights that are not finite: `latest` must stay usable.
             check_health(self.step, done, run)
             self._save(run, done, {})
-        print_once(f"\npreempted: checkpoint-{done} is saved; resume with --train.resume_from_checkpoint latest")
+        self._print(f"\npreempted: checkpoint-{done} is saved; resume with --train.resume_from_checkpoint latest")
         self.accelerator.end_training()
         raise Preempted
 

@@ -1,0 +1,91 @@
+"""Progress of a long command: a bar in a terminal, and plain lines where the output goes to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+INTERVAL = 60.0  # seconds between lines without a terminal
+
+
+class ProgressBar:
+    """Counts what is done, on stderr.
+
+    Without a terminal a line is printed at most every `INTERVAL` seconds, and none that a later one overwrites.
+
+    Args:
+        total: How much there is to do.
+        desc: What is done, e.g. `encoding`.
+        unit: What is counted, in the plural.
+        initial: How much of it was done before.
+        shown: Whether anything is printed, on this rank.
+    """
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int = 0, shown: bool = True):
+        self.total, self.desc, self.unit, self.initial, self.shown = total, desc, unit, initial, shown
+        self.done, self.began = initial, time.monotonic()
+        self._last_line = self.began
+        self._bar = tqdm(total=total, desc=desc, unit=unit, initial=initial) if shown and _terminal() else None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self.shown and self.done == self.total:
+            self._line("")
+
+    def update(self, count: int = 1) -> None:
+        """Count `count` more."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self.shown and time.monotonic() - self._last_line > INTERVAL:
+            self._line("")
+
+    def report(self, text: str) -> None:
+        """Show figures of the work: beside the bar, or on a line of its own."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif self.shown:
+            self._line(text)
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Let the bar say what is done in the block instead of what is counted."""
+        if self._bar is not None:
+            self._bar.set_description_str(what)
+        yield
+        if self._bar is not None:
+            self._bar.set_description_str(self.desc)
+
+    def write(self, line: str) -> None:
+        """Print a line that stays, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self.shown:
+            print(line, file=sys.stderr, flush=True)
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left at the speed so far, or None before anything is done."""
+        done = self.done - self.initial
+        return (time.monotonic() - self.began) / done * (self.total - self.done) if done else None
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        left = self.remaining()
+        parts = [f"{self.desc}: {self.done:,} of {self.total:,} {self.unit}", text]
+        if self.done < self.total and left is not None:
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()
