@@ -196,6 +196,12 @@ def disk_errors(place: str) -> Iterator[None]:
         raise OSError(f"{place}: {os.strerror(number)}; {advice}") from error
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Check for the few lines that a clone without git-lfs has in the place of a large file."""
+    with open(path, "rb") as file:
+        return file.read(32).startswith(b"version https://git-lfs")
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, without its full stop."""
     lines = (line.strip().removesuffix(".") for line in str(error).splitlines())

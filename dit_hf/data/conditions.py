@@ -142,8 +142,8 @@ def remap_class_ids(
     """
     if data_names is None or model_names is None or data_names == model_names:
         return ids
-    present = np.unique(ids[ids >= 0])
-    unknown = [data_names[number] for number in present if data_names[number] not in model_names]
+    present, positions = np.unique(ids[ids >= 0]), {value: i for i, value in enumerate(model_names)}
+    unknown = [data_names[number] for number in present if data_names[number] not in positions]
     if unknown:
         numbered = any(names == [str(number) for number in range(len(names))] for names in (data_names, model_names))
         if numbered or (len(data_names) == len(model_names) and not {*data_names} & {*model_names}):
@@ -152,5 +152,5 @@ def remap_class_ids(
         raise ValueError(f"{name}={unknown[0]!r} is unknown to the model; valid names are {valid}")
 
     # -1 stands for classes that `ids` does not contain; the last entry is that of a missing value.
-    mapping = [model_names.index(value) if value in model_names else -1 for value in data_names]
+    mapping = [positions.get(value, -1) for value in data_names]
     return np.array([*mapping, -1], ids.dtype)[ids]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -22,8 +24,10 @@ class SourceOptions:
         num_images: Take this many images of the training split (or of `split`).
         seed: Seed of the avatars and of the choice of `num_images`.
         avatar_size: Side of the avatars in pixels.
-        image_column: The column of images.
+        image_column: The column of images; in a webdataset the suffix.
         conditions: Columns to read as conditions; `class` is the folder's name; an empty list is none.
+        exclude: Patterns of the files and folders that are not read; None excludes nothing, but refuses images that
+            look like masks of others.
         split_from: Where splits come from.
         missing: What becomes of a row without a value of a condition: null, or the row is left out.
         allow_partial: Read the source although a requested condition is missing in one of its splits.
@@ -36,13 +40,18 @@ class SourceOptions:
     avatar_size: int = 64
     image_column: str | None = None
     conditions: list[str] | None = None
+    exclude: list[str] | None = None
     split_from: SplitFrom | None = None
     missing: Missing = "null"
     allow_partial: bool = False
 
-    def takes(self, condition: str) -> bool:
-        """Check whether a condition may be read."""
-        return self.conditions is None or condition in self.conditions
+    def excluded_by(self, path: str) -> str | None:
+        """Return the pattern that excludes a file or folder: it matches a part of its path, or its path up to one."""
+        if not self.exclude:
+            return None
+        parts = path.split("/")
+        names = [*parts, *("/".join(parts[: i + 1]) for i in range(1, len(parts)))]
+        return next((p for p in self.exclude if any(fnmatchcase(name, p) for name in names)), None)
 
 
 @dataclass
@@ -96,6 +105,26 @@ class Contents:
     choices: list[str] = field(default_factory=list)
     image_column: str | None = None
 
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep only these rows of the lists that are set already."""
+
+        def select(values: list[Any]) -> list[Any]:
+            return [values[row] for row in kept] if values else []
+
+        self.ids, self.sizes, self.groups = select(self.ids), select(self.sizes), select(self.groups)
+        self.splits = None if self.splits is None else select(self.splits)
+        self.images = None if self.images is None else self.images.select(kept)
+        for column in self.columns.values():
+            column.values = select(column.values)
+
+    def keep_splits(self, splits: Sequence[str | None]) -> list[int]:
+        """Set the split of each row and keep only the rows that have one; return their numbers."""
+        kept = [row for row, split in enumerate(splits) if split is not None]
+        self.splits = None
+        self.keep(kept)
+        self.splits = [split for split in splits if split is not None]
+        return kept
+
 
 def parse_conditions(given: str | list[str] | None) -> list[str] | None:
     """Return `--conditions` as a list: `none` is no condition, `Smiling,Male` are two, None is every condition.
@@ -103,13 +132,27 @@ def parse_conditions(given: str | list[str] | None) -> list[str] | None:
     Raises:
         ValueError: for an empty name or a name given twice.
     """
+    return _parse_names("--conditions", given)
+
+
+def parse_exclude(given: str | list[str] | None) -> list[str] | None:
+    """Return `--exclude` as a list of patterns: `none` is no pattern, `masks,*_depth.png` are two.
+
+    Raises:
+        ValueError: for an empty pattern or a pattern given twice.
+    """
+    names = _parse_names("--exclude", given)
+    return None if names is None else [name.removeprefix("./").rstrip("/") for name in names]
+
+
+def _parse_names(option: str, given: str | list[str] | None) -> list[str] | None:
     if given is None:
         return None
     names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
     if names == ["none"]:
         return []
     if len(set(names)) < len(names) or not all(names):
-        raise ValueError(f"--conditions {given}: expected different names, separated by commas, or none")
+        raise ValueError(f"{option} {given}: expected different names, separated by commas, or none")
     return names
 
 
@@ -122,3 +165,15 @@ def shortened(names: list[str], count: int = 4) -> str:
 def counted(numbers: Mapping[str, int]) -> str:
     """Return numbers by name as one text in the order of the names, such as `2 .txt, 1 without a suffix`."""
     return ", ".join(f"{number:,} {name}" for name, number in sorted(numbers.items()))
+
+
+def image_count(count: int) -> str:
+    """Return a number of images as text."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Return names without the structs around them; of several with one short name, each stays whole."""
+    short = [name.rpartition(".")[2] for name in names]
+    counts = Counter(short)
+    return [own if counts[own] == 1 else name for name, own in zip(names, short, strict=True)]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +11,6 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    Features,
     Image,
     Value,
     concatenate_datasets,
@@ -24,21 +20,21 @@ from datasets import (
 )
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
-from ..storage import first_line
+from ..storage import first_line, is_lfs_pointer
 from .celeba import CELEBA_LISTS
-from .contents import Column, Contents, SourceOptions, counted, shortened
-from .image_folder import walk
+from .contents import Column, Contents, SourceOptions, counted, short_names, shortened
+from .files import Skipped, walk
 from .metadata import METADATA
 from .splits import split_named
-from .webdataset import read_archive
+from .webdataset import KEY, SHARD, VALUES, archive_columns, load_archives, read_folders_inside
 
 MAX_PREVIEWS = 10  # images that may lie beside shards without being another reading of the folder
-KEY, SHARD, VALUES = "__key__", "__shard__", "__values__"  # columns of a webdataset, as it is read here
 _LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+_BASE64_SIGNATURES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0", "SUkqA", "TU0AK")
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 
 
-def holds_dataset(folder: Path) -> bool:
+def holds_dataset(folder: Path, options: SourceOptions) -> bool:
     """Check whether a folder holds a dataset (of `save_to_disk`, or parquet, webdataset or Arrow shards), not images.
 
     Up to 10 images beside shards are previews, unless there is a list or metadata file of images.
@@ -49,7 +45,7 @@ def holds_dataset(folder: Path) -> bool:
     if _is_saved(folder) or _has_own_card(folder):
         return True
     num_images, first_image, shards = 0, "", []
-    for name, _ in walk(folder, {}):
+    for name, _ in walk(folder, options, Skipped()):
         file = PurePosixPath(name)
         suffix = file.suffix.lower()
         if file.name in METADATA or file.stem in CELEBA_LISTS:
@@ -61,7 +57,7 @@ def holds_dataset(folder: Path) -> bool:
     if shards and num_images > MAX_PREVIEWS:
         raise ValueError(
             f"source {folder} holds {num_images:,} images (first {first_image}) and {len(shards):,} shards (first "
-            f"{shards[0]}): name the folder of those to be read as the source"
+            f"{shards[0]}): name the folder of those to be read as the source, or --exclude the others"
         )
     return bool(shards)
 
@@ -89,6 +85,8 @@ def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
         columns.append(_plain_columns(part.remove_columns(contents.image_column), contents))
     contents.images = concatenate_datasets(images)
     contents.columns = _joined(columns, [len(part) for part in parts.values()])
+    if all(KEY in part.column_names for part in parts.values()):
+        read_folders_inside(source, parts, options, contents)
     if len(set(contents.ids)) < len(contents.ids):  # the same keys in several splits
         names = [name for name, part in parts.items() for _ in range(len(part))]
         contents.ids = [f"{name}/{image_id}" for name, image_id in zip(names, contents.ids, strict=True)]
@@ -115,6 +113,8 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
         raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
     if path.exists() and not _is_saved(path) and not _has_own_card(path):
         return _load_shards(path, options, contents)
+    if options.exclude:
+        raise ValueError(f"--exclude: {source} is a dataset of rows; it excludes files of a folder or an archive")
     try:
         if _is_saved(path):
             contents.kind = "saved dataset"
@@ -148,7 +148,9 @@ def _load_problem(source: str, error: Exception) -> str:
 
 def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> DatasetDict:
     """Load the shards of a file or folder; of several kinds, webdataset archives count more than the tables beside."""
-    names = [""] if path.is_file() else [name for name, _ in walk(path, contents.unused)]
+    skipped = Skipped()
+    names = [""] if path.is_file() else [name for name, _ in walk(path, options, skipped)]
+    contents.unused |= skipped.described()
     by_suffix: dict[str, list[str]] = {}
     for name in names:
         by_suffix.setdefault(PurePosixPath(name or path.name).suffix.lower(), []).append(name)
@@ -157,9 +159,14 @@ def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> Data
     others = {kind or "without a suffix": len(files) for kind, files in by_suffix.items() if kind != suffix}
     if others:
         contents.unused["files"] = counted(others)
+    for name in by_suffix[suffix]:
+        if is_lfs_pointer(path / name):
+            raise ValueError(f"{path / name} is a pointer of git-lfs, not the shard: run git lfs pull")
     files = _files_by_split(by_suffix[suffix], options, contents)
     if suffix == ".tar":
-        return DatasetDict({split: _load_archives([path / name for name in group]) for split, group in files.items()})
+        archives = {split: [path / name for name in group] for split, group in files.items()}
+        return DatasetDict({split: load_archives(paths, options) for split, paths in archives.items()})
+    skipped.check(options)
     data_files = {split: [str(path / name) for name in group] for split, group in files.items()}
     try:
         return load_dataset(_LOADERS[suffix], data_files=data_files)
@@ -194,27 +201,6 @@ def _split_of_path(name: str) -> str | None:
     """Return the split that a file's name or, from the inside, one of its folders names."""
     path = PurePosixPath(name)
     return next((split for part in (path.stem, *reversed(path.parts[:-1])) if (split := split_named(part))), None)
-
-
-def _load_archives(paths: list[Path]) -> Dataset:
-    """Load webdataset archives: key, shard, image and, as JSON, the other values of each sample."""
-    features = {name: Value("string") for name in (KEY, SHARD, VALUES)} | {"image": Image()}
-    # `datasets` keeps the result by its arguments: with size and time of the archives it is as new as they are.
-    versions = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    arguments = {"paths": [str(path) for path in paths], "versions": versions}
-    try:
-        return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
-    except Exception as error:  # datasets wraps the reader's own errors
-        cause = error.__cause__
-        raise ValueError(first_line(cause if isinstance(cause, Exception) else error)) from error
-
-
-def _archive_rows(paths: list[str], versions: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        for sample in read_archive(Path(path)):
-            image = {"bytes": sample.image, "path": sample.image_name} if sample.image is not None else None
-            values = json.dumps({"values": sample.values, "others": sample.others})
-            yield {KEY: sample.key, SHARD: sample.shard, VALUES: values, "image": image}
 
 
 def _splits(loaded: DatasetDict, options: SourceOptions, contents: Contents) -> dict[str, Dataset]:
@@ -267,19 +253,36 @@ def _image_column(source: str, part: Dataset, options: SourceOptions, contents: 
         ValueError: if there is none, or several of which none is called `image`.
     """
     names = [name for name, feature in part.features.items() if isinstance(feature, Image)]
-    wanted = options.image_column
+    wanted = None if KEY in part.column_names else options.image_column
     if wanted is not None and wanted not in names:
         have = ", ".join(names) or "none"
         raise ValueError(f"--image_column {wanted}: {source} has no such column of images; it has {have}")
     if not names:
         types = ", ".join(f"{field.name} ({field.type})" for field in part.data.schema if field.name[:2] != "__")
-        raise ValueError(f"source {source}: no column of images; it has {types}")
+        raise ValueError(f"source {source}: no column of images; it has {types}{_spelled_images(part)}")
     if wanted is None and len(names) > 1 and "image" not in names:
         options_named = " or ".join(f"--image_column {name}" for name in names)
         raise ValueError(f"source {source} has {len(names)} columns of images: name one by {options_named}")
     column = wanted or ("image" if "image" in names else names[0])
     contents.unused |= {f"column {n}": "another column of images (--image_column)" for n in names if n != column}
     return column
+
+
+def _spelled_images(part: Dataset) -> str:
+    """Return what a column of text holds that stands for images, and how it becomes one that is read."""
+    for field in part.data.schema:
+        if not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            continue
+        text = _first_value(part.data.column(field.name)) or ""
+        if text.startswith(("data:image/", *_BASE64_SIGNATURES)):
+            return f"; {field.name} holds images as base64: store the bytes, base64.b64decode({field.name})"
+        if PurePosixPath(text.split("?")[0]).suffix.lower() in IMAGE_SUFFIXES:
+            kind = "URLs" if "://" in text else "paths"
+            return (
+                f"; {field.name} holds {kind} of images (first {text}): put the images in a folder, with a "
+                "metadata.csv whose column file_name names them"
+            )
+    return ""
 
 
 def _ids(split: str, part: Dataset) -> list[str]:
@@ -308,9 +311,9 @@ def _image_sizes(images: Dataset) -> list[int]:
 def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
     """Return the columns of numbers, booleans, strings and classes, by their short names."""
     if VALUES in part.column_names:
-        return _archive_columns([json.loads(values) for values in part[VALUES]], contents)
+        return archive_columns(part, contents)
     columns: dict[str, Column] = {}
-    for (name, feature), own in zip(part.features.items(), _short_names(part.column_names), strict=True):
+    for (name, feature), own in zip(part.features.items(), short_names(part.column_names), strict=True):
         if isinstance(feature, ClassLabel):
             columns[own] = Column(list(part[name]), feature.names, declared=True)
         elif isinstance(feature, Value) and not feature.dtype.startswith(("binary", "large_binary")):
@@ -318,39 +321,6 @@ def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
         elif not isinstance(feature, Image):
             contents.unused[f"column {own}"] = "lists or structures"
     return columns
-
-
-def _archive_columns(samples: list[dict[str, Any]], contents: Contents) -> dict[str, Column]:
-    """Return the columns of a webdataset's JSON and class files; a sample without one is None there."""
-    others = Counter(suffix for sample in samples for suffix in sample["others"])
-    if others:
-        contents.unused["files in the archives"] = counted(others)
-    rows = [dict(_leaves(sample["values"])) for sample in samples]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {}
-    for name, own in zip(names, _short_names(names), strict=True):
-        values = [row.get(name) for row in rows]
-        if any(isinstance(value, list) for value in values):
-            contents.unused[f"column {own}"] = "lists or structures"
-        else:
-            columns[own] = Column(values, declared=name == "cls")
-    return columns
-
-
-def _short_names(names: list[str]) -> list[str]:
-    """Return names without the structs around them; of several with one short name, each stays whole."""
-    short = [name.rpartition(".")[2] for name in names]
-    counts = Counter(short)
-    return [own if counts[own] == 1 else name for name, own in zip(names, short, strict=True)]
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested dicts with their names, joined by dots."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _joined(columns: list[dict[str, Column]], lengths: list[int]) -> dict[str, Column]:
@@ -378,5 +348,6 @@ def _renumbered(column: Column, union: list[str] | None) -> list[Any]:
     """Return the class ids of a column in the order of `union`; other values as they are."""
     if union is None or column.labels is None or column.labels == union:
         return column.values
-    ids = {number: union.index(label) for number, label in enumerate(column.labels)}
+    positions = {label: number for number, label in enumerate(union)}
+    ids = {number: positions[label] for number, label in enumerate(column.labels)}
     return [ids.get(value, None if value is None else -1) for value in column.values]

@@ -11,48 +11,23 @@ folder would count as caches of another source.
 
 from __future__ import annotations
 
-import os
-import stat
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets import Dataset, Features, Image
 
-from ..pipelines.image_inputs import HEIF_SUFFIXES, IMAGE_SUFFIXES
-from .celeba import CELEBA_HQ_MAPPING, CELEBA_LISTS, celeba_images, read_celeba_lists
-from .contents import Column, Contents, SourceOptions, counted, shortened
-from .folder_levels import classes_by_folder, splits_by_file_name, splits_by_folder
-from .label_files import DATASET_JSON, LABEL_FILES, read_label_files
+from ..pipelines.image_inputs import IMAGE_SUFFIXES
+from .celeba import celeba_images, read_celeba_lists
+from .contents import Column, Contents, SourceOptions, counted, image_count, shortened
+from .files import Files, scan
+from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name, splits_by_folder
+from .label_files import DATASET_JSON, LABEL_FILES, read_label_files, unread_lists
+from .masks import check_masks
 from .metadata import METADATA, Table, join_tables, read_metadata
 
-# Images that are not read, but listed as left out: HEIF only without pillow-heif.
-UNREAD_SUFFIXES = tuple(suffix for suffix in (*HEIF_SUFFIXES, ".jxl") if suffix not in IMAGE_SUFFIXES)
-CACHE_INFO = "latents.json"  # the file that makes a folder a latent cache
-# What other programs leave behind: thumbnails, recycle bins, halves of Macintosh files. Names in lower case.
-_SYSTEM_NAMES = {"@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini", "__macosx"}
-
-
-@dataclass
-class Files:
-    """The files of a folder, by their relative paths in the order of names.
-
-    Attributes:
-        sizes: Size of each image in bytes.
-        lists: Metadata files, lists and label files.
-        others: Number of the other files by suffix.
-        skipped: Folders that are not read, with the reason.
-        left_out: Images that cannot be read, with the reason.
-    """
-
-    sizes: dict[str, int] = field(default_factory=dict)
-    lists: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    skipped: dict[str, str] = field(default_factory=dict)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+# Suffixes of archives, which are not read in a folder of images.
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def read_folder(folder: Path, options: SourceOptions) -> Contents:
@@ -62,15 +37,16 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
         FileNotFoundError: if there are no images.
         ValueError: if a list cannot be read at all, or the folder can be read in two ways.
     """
-    files = scan(folder)
+    files = scan(folder, options)
     if not files.sizes:
-        first = f"; {len(files.left_out)} left out, {': '.join(files.left_out[0])}" if files.left_out else ""
-        first += f"; it holds {counted(files.others)}" if files.others else ""
-        raise FileNotFoundError(f"source {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)}){first}")
+        raise FileNotFoundError(f"source {folder}: no images in it{_what_else(files)}")
     contents = Contents("folder of images", left_out=files.left_out)
-    contents.unused |= {f"folder {name}": reason for name, reason in files.skipped.items()}
+    contents.unused |= files.skipped.described()
     if files.others:
         contents.unused["files"] = counted(files.others)
+    for name, reason in unread_lists(folder, files.texts, files.sizes).items():
+        contents.unused[name] = reason
+    _note_doubles(files, contents)
 
     # CelebA's lists take precedence over metadata files, and these over label files and subfolders.
     special = {*METADATA, *LABEL_FILES}
@@ -96,6 +72,29 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     return contents
 
 
+def _what_else(files: Files) -> str:
+    """Return what a folder without images holds, and the way out."""
+    if files.left_out:
+        return f"; {len(files.left_out):,} left out, first {': '.join(files.left_out[0])}"
+    archives = {suffix: count for suffix, count in files.others.items() if suffix in _ARCHIVES}
+    if archives:
+        return f"; it holds {counted(archives)}: unpack them"
+    holds = f"; it holds {counted(files.others)}" if files.others else ""
+    return f" ({', '.join(IMAGE_SUFFIXES)}){holds}"
+
+
+def _note_doubles(files: Files, contents: Contents) -> None:
+    """Name images of one name that differ in their suffix, which may be one image stored twice."""
+    stems: dict[str, str] = {}
+    doubles = [(first, n) for n in files.sizes if (first := stems.setdefault(n.rpartition(".")[0], n)) != n]
+    if doubles:
+        first, second = doubles[0]
+        contents.choices.append(
+            f"{image_count(len(doubles))} twice by name, read too: {second} beside {first} "
+            f"(--exclude '*{PurePosixPath(second).suffix}')"
+        )
+
+
 def _read_celeba(
     folder: Path, files: Files, lists: list[str], options: SourceOptions, contents: Contents
 ) -> dict[str, str]:
@@ -117,6 +116,7 @@ def _read_described(folder: Path, files: Files, options: SourceOptions, contents
     metadata = [name for name in files.lists if PurePosixPath(name).name in METADATA]
     label_files = [name for name in files.lists if PurePosixPath(name).name in LABEL_FILES]
     names = list(files.sizes)
+    check_masks(str(folder), names, options)
     if metadata:
         table = read_metadata(folder, metadata, contents.left_out)
         described = join_tables(_keys_in(table, names), [table], contents.left_out)
@@ -129,13 +129,11 @@ def _read_described(folder: Path, files: Files, options: SourceOptions, contents
     if contents.splits is None:
         splits = splits_by_folder(names, options, contents) or splits_by_file_name(names, options, contents)
         if splits:
-            names = _keep_only(splits, names, contents)
+            names = [names[row] for row in contents.keep_splits(splits)]
 
     # Classes by label file or folder. Metadata describes the images alone, unless folders are requested too.
-    if not metadata or "class" in (options.conditions or []):
-        column = _classes(folder, label_files, names, options, contents)
-        if column is not None:
-            contents.columns["class"] = column
+    if not metadata or reads_folders(options):
+        contents.columns |= _classes(folder, label_files, names, options, contents)
     elif contents.split_origin != "by folder" and len({PurePosixPath(name).parent.name for name in names}) > 1:
         contents.unused["names of folders"] = "metadata describes the images (--conditions ...,class reads them too)"
     lists = sorted({PurePosixPath(name).name for name in metadata or label_files})
@@ -143,31 +141,26 @@ def _read_described(folder: Path, files: Files, options: SourceOptions, contents
     return {name: name for name in names}
 
 
-def _keep_only(splits: dict[str, str], names: list[str], contents: Contents) -> list[str]:
-    """Set the splits of `contents`, keep only the rows that have one, and return their names."""
-    kept = [row for row, name in enumerate(names) if name in splits]
-    for column in contents.columns.values():
-        column.values = [column.values[row] for row in kept]
-    contents.splits = [splits[names[row]] for row in kept]
-    return [names[row] for row in kept]
-
-
 def _classes(
     folder: Path, label_files: list[str], names: list[str], options: SourceOptions, contents: Contents
-) -> Column | None:
-    """Return the class of each image by label files and folders; None if there are no classes."""
+) -> dict[str, Column]:
+    """Return the class of each image by label files and folders; {} if there are no classes."""
     labels = read_label_files(folder, label_files, names)
     if any(PurePosixPath(name).name == DATASET_JSON for name in label_files):
         # Its folders are blocks of images.
         values = [labels.get(name) for name in names]
-        return Column(values, origin=DATASET_JSON, declared=True) if any(v is not None for v in values) else None
-    column = classes_by_folder(names, contents.split_origin == "by folder", options, contents)
-    if column is not None and labels:
+        has_labels = (options.conditions is None or "class" in options.conditions) and any(
+            value is not None for value in values
+        )
+        return {"class": Column(values, origin=DATASET_JSON, declared=True)} if has_labels else {}
+    columns = classes_by_folder(names, options, contents)
+    if "class" in columns and labels:
+        column = columns["class"]
         # ImageNet's training images lie in folders of classes; a list gives those of the validation images.
         pairs = zip(names, column.values, strict=True)
         column.values = [labels.get(name) if value is None else value for name, value in pairs]
         column.origin += f" and {shortened(sorted({PurePosixPath(name).name for name in label_files}))}"
-    return column
+    return columns
 
 
 def _keys_in(table: Table, names: list[str]) -> dict[str, str]:
@@ -203,80 +196,3 @@ def _with_splits(
     contents.splits = [str(split) for split in splits.values() if split]
     contents.split_origin = "by column"
     return {name: row for name, row in rows.items() if splits[name]}
-
-
-def scan(folder: Path) -> Files:
-    """List the files below `folder`."""
-    files = Files()
-    for name, entry in walk(folder, files.skipped):
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix not in IMAGE_SUFFIXES:
-            if entry.name in METADATA + LABEL_FILES or PurePosixPath(name).stem in (*CELEBA_LISTS, CELEBA_HQ_MAPPING):
-                files.lists.append(name)
-            elif suffix in UNREAD_SUFFIXES:
-                files.left_out.append((printable(name), f"{suffix} is not read: convert it to .jpg or .png"))
-            else:
-                files.others[suffix or "without a suffix"] += 1
-            continue
-        # `encode` fails for names that are not UTF-8, `stat` for links to nothing.
-        try:
-            name.encode()
-            status = entry.stat()
-        except UnicodeEncodeError:
-            files.left_out.append((printable(name), "its name is not UTF-8"))
-        except OSError as error:
-            files.left_out.append((name, error.strerror or str(error)))
-        else:
-            if stat.S_ISREG(status.st_mode):
-                files.sizes[name] = status.st_size
-            else:
-                files.left_out.append((name, "not a regular file"))
-    return files
-
-
-def walk(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield all files below `folder` with their relative names, following links and visiting each folder once.
-
-    Hidden files and folders, those of other programs, and latent caches (whose image grid is no image of the source)
-    are not visited.
-
-    Args:
-        folder: The folder to walk.
-        skipped: Receives the folders that are not read and would be missed, with the reason.
-    """
-    yield from _walk(str(folder), "", set(), skipped)
-
-
-def _walk(
-    folder: str, prefix: str, seen: set[tuple[int, int]], skipped: dict[str, str]
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    # By inode, since a link may lead to a folder that contains it.
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    try:
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda entry: entry.name)
-    except PermissionError as error:
-        if not prefix:
-            raise
-        skipped[printable(prefix)] = error.strerror or "cannot be read"
-        return
-    if any(entry.name == CACHE_INFO for entry in ordered):
-        skipped[printable(prefix) or "."] = "a latent cache"
-        return
-    for entry in ordered:
-        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_NAMES:
-            continue
-        if not entry.is_dir():
-            yield f"{prefix}{entry.name}", entry
-        elif entry.name.startswith("__"):  # as in `datasets`
-            skipped[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
-        else:
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", seen, skipped)
-
-
-def printable(name: str) -> str:
-    """Return a file name with the bytes that are not UTF-8 as escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .contents import Missing, SourceOptions, SplitFrom, parse_conditions
+from .contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from .sources import DEFAULT_AVATAR_SIZE, open_source
 from .transforms import Geometry, decode_image, parse_resolution
 
@@ -22,6 +22,7 @@ def open_images(
     dataset_config_name: str | None = None,
     image_column: str | None = None,
     conditions: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
     split_from: SplitFrom | None = None,
     missing: Missing = "null",
     allow_partial: bool = False,
@@ -45,6 +46,8 @@ def open_images(
         image_column: the column of images, where a dataset has several.
         conditions: the columns that are conditions, as a list or separated by commas (`class` is the name of the
             folder), or `"none"`; None is all columns of yes and no and of classes.
+        exclude: patterns of files and folders that are not read, as a list or separated by commas, such as
+            `"masks,*_depth.png"`; `"none"` reads images that look like masks too.
         split_from: where splits come from: `"folders"`, `"files"`, `"column"` or `"none"`.
         missing: `"null"` keeps images without a value of a condition, which is then None; `"leave_out"` does not.
         allow_partial: accept requested conditions that a whole split lacks.
@@ -69,6 +72,7 @@ def open_images(
         avatar_size=max(geometry.resolution or (DEFAULT_AVATAR_SIZE,)),  # squares, large enough for both sides
         image_column=image_column,
         conditions=parse_conditions(conditions),
+        exclude=parse_exclude(exclude),
         split_from=split_from,
         missing=missing,
         allow_partial=allow_partial,
@@ -96,6 +100,7 @@ def describe_source(source: str, **options: Any) -> dict[str, Any]:
         ValueError: for options that do not fit the source, or a source that can be read in two ways.
     """
     options["conditions"] = parse_conditions(options.get("conditions"))
+    options["exclude"] = parse_exclude(options.get("exclude"))
     return open_source(source, SourceOptions(**options)).plan.as_dict()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,6 +14,10 @@ DATASET_JSON = "dataset.json"
 IMAGENET_SOLUTION = "LOC_val_solution.csv"
 TINY_IMAGENET = "val_annotations.txt"
 LABEL_FILES = (DATASET_JSON, IMAGENET_SOLUTION, TINY_IMAGENET)
+# What may list images without being read: the first files of these suffixes are looked into.
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xls")
+_MAX_LISTS, _LIST_HEAD, _LIST_LINES = 50, 16384, 20
+_BETWEEN_WORDS = re.compile(r"[\s,;|\"']+")
 
 
 def read_label_files(folder: Path, label_files: list[str], names: list[str]) -> dict[str, Any]:
@@ -62,3 +69,41 @@ def _tiny_imagenet(path: Path) -> dict[str, str]:
     """Return the class of each validation image of Tiny ImageNet: `val_0.JPEG`, tab, `n03444034`, tab, a box."""
     lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     return {PurePosixPath(line[0]).stem: line[1] for line in lines if len(line) > 1}
+
+
+def unread_lists(folder: Path, texts: list[str], images: Collection[str]) -> dict[str, str]:
+    """Return those of the files that are not read which name images of the source, and what would make them read.
+
+    Args:
+        folder: The source.
+        texts: Relative paths of files with one of `LIST_SUFFIXES`.
+        images: Relative paths of the images.
+    """
+    if not texts:
+        return {}
+    beside = {name.rpartition(".")[0] for name in images}
+    names = {name.rpartition("/")[2] for name in images}
+    stems = {name.rpartition(".")[0] for name in names}
+    found: dict[str, str] = {}
+    # Files named like an image describe it alone: captions, boxes.
+    lists = (text for text in texts if text.rpartition(".")[0] not in beside)
+    for text in itertools.islice(lists, _MAX_LISTS):
+        if text.endswith((".xlsx", ".xls")):
+            found[text] = "a spreadsheet (saved as metadata.csv, with a column file_name, it is read)"
+        elif _names_images(folder / text, names, stems):
+            found[text] = "a list of images (as metadata.csv, with a column file_name, it is read)"
+    return found
+
+
+def _names_images(path: Path, names: set[str], stems: set[str]) -> bool:
+    """Check whether two of the first lines of a file hold names of images, or begin with one without its suffix."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [_BETWEEN_WORDS.split(line.strip()) for line in file.read(_LIST_HEAD).splitlines()[:_LIST_LINES]]
+    except OSError:
+        return False
+    if path.suffix == ".json":  # often one line
+        words = {word for line in lines for word in line}
+        return len({word.rpartition("/")[2] for word in words} & names) > 1
+    hits = sum(line[0] in stems or any(word.rpartition("/")[2] in names for word in line) for line in lines)
+    return hits > 1

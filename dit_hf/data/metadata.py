@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
+from ..storage import first_line, is_lfs_pointer
 from .splits import split_named
 
 DELIMITERS = (",", ";", "\t")
@@ -40,9 +41,11 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
     Rows that cannot be used are added to `left_out` with the reason.
 
     Raises:
-        ValueError: if a file cannot be read, a .csv has no `file_name` column, or two columns have one name.
+        ValueError: if a file cannot be read, a .csv has no `file_name` column, two columns have one name, or two files
+            describe the same image.
     """
     table = Table(", ".join(dict.fromkeys(PurePosixPath(name).name for name in names)))
+    files: dict[str, str] = {}
     for name in names:
         for number, row in _metadata_rows(folder / name, name, left_out):
             row = {"split" if str(column).lower() == "split" else column: value for column, value in row.items()}
@@ -52,6 +55,10 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
                 left_out.append((f"{name}:{number}", "a row without file_name"))
                 continue
             key = os.path.normpath(PurePosixPath(name).parent / file_name).replace(os.sep, "/")
+            if files.setdefault(key, name) != name:
+                raise ValueError(
+                    f"{files[key]} and {name} both describe {key}: --exclude {name} reads the first alone"
+                )
             if key in table.rows:
                 left_out.append((key, f"duplicate row: {number} of {name}"))
                 continue
@@ -74,7 +81,12 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
     if path.suffix == ".parquet":
         import pyarrow.parquet  # not loaded by `import pyarrow`, and seldom needed
 
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        _refuse_pointer(path)
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+        yield from enumerate(rows, 1)
     elif path.suffix == ".csv":
         with csv_errors(path), open_text(path) as file:
             # DictReader files extra values under the key None, and fills up missing ones with None.
@@ -101,11 +113,28 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
                     left_out.append((f"{name}:{number}", "not a JSON object"))
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a text file of UTF-8 or, with a byte order mark, UTF-16; bytes that are neither are kept as escapes."""
-    with open(path, "rb") as file:
-        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return open(path, encoding="utf-16" if is_utf16 else "utf-8-sig", errors="backslashreplace", newline="")
+def _refuse_pointer(path: Path) -> None:
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is a pointer of git-lfs, not the file: run git lfs pull")
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a text file of UTF-8 or, with a byte order mark, UTF-16.
+
+    Raises:
+        ValueError: if it is in another encoding, or a pointer of git-lfs.
+    """
+    _refuse_pointer(path)
+    with open(path, "rb") as binary:
+        is_utf16 = binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        with open(path, encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.object[error.start]:#x}; Windows writes cp1252): save it as UTF-8"
+        ) from error
 
 
 def delimiter(path: Path, column: str) -> str:

@@ -39,8 +39,10 @@ class Plan:
         """Count the rows by split and by the values of each condition, and what is left out by reason."""
         counts = Counter(rows["split"][:] if "split" in rows.column_names else {"train": len(rows)})
         self.counts = {split: counts[split] for split in ("train", "validation", "test") if counts[split]}
-        # Without the numbers of rows, which would make each reason another one.
-        self.left_out = dict(Counter(re.sub(r"\d+", "N", reason) for _, reason in left_out))
+        # Without the numbers of rows, which would make each reason another one. What does not exist but is listed in
+        # its folder is a link; the reason itself is part of a source's hash.
+        reasons = (re.sub(r"\d+", "N", reason) for _, reason in left_out)
+        self.left_out = dict(Counter(reason.replace("No such file or directory", "broken link") for reason in reasons))
         for name in rows.column_names:
             if name in ("id", "image", "split"):
                 continue
@@ -87,4 +89,13 @@ class Plan:
         room = MAX_LINES - len(lines)
         if len(notes) > room:
             notes = [*notes[: room - 1], f"  …           {len(notes) - room + 1:,} more notes in latents.json"]
-        return [line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…" for line in lines + notes]
+        return [_one_line(line) for line in lines + notes]
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks, shortened between two words if it is too long."""
+    line = re.sub(r"[\r\n\t\v\f]+", " ", text)
+    if len(line) <= _WIDTH:
+        return line
+    start = line[: _WIDTH - 1]
+    return f"{start.rpartition(' ')[0].rstrip() or start} …"

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_da
 from ..devices import available_cpus
 from .avatars import open_avatars
 from .conditions import infer_condition
-from .contents import Column, Contents, SourceOptions
+from .contents import Column, Contents, SourceOptions, shortened
 from .hf_dataset import holds_dataset, read_hf_dataset
 from .image_folder import read_folder
 from .plan import Plan
@@ -69,7 +69,7 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
     path = Path(source)
     if source == AVATARS:
         contents = _read_avatars(options)
-    elif path.is_dir() and not holds_dataset(path):
+    elif path.is_dir() and not holds_dataset(path, options):
         contents = read_folder(path, options)
     else:
         contents = read_hf_dataset(source, options)
@@ -86,11 +86,12 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
         rows = rows.select(np.flatnonzero(np.array(rows["split"][:]) == options.split))
         if not len(rows):
             raise ValueError(f"split={options.split!r}: {source} has no such images")
-    total = len(rows) + len(left_out)
+    total = len(rows) + len(_once(left_out))
     if options.num_images is not None and source != AVATARS:
         rows = _take(rows, options, plan)
 
     fingerprint = _fingerprint(rows, left_out)
+    left_out = _once(left_out)
     rows = rows.remove_columns([name for name in (_SIZE, _GROUP) if name in rows.column_names])
     plan.describe(rows, left_out)
     return Source(name, rows, left_out, total, fingerprint, plan)
@@ -163,6 +164,12 @@ def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[
     return rows, left_out
 
 
+def _once(left_out: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the first reason of each image: one whose row cannot be used has no row besides."""
+    unusable = {image_id for image_id, reason in left_out if not reason.startswith("no row in ")}
+    return [(i, reason) for i, reason in left_out if i not in unusable or not reason.startswith("no row in ")]
+
+
 def _duplicates(ids: list[str]) -> dict[int, str]:
     """Return the reason to leave out each row whose id an earlier row has."""
     first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
@@ -183,7 +190,8 @@ def _wanted_columns(source: str, contents: Contents, options: SourceOptions) -> 
         return columns
     unknown = [name for name in options.conditions if name not in columns]
     if unknown:
-        raise ValueError(f"--conditions {unknown[0]}: {source} has {', '.join(columns) or 'no columns'}")
+        has = f"the columns {shortened([*columns], 20)}" if columns else "no columns"
+        raise ValueError(f"--conditions {unknown[0]}: {source} has no such column or folders; it has {has}")
     contents.unused |= {f"column {name}": "not requested" for name in columns if name not in options.conditions}
     return {name: columns[name] for name in options.conditions}
 

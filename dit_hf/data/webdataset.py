@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, Features, Image, Value
+
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
+from ..storage import first_line
+from .contents import Column, Contents, SourceOptions, counted, short_names
+from .folder_levels import classes_by_folder, reads_folders, splits_by_folder
+from .masks import check_masks
+from .metadata import METADATA
+from .splits import split_named
+
+KEY, SHARD, VALUES = "__key__", "__shard__", "__values__"  # columns of a webdataset, as it is read here
 
 
 @dataclass
@@ -26,7 +37,7 @@ class Sample:
         image: The stored image; None if the sample has none.
         image_name: Path of the image in the archive.
         values: Values of its `.json`, and `cls`, if it has them.
-        others: Suffixes of the files that are not read, such as captions.
+        others: Suffixes of the files that are not read, such as captions; the whole names of metadata files.
     """
 
     key: str
@@ -37,8 +48,12 @@ class Sample:
     others: list[str] = field(default_factory=list)
 
 
-def read_archive(path: Path) -> Iterator[Sample]:
+def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
     """Yield the samples of an archive, whose files follow one another.
+
+    Args:
+        path: The archive.
+        options: The suffix of the images that are read, where samples have several, and the files to exclude.
 
     Raises:
         ValueError: naming the key of a sample with two images, or of two samples; or that the archive is broken.
@@ -49,7 +64,7 @@ def read_archive(path: Path) -> Iterator[Sample]:
         with tarfile.open(path) as archive:
             for member in archive:
                 key, suffix = split_name(member.name)
-                if not member.isfile() or suffix is None:
+                if not member.isfile() or suffix is None or options.excluded_by(member.name.removeprefix("./")):
                     continue
                 if sample is None or sample.key != key:
                     if sample is not None:
@@ -58,7 +73,7 @@ def read_archive(path: Path) -> Iterator[Sample]:
                         raise ValueError(f"{path}: two samples have the key {key!r}")
                     seen.add(key)
                     sample = Sample(key, path.stem)
-                _add(sample, suffix, member, archive, path)
+                _add(sample, suffix, member, archive, path, options.image_column)
     except tarfile.TarError as error:
         raise ValueError(f"{path} cannot be read as a tar archive: {error}") from error
     if sample is not None:
@@ -74,18 +89,31 @@ def split_name(name: str) -> tuple[str, str | None]:
     return f"{folder}{slash}{stem}", suffix
 
 
-def _add(sample: Sample, suffix: str, member: tarfile.TarInfo, archive: tarfile.TarFile, path: Path) -> None:
+def _add(
+    sample: Sample,
+    suffix: str,
+    member: tarfile.TarInfo,
+    archive: tarfile.TarFile,
+    path: Path,
+    image_column: str | None,
+) -> None:
     """Add a file of the archive to its sample."""
     last = "." + suffix.rpartition(".")[2].lower()
-    if last in IMAGE_SUFFIXES:
+    if last in IMAGE_SUFFIXES and image_column in (None, suffix):
         if sample.image is not None:
+            choice = f"--image_column {split_name(sample.image_name)[1]} or --image_column {suffix} reads one of them"
             raise ValueError(
                 f"{path}: the key {sample.key!r} has two images, {sample.image_name} and {member.name}; a key ends at "
-                "the first dot of a file's name"
+                f"the first dot of a file's name ({choice})"
             )
         sample.image, sample.image_name = _content(archive, member), member.name
+    elif member.name.rpartition("/")[2] in METADATA:
+        sample.others.append(member.name.rpartition("/")[2])
     elif last == ".json":
-        values = json.loads(_content(archive, member))
+        try:
+            values = json.loads(_content(archive, member))
+        except ValueError as error:
+            raise ValueError(f"{path}: {member.name} is not JSON: {error}") from error
         sample.values |= values if isinstance(values, dict) else {suffix: values}
     elif last in (".cls", ".cls2"):
         sample.values[suffix.lower()] = _content(archive, member).decode().strip()
@@ -96,3 +124,99 @@ def _add(sample: Sample, suffix: str, member: tarfile.TarInfo, archive: tarfile.
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
     return b"" if file is None else file.read()
+
+
+def load_archives(paths: list[Path], options: SourceOptions) -> Dataset:
+    """Load webdataset archives: key, shard, image and, as JSON, the other values of each sample."""
+    features = {name: Value("string") for name in (KEY, SHARD, VALUES)} | {"image": Image()}
+    # `datasets` keeps the result by its arguments: with size and time of the archives it is as new as they are.
+    versions = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    # Of the options those that decide what is read, so that others find it again.
+    own = SourceOptions(image_column=options.image_column, exclude=options.exclude)
+    arguments = {"paths": [str(path) for path in paths], "versions": versions, "options": own}
+    try:
+        return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
+    except Exception as error:  # datasets wraps the reader's own errors
+        cause = error.__cause__
+        raise ValueError(first_line(cause if isinstance(cause, Exception) else error)) from error
+
+
+def _archive_rows(
+    paths: list[str], versions: list[tuple[int, int]], options: SourceOptions
+) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        for sample in read_archive(Path(path), options):
+            image = {"bytes": sample.image, "path": sample.image_name} if sample.image is not None else None
+            is_sample = image is not None or bool(sample.values)
+            values = json.dumps({"values": sample.values, "others": sample.others, "is_sample": is_sample})
+            yield {KEY: sample.key, SHARD: sample.shard, VALUES: values, "image": image}
+
+
+def archive_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
+    """Return the columns of a webdataset's JSON and class files; a sample without one is None there."""
+    samples = [json.loads(values) for values in part[VALUES]]
+    others = Counter(suffix for sample in samples for suffix in sample["others"])
+    for name in METADATA:
+        if others.pop(name, 0):
+            contents.unused[f"{name} in an archive"] = "lists are read beside unpacked images: unpack the archive"
+    if others:
+        contents.unused["files in the archives"] = counted(others)
+    rows = [dict(_leaves(sample["values"])) for sample in samples]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name, own in zip(names, short_names(names), strict=True):
+        values = [row.get(name) for row in rows]
+        if any(isinstance(value, list) for value in values):
+            contents.unused[f"column {own}"] = "lists or structures"
+        else:
+            columns[own] = Column(values, declared=name == "cls")
+    return columns
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts with their names, joined by dots."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def read_folders_inside(source: str, parts: dict[str, Dataset], options: SourceOptions, contents: Contents) -> None:
+    """Read splits and classes from the folders inside archives, as from those of a folder of images.
+
+    Raises:
+        ValueError: if they can be read in two ways, or contradict the names of the archives.
+    """
+    # Files that are neither image nor values of one are no samples.
+    samples = [json.loads(values) for part in parts.values() for values in part[VALUES]]
+    keys = [key for part in parts.values() for key in part[KEY]]
+    kept = [row for row, sample in enumerate(samples) if sample["is_sample"]]
+    contents.keep(kept)
+    keys = [keys[row] for row in kept]
+    if not any(contents.sizes):
+        wanted = f"--image_column {options.image_column}: " if options.image_column else ""
+        raise ValueError(f"{wanted}source {source}: no images of that kind in its archives")
+    check_masks(source, keys, options)
+
+    # Splits. The names of archives and the folders in them may both name one.
+    parents = {key.rpartition("/")[0] for key in keys}
+    if any(split_named(part) for parent in parents for part in parent.split("/")):
+        by_archive, origin = contents.splits, contents.split_origin
+        splits = splits_by_folder(keys, options, contents)
+        if splits and origin and options.split_from is None:
+            differ = [row for row, own in enumerate(by_archive or []) if splits[row] not in (None, own)]
+            if differ:
+                raise ValueError(
+                    f"{contents.ids[differ[0]]} is in a folder of the {splits[differ[0]]} split and in an archive of "
+                    f"the {(by_archive or [])[differ[0]]} split: --split_from folders or files chooses"
+                )
+            contents.split_origin = origin
+        elif splits:
+            keys = [keys[row] for row in contents.keep_splits(splits)]
+
+    # Classes, unless the samples have values of their own.
+    if not contents.columns or reads_folders(options):
+        contents.columns |= classes_by_folder(keys, options, contents)
+    elif len(parents) > 1:
+        contents.unused["names of folders in the archives"] = "samples have values (--conditions class reads folders)"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.contents import SourceOptions, SplitFrom, parse_conditions
+from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..hub.card import write_run_card
 from ..image_grid import save_grid
 from ..latents.vae import weights_sha256
@@ -53,6 +53,7 @@ def evaluate(
     num_images: int | None = None,
     image_column: str | None = None,
     conditions: str | None = None,
+    exclude: str | None = None,
     split_from: SplitFrom | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -84,6 +85,8 @@ def evaluate(
         image_column: of the reference: the column of images, where a dataset has several.
         conditions: of the reference: the columns that are conditions, separated by commas (`class` is the folder's
             name), or `none`; by default all columns of yes and no, and of classes.
+        exclude: of the reference: patterns of files and folders that are not read, separated by commas, such as
+            `masks,*_depth.png`; `none` reads images that look like masks too.
         split_from: of the reference: where splits come from: `folders`, `files`, `column` or `none`.
         batch_size: images at once.
         seed: of the samples; image i of a seed is always the same.
@@ -112,6 +115,7 @@ def evaluate(
         num_images=num_images,
         image_column=image_column,
         conditions=parse_conditions(conditions),
+        exclude=parse_exclude(exclude),
         split_from=split_from,
     )
     images = _open_images(model, reference, resolution, crop, options)

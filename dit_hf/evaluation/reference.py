@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ..data.conditions import remap_class_ids
-from ..data.contents import SourceOptions, SplitFrom, parse_conditions
+from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..pipelines.attributes import Attributes
 from ..storage import (
     disk_errors,
@@ -110,6 +110,7 @@ def reference(
     dataset_config_name: str | None = None,
     image_column: str | None = None,
     conditions: str | None = None,
+    exclude: str | None = None,
     split_from: SplitFrom | None = None,
     allow_partial: bool = False,
     batch_size: int = 64,
@@ -134,6 +135,8 @@ def reference(
         image_column: the column of images, where a dataset has several.
         conditions: the columns that are conditions, separated by commas (`class` is the folder's name), or `none`; by
             default all columns of yes and no, and of classes.
+        exclude: patterns of files and folders that are not read, separated by commas, such as `masks,*_depth.png`;
+            `none` reads images that look like masks too.
         split_from: where splits come from: `folders`, `files`, `column` or `none`.
         allow_partial: accept requested conditions that a whole split lacks.
         batch_size: images at once.
@@ -154,6 +157,7 @@ def reference(
         seed=seed,
         image_column=image_column,
         conditions=parse_conditions(conditions),
+        exclude=parse_exclude(exclude),
         split_from=split_from,
         allow_partial=allow_partial,
     )

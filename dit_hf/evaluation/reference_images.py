@@ -15,7 +15,7 @@ import yaml
 from datasets import ClassLabel, Dataset
 
 from ..data.contents import SourceOptions
-from ..data.image_folder import CACHE_INFO
+from ..data.files import CACHE_INFO
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..latents.cache import content_sha256, open_latents, parse_identity

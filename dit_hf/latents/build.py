@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from ..data.image_folder import CACHE_INFO
+from ..data.files import CACHE_INFO
 from ..storage import (
     folder_taken,
     hash_json,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
-from ..data.image_folder import CACHE_INFO
+from ..data.files import CACHE_INFO
 from ..data.sources import Source
 from ..data.transforms import DECODING_VERSION, Geometry
 from ..storage import folder_taken, is_missing_or_empty, read_manifest

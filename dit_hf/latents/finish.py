@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, load_from_disk
 
-from ..data.image_folder import CACHE_INFO
+from ..data.files import CACHE_INFO
 from ..storage import (
     hash_json,
     write_manifest,

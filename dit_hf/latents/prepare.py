@@ -9,8 +9,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions
-from ..data.image_folder import CACHE_INFO
+from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
+from ..data.files import CACHE_INFO
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, parse_resolution
 from ..devices import memory_errors
@@ -35,6 +35,7 @@ def prepare_latents(
     dataset_config_name: str | None = None,
     image_column: str | None = None,
     conditions: str | None = None,
+    exclude: str | None = None,
     split_from: SplitFrom | None = None,
     missing: Missing = "null",
     allow_partial: bool = False,
@@ -68,6 +69,8 @@ def prepare_latents(
         image_column: the column of images, where a dataset has several.
         conditions: the columns that are conditions, separated by commas (`class` is the folder's name), or `none`; by
             default all columns of yes and no, and of classes.
+        exclude: patterns of files and folders that are not read, separated by commas, such as `masks,*_depth.png`;
+            `none` reads images that look like masks too.
         split_from: where splits come from: `folders`, `files`, `column` or `none`.
         missing: `null` keeps images without a value of a condition, which train that condition's unconditional case;
             `leave_out` does not encode them.
@@ -108,6 +111,7 @@ def prepare_latents(
         avatar_size=max(geometry.resolution),
         image_column=image_column,
         conditions=parse_conditions(conditions),
+        exclude=parse_exclude(exclude),
         split_from=split_from,
         missing=missing,
         allow_partial=allow_partial,

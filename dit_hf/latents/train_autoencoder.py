@@ -38,6 +38,7 @@ def train_autoencoder(
     split: str | None = None,
     dataset_config_name: str | None = None,
     image_column: str | None = None,
+    exclude: str | None = None,
     split_from: SplitFrom | None = None,
     max_train_steps: int = 10_000,
     train_batch_size: int = 16,
@@ -61,6 +62,8 @@ def train_autoencoder(
         split: only this split of the source.
         dataset_config_name: configuration of a dataset on the Hub.
         image_column: the column of images, where a dataset has several.
+        exclude: patterns of files and folders that are not read, separated by commas, such as `masks,*_depth.png`;
+            `none` reads images that look like masks too.
         split_from: where splits come from: `folders`, `files`, `column` or `none`.
         max_train_steps: optimizer steps.
         train_batch_size: images per step.
@@ -101,6 +104,8 @@ def train_autoencoder(
         seed=seed,
         dataset_config_name=dataset_config_name,
         image_column=image_column,
+        conditions="none",  # an autoencoder has none
+        exclude=exclude,
         split_from=split_from,
         verbose=True,
     )

@@ -34,8 +34,8 @@ def test_a_folder_beside_those_of_splits_is_not_read(tmp_path):
     source = read(tmp_path)
     assert source.plan.counts == {"train": 4, "validation": 2}
     assert source.plan.contents.unused == {
-        "folder unlabeled/": "names no split; 3 images (--split_from none reads them too)",
-        "images beside the folders of the splits": "names no split; 1 images (--split_from none reads them too)",
+        "folder unlabeled/ (3 images)": "names no split (--split_from none reads them too)",
+        "1 image beside the splits": "names no split (--split_from none reads them too)",
     }
     assert read(tmp_path, split_from="none").plan.counts == {"train": 10}
 

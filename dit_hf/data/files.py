@@ -1,0 +1,172 @@
+"""List the files of a folder: images, lists, and what is not read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from ..pipelines.image_inputs import HEIF_SUFFIXES, IMAGE_SUFFIXES
+from ..storage import is_lfs_pointer
+from .celeba import CELEBA_HQ_MAPPING, CELEBA_LISTS
+from .contents import SourceOptions
+from .label_files import LABEL_FILES, LIST_SUFFIXES
+from .metadata import METADATA
+
+# Images that are not read, but listed as left out: HEIF only without pillow-heif.
+UNREAD_SUFFIXES = tuple(suffix for suffix in (*HEIF_SUFFIXES, ".jxl") if suffix not in IMAGE_SUFFIXES)
+CACHE_INFO = "latents.json"  # the file that makes a folder a latent cache
+# What other programs leave behind: thumbnails, recycle bins, halves of Macintosh files. Names in lower case.
+_SYSTEM_NAMES = {"@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini", "__macosx"}
+_POINTER_BYTES = 200  # the pointers of git-lfs have some 130
+
+
+@dataclass
+class Skipped:
+    """What is not read of a folder.
+
+    Attributes:
+        folders: Folders, with the reason.
+        excluded: Number of files and folders by the pattern of `--exclude`.
+    """
+
+    folders: dict[str, str] = field(default_factory=dict)
+    excluded: Counter[str] = field(default_factory=Counter)
+
+    def described(self) -> dict[str, str]:
+        """Return what is not read and why, for the plan."""
+        excluded = {f"{pattern} ({count:,} files or folders)": "excluded" for pattern, count in self.excluded.items()}
+        return {f"folder {name}": reason for name, reason in self.folders.items()} | excluded
+
+    def check(self, options: SourceOptions) -> None:
+        """Refuse patterns of `--exclude` that match nothing.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        for pattern in options.exclude or []:
+            if not self.excluded[pattern]:
+                raise ValueError(f"--exclude {pattern}: no file or folder of the source is called that")
+
+
+@dataclass
+class Files:
+    """The files of a folder, by their relative paths in the order of names.
+
+    Attributes:
+        sizes: Size of each image in bytes.
+        lists: Metadata files, lists and label files.
+        texts: Other files that may be lists of the images.
+        others: Number of the other files by suffix.
+        skipped: What is not read.
+        left_out: Images that cannot be read, with the reason.
+    """
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    lists: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=Skipped)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+def scan(folder: Path, options: SourceOptions) -> Files:
+    """List the files below `folder`.
+
+    Raises:
+        ValueError: if a pattern of `--exclude` matches nothing.
+    """
+    files = Files()
+    for name, entry in walk(folder, options, files.skipped):
+        path = PurePosixPath(name)
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            _add_image(name, entry, files)
+        elif entry.name in METADATA + LABEL_FILES or path.stem in (*CELEBA_LISTS, CELEBA_HQ_MAPPING):
+            files.lists.append(name)
+        elif suffix in UNREAD_SUFFIXES:
+            files.left_out.append((printable(name), f"{suffix} is not read: convert it to .jpg or .png"))
+        else:
+            files.others[suffix or "without a suffix"] += 1
+            if suffix in LIST_SUFFIXES:
+                files.texts.append(name)
+    files.skipped.check(options)
+    return files
+
+
+def _add_image(name: str, entry: os.DirEntry[str], files: Files) -> None:
+    """Add an image to `files`, or the reason why it cannot be read."""
+    # `encode` fails for names that are not UTF-8, `stat` for links to nothing.
+    try:
+        name.encode()
+        status = entry.stat()
+        is_pointer = (
+            status.st_size < _POINTER_BYTES and stat.S_ISREG(status.st_mode) and is_lfs_pointer(Path(entry.path))
+        )
+    except UnicodeEncodeError:
+        files.left_out.append((printable(name), "its name is not UTF-8"))
+    except OSError as error:
+        files.left_out.append((name, error.strerror or str(error)))
+    else:
+        if is_pointer:
+            files.left_out.append((name, "a pointer of git-lfs, not the image: run git lfs pull"))
+        elif stat.S_ISREG(status.st_mode):
+            files.sizes[name] = status.st_size
+        else:
+            files.left_out.append((name, "not a regular file"))
+
+
+def walk(folder: Path, options: SourceOptions, skipped: Skipped) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield all files below `folder` with their relative names, following links and visiting each folder once.
+
+    Hidden files and folders, those of other programs, and latent caches (whose image grid is no image of the source)
+    are not visited.
+
+    Args:
+        folder: The folder to walk.
+        options: `--exclude` of it.
+        skipped: Receives the folders that are not read and would be missed, and what is excluded.
+    """
+    yield from _walk(str(folder), "", set(), options, skipped)
+
+
+def _walk(
+    folder: str, prefix: str, seen: set[tuple[int, int]], options: SourceOptions, skipped: Skipped
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    # By inode, since a link may lead to a folder that contains it.
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    try:
+        with os.scandir(folder) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+    except PermissionError as error:
+        if not prefix:
+            raise
+        skipped.folders[printable(prefix)] = error.strerror or "cannot be read"
+        return
+    if any(entry.name == CACHE_INFO for entry in ordered):
+        skipped.folders[printable(prefix) or "."] = "a latent cache"
+        return
+    ordered = [e for e in ordered if not e.name.startswith(".") and e.name.lower() not in _SYSTEM_NAMES]
+    if not ordered and prefix:
+        skipped.folders[printable(prefix)] = "empty"
+    for entry in ordered:
+        pattern = options.excluded_by(prefix + entry.name)
+        if pattern is not None:
+            skipped.excluded[pattern] += 1
+        elif not entry.is_dir():
+            yield f"{prefix}{entry.name}", entry
+        elif entry.name.startswith("__"):  # as in `datasets`
+            skipped.folders[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
+        else:
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", seen, options, skipped)
+
+
+def printable(name: str) -> str:
+    """Return a file name with the bytes that are not UTF-8 as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
