@@ -88,6 +88,7 @@ class Contents:
         groups: The folder or shard of each image, over which `num_images` is spread.
         left_out: Id and reason of each image or row that cannot be used.
         unused: What is not read, such as `column caption` or `folder extra/`, and the reason.
+        excluded: Number of files and folders by the pattern of `--exclude` that they match.
         choices: Sentences about what was ambiguous: the reading, and the option that changes it.
         image_column: The column of images; None for folders.
     """
@@ -102,6 +103,7 @@ class Contents:
     groups: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     unused: dict[str, str] = field(default_factory=dict)
+    excluded: Counter[str] = field(default_factory=Counter)
     choices: list[str] = field(default_factory=list)
     image_column: str | None = None
 

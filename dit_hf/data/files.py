@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from ..pipelines.image_inputs import HEIF_SUFFIXES, IMAGE_SUFFIXES
 from ..storage import is_lfs_pointer
 from .celeba import CELEBA_HQ_MAPPING, CELEBA_LISTS
-from .contents import SourceOptions
+from .contents import Contents, SourceOptions
 from .label_files import LABEL_FILES, LIST_SUFFIXES
 from .metadata import METADATA
 
@@ -36,20 +36,10 @@ class Skipped:
     folders: dict[str, str] = field(default_factory=dict)
     excluded: Counter[str] = field(default_factory=Counter)
 
-    def described(self) -> dict[str, str]:
-        """Return what is not read and why, for the plan."""
-        excluded = {f"{pattern} ({count:,} files or folders)": "excluded" for pattern, count in self.excluded.items()}
-        return {f"folder {name}": reason for name, reason in self.folders.items()} | excluded
-
-    def check(self, options: SourceOptions) -> None:
-        """Refuse patterns of `--exclude` that match nothing.
-
-        Raises:
-            ValueError: naming the first of them.
-        """
-        for pattern in options.exclude or []:
-            if not self.excluded[pattern]:
-                raise ValueError(f"--exclude {pattern}: no file or folder of the source is called that")
+    def describe(self, contents: Contents) -> None:
+        """Set in `contents` what is not read."""
+        contents.unused |= {f"folder {name}": reason for name, reason in self.folders.items()}
+        contents.excluded = self.excluded
 
 
 @dataclass
@@ -74,11 +64,7 @@ class Files:
 
 
 def scan(folder: Path, options: SourceOptions) -> Files:
-    """List the files below `folder`.
-
-    Raises:
-        ValueError: if a pattern of `--exclude` matches nothing.
-    """
+    """List the files below `folder`."""
     files = Files()
     for name, entry in walk(folder, options, files.skipped):
         path = PurePosixPath(name)
@@ -93,7 +79,6 @@ def scan(folder: Path, options: SourceOptions) -> Files:
             files.others[suffix or "without a suffix"] += 1
             if suffix in LIST_SUFFIXES:
                 files.texts.append(name)
-    files.skipped.check(options)
     return files
 
 

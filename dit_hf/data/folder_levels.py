@@ -228,8 +228,7 @@ def _remove_blocks(levels: dict[str, list[str]], contents: Contents) -> None:
     """Remove last folders that only divide many images into blocks, in place."""
     while all(levels.values()) and _are_blocks(names := sorted({parts[-1] for parts in levels.values()})):
         contents.choices.append(
-            f"folders {names[0]} to {names[-1]} are blocks of images, no classes (--conditions class reads them as "
-            "classes)"
+            f"{names[0]} to {names[-1]} are blocks of images, no classes (--conditions class takes them as classes)"
         )
         for parts in levels.values():
             parts.pop()
@@ -251,9 +250,11 @@ def _check_levels(levels: dict[str, list[str]], contents: Contents) -> None:
     above = [(parts[-1], [p for p in parts[:-1] if not split_of_folder(p)]) for parts in levels.values() if parts]
     depths = sorted({len(parts) + 1 for _, parts in above})
     if len(depths) > 1 and len({len(parts) for parts in levels.values() if parts}) > 1:
+        examples = {len(parts): folder for folder, parts in levels.items()}
         raise ValueError(
             f"images lie {' and '.join(map(str, depths))} folders deep: --conditions class takes the last folder as "
-            "class, --conditions folder_1 the first, --conditions none reads the images without classes"
+            "class, --conditions folder_1 the first, --conditions none reads the images without classes, --exclude "
+            f"leaves folders out (such as {examples[min(depths)]}/ and {examples[max(examples)]}/)"
         )
     upper: dict[str, set[str]] = {}
     for name, parts in above:
@@ -263,7 +264,7 @@ def _check_levels(levels: dict[str, list[str]], contents: Contents) -> None:
             raise ValueError(
                 f"folders called {name} lie in {shortened(sorted(f'{path}/' for path in paths))}: --conditions class "
                 "makes one class of them, --conditions folder_1 takes the first folder as class, folder_1,class "
-                "both, --conditions none reads the images without classes"
+                "both, --conditions none reads the images without classes, --exclude leaves folders out"
             )
     tops = sorted({parts[0] for _, parts in above if parts})
     if tops:

@@ -113,8 +113,6 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
         raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
     if path.exists() and not _is_saved(path) and not _has_own_card(path):
         return _load_shards(path, options, contents)
-    if options.exclude:
-        raise ValueError(f"--exclude: {source} is a dataset of rows; it excludes files of a folder or an archive")
     try:
         if _is_saved(path):
             contents.kind = "saved dataset"
@@ -150,7 +148,7 @@ def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> Data
     """Load the shards of a file or folder; of several kinds, webdataset archives count more than the tables beside."""
     skipped = Skipped()
     names = [""] if path.is_file() else [name for name, _ in walk(path, options, skipped)]
-    contents.unused |= skipped.described()
+    skipped.describe(contents)
     by_suffix: dict[str, list[str]] = {}
     for name in names:
         by_suffix.setdefault(PurePosixPath(name or path.name).suffix.lower(), []).append(name)
@@ -166,7 +164,6 @@ def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> Data
     if suffix == ".tar":
         archives = {split: [path / name for name in group] for split, group in files.items()}
         return DatasetDict({split: load_archives(paths, options) for split, paths in archives.items()})
-    skipped.check(options)
     data_files = {split: [str(path / name) for name in group] for split, group in files.items()}
     try:
         return load_dataset(_LOADERS[suffix], data_files=data_files)

@@ -41,7 +41,7 @@ def read_folder(folder: Path, options: SourceOptions) -> Contents:
     if not files.sizes:
         raise FileNotFoundError(f"source {folder}: no images in it{_what_else(files)}")
     contents = Contents("folder of images", left_out=files.left_out)
-    contents.unused |= files.skipped.described()
+    files.skipped.describe(contents)
     if files.others:
         contents.unused["files"] = counted(files.others)
     for name, reason in unread_lists(folder, files.texts, files.sizes).items():

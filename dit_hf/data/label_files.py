@@ -89,9 +89,9 @@ def unread_lists(folder: Path, texts: list[str], images: Collection[str]) -> dic
     lists = (text for text in texts if text.rpartition(".")[0] not in beside)
     for text in itertools.islice(lists, _MAX_LISTS):
         if text.endswith((".xlsx", ".xls")):
-            found[text] = "a spreadsheet (saved as metadata.csv, with a column file_name, it is read)"
+            found[text] = "a spreadsheet, but only metadata.csv (file_name, ...) is read"
         elif _names_images(folder / text, names, stems):
-            found[text] = "a list of images (as metadata.csv, with a column file_name, it is read)"
+            found[text] = "lists images, but only metadata.csv (file_name, ...) is read"
     return found
 
 

@@ -1,4 +1,4 @@
-"""Find images that describe other images, such as masks and depth maps, by their folders and names."""
+"""Find images that belong to other images, such as masks, depth maps and thumbnails, by their folders and names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from pathlib import PurePosixPath
 
-from .contents import SourceOptions, shortened
+from .contents import SourceOptions
 
 # As whole names of folders, without what separates their words, and as last words of file names.
 _WORDS = (
     *("mask", "masks", "trimap", "trimaps", "matte", "mattes", "seg", "segmap", "segmentation", "segmentations"),
     *("segmentationclass", "segmentationobject", "semantic", "instance", "label", "labels", "labelmap", "labelids"),
     *("annotation", "annotations", "gt", "groundtruth", "depth", "depths", "depthmaps", "normals", "edges", "parsing"),
+    *("thumb", "thumbs", "thumbnail", "thumbnails", "preview", "previews"),
 )
 _SEPARATORS = re.compile(r"[-_. ]+")
 _LAST_WORD = re.compile(rf"(?P<stem>.+)(?P<ending>[-_. ](?:{'|'.join(_WORDS)}))", re.IGNORECASE)
@@ -51,9 +52,9 @@ def check_masks(source: str, names: list[str], options: SourceOptions) -> None:
         example = next(name for name in paired if masks[name][0] == patterns[0])
         listed = ",".join(patterns)
         raise ValueError(
-            f"source {source}: {sum(found[pattern] for pattern in patterns):,} images look like masks or labels of "
-            f"others (first {example} of {paired[example]}): --exclude '{listed}' leaves {shortened(patterns)} out, "
-            "--exclude none reads all as images"
+            f"source {source}: {sum(found[pattern] for pattern in patterns):,} images look like masks, labels or "
+            f"thumbnails of others (first {example} of {paired[example]}): --exclude '{listed}' leaves them "
+            "out, --exclude none reads all as images"
         )
 
 

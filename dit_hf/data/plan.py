@@ -81,7 +81,7 @@ class Plan:
         by_reason: dict[str, list[str]] = {}
         for what, reason in contents.unused.items():
             by_reason.setdefault(reason, []).append(what)
-        notes = [f"  not used    {shortened(whats)}: {reason}" for reason, whats in by_reason.items()]
+        notes = [_not_used(whats, reason) for reason, whats in by_reason.items()]
         left_out = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
         if left_out:
             notes.append(f"  left out    {sum(self.left_out.values()):,} images or rows: {shortened(left_out)}")
@@ -90,6 +90,12 @@ class Plan:
         if len(notes) > room:
             notes = [*notes[: room - 1], f"  …           {len(notes) - room + 1:,} more notes in latents.json"]
         return [_one_line(line) for line in lines + notes]
+
+
+def _not_used(whats: list[str], reason: str) -> str:
+    """Return a line of what is not used for one reason, with as many names as leave room for the reason."""
+    lines = [f"  not used    {shortened(whats, count)}: {reason}" for count in (4, 3, 2, 1)]
+    return next((line for line in lines if len(line) <= _WIDTH), lines[-1])
 
 
 def _one_line(text: str) -> str:

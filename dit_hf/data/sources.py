@@ -73,6 +73,11 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
         contents = read_folder(path, options)
     else:
         contents = read_hf_dataset(source, options)
+    for pattern in options.exclude or []:
+        if not contents.excluded[pattern]:
+            raise ValueError(f"--exclude {pattern}: no file or folder of {source} is called that")
+    excluded = {f"{pattern} ({count:,} files or folders)": "excluded" for pattern, count in contents.excluded.items()}
+    contents.unused |= excluded
     name = path.resolve().name if path.exists() and source != AVATARS else source
     if name == AVATARS and source != AVATARS:
         name = f"{AVATARS} (a folder)"  # not the embedded dataset

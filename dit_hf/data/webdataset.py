@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Image, Value
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line
 from .contents import Column, Contents, SourceOptions, counted, short_names
-from .folder_levels import classes_by_folder, reads_folders, splits_by_folder
+from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name, splits_by_folder
 from .masks import check_masks
 from .metadata import METADATA
 from .splits import split_named
@@ -37,6 +37,7 @@ class Sample:
         image: The stored image; None if the sample has none.
         image_name: Path of the image in the archive.
         values: Values of its `.json`, and `cls`, if it has them.
+        excluded: Patterns of `--exclude`, one for each file that matches.
         others: Suffixes of the files that are not read, such as captions; the whole names of metadata files.
     """
 
@@ -45,6 +46,7 @@ class Sample:
     image: bytes | None = None
     image_name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
+    excluded: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
 
@@ -64,7 +66,7 @@ def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
         with tarfile.open(path) as archive:
             for member in archive:
                 key, suffix = split_name(member.name)
-                if not member.isfile() or suffix is None or options.excluded_by(member.name.removeprefix("./")):
+                if not member.isfile() or suffix is None:
                     continue
                 if sample is None or sample.key != key:
                     if sample is not None:
@@ -73,7 +75,11 @@ def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
                         raise ValueError(f"{path}: two samples have the key {key!r}")
                     seen.add(key)
                     sample = Sample(key, path.stem)
-                _add(sample, suffix, member, archive, path, options.image_column)
+                pattern = options.excluded_by(member.name.removeprefix("./"))
+                if pattern is None:
+                    _add(sample, suffix, member, archive, path, options.image_column)
+                else:
+                    sample.excluded.append(pattern)
     except tarfile.TarError as error:
         raise ValueError(f"{path} cannot be read as a tar archive: {error}") from error
     if sample is not None:
@@ -148,13 +154,15 @@ def _archive_rows(
         for sample in read_archive(Path(path), options):
             image = {"bytes": sample.image, "path": sample.image_name} if sample.image is not None else None
             is_sample = image is not None or bool(sample.values)
-            values = json.dumps({"values": sample.values, "others": sample.others, "is_sample": is_sample})
+            counted_files = {"others": sample.others, "excluded": sample.excluded}
+            values = json.dumps({"values": sample.values, "is_sample": is_sample, **counted_files})
             yield {KEY: sample.key, SHARD: sample.shard, VALUES: values, "image": image}
 
 
 def archive_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
     """Return the columns of a webdataset's JSON and class files; a sample without one is None there."""
     samples = [json.loads(values) for values in part[VALUES]]
+    contents.excluded += Counter(pattern for sample in samples for pattern in sample["excluded"])
     others = Counter(suffix for sample in samples for suffix in sample["others"])
     for name in METADATA:
         if others.pop(name, 0):
@@ -199,24 +207,34 @@ def read_folders_inside(source: str, parts: dict[str, Dataset], options: SourceO
         raise ValueError(f"{wanted}source {source}: no images of that kind in its archives")
     check_masks(source, keys, options)
 
-    # Splits. The names of archives and the folders in them may both name one.
-    parents = {key.rpartition("/")[0] for key in keys}
-    if any(split_named(part) for parent in parents for part in parent.split("/")):
-        by_archive, origin = contents.splits, contents.split_origin
+    # Splits, which both the names of archives and the folders in them may name.
+    parents, origin = {key.rpartition("/")[0] for key in keys}, contents.split_origin
+    splits: list[str | None] = []
+    if options.split_from == "folders" or any(split_named(part) for parent in parents for part in parent.split("/")):
         splits = splits_by_folder(keys, options, contents)
-        if splits and origin and options.split_from is None:
-            differ = [row for row, own in enumerate(by_archive or []) if splits[row] not in (None, own)]
-            if differ:
-                raise ValueError(
-                    f"{contents.ids[differ[0]]} is in a folder of the {splits[differ[0]]} split and in an archive of "
-                    f"the {(by_archive or [])[differ[0]]} split: --split_from folders or files chooses"
-                )
-            contents.split_origin = origin
-        elif splits:
-            keys = [keys[row] for row in contents.keep_splits(splits)]
+    if not (splits or origin):
+        splits = splits_by_file_name(keys, options, contents)
+    if splits and origin and options.split_from is None:
+        _check_same_splits(splits, contents)
+    elif splits:
+        keys = [keys[row] for row in contents.keep_splits(splits)]
 
     # Classes, unless the samples have values of their own.
     if not contents.columns or reads_folders(options):
         contents.columns |= classes_by_folder(keys, options, contents)
     elif len(parents) > 1:
         contents.unused["names of folders in the archives"] = "samples have values (--conditions class reads folders)"
+
+
+def _check_same_splits(inside: list[str | None], contents: Contents) -> None:
+    """Refuse folders in an archive that name another split than the archive.
+
+    Raises:
+        ValueError: naming the first image in one.
+    """
+    for image_id, split, by_archive in zip(contents.ids, inside, contents.splits or [], strict=True):
+        if split not in (None, by_archive):
+            raise ValueError(
+                f"{image_id} is in a folder of the {split} split and in an archive of the {by_archive} split: "
+                "--split_from folders or files chooses"
+            )
