@@ -61,8 +61,10 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> int:
     """Call the verb's function and turn the errors that a user can fix into one line and an exit code."""
+    sizes = [name for name in inspect.signature(function).parameters if name.endswith("batch_size")]
+    advice = f"fewer images at once (--{sizes[0]}) need less" if sizes else "close other programs that use it"
     try:
-        with memory_errors("fewer images at once (--batch_size) need less"):
+        with memory_errors(advice):
             _call(verb, function, parser, options)
     except subprocess.CalledProcessError as error:  # from a process that the verb started, which printed the reason
         return max(1, error.returncode)

@@ -133,14 +133,26 @@ def test_a_model_that_is_none_is_named_without_the_hub(tmp_path, latents):
     check_model("someone/faces")  # on the Hub
 
 
-def test_a_full_gpu_is_one_line(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "function", "option"),
+    [
+        (["reference", "avatars"], "dit_hf.evaluation.reference.load_features", "--batch_size"),
+        (
+            ["train-autoencoder", "--source", "avatars"],
+            "dit_hf.latents.train_autoencoder.open_images",
+            "--train_batch_size",
+        ),
+    ],
+)
+def test_a_full_gpu_is_one_line(capsys, monkeypatch, tmp_path, verb, function, option):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("dit_hf.evaluation.reference.load_features", full)
-    code, _, error = run(capsys, "reference", "avatars", "--output_dir", str(tmp_path / "out"))
+    monkeypatch.setattr(function, full)
+    code, _, error = run(capsys, *verb, "--output_dir", str(tmp_path / "out"))
     assert code == 1
-    assert error.startswith("dit-hf reference: error: the GPU's memory is full; fewer images at once (--batch_size")
+    message = f"the GPU's memory is full; fewer images at once ({option})"
+    assert error.startswith(f"dit-hf {verb[0]}: error: {message}")
     assert error.count("\n") == 1
 
 

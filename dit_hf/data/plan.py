@@ -43,11 +43,12 @@ class Plan:
         # its folder is a link; the reason itself is part of a source's hash.
         reasons = (re.sub(r"\d+", "N", reason) for _, reason in left_out)
         self.left_out = dict(Counter(reason.replace("No such file or directory", "broken link") for reason in reasons))
+        features = rows.features  # copied by each access
         for name in rows.column_names:
             if name in ("id", "image", "split"):
                 continue
             origin = self.contents.columns[name].origin
-            text = describe_condition(rows[name][:], rows.features[name])
+            text = describe_condition(rows[name][:], features[name])
             self.conditions[name] = f"{text} ({origin})" if origin else text
 
     def as_dict(self) -> dict[str, Any]:

@@ -4,8 +4,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
 from datasets import load_from_disk
 
+from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.reader import BatchPrefetcher, LatentReader
 
 
@@ -57,6 +59,17 @@ def test_conditions_are_chosen_and_ordered_by_name(latents):
     assert LatentReader(latents, conditions=[]).attributes(3) is None
     with pytest.raises(ValueError, match="no condition Tall"):
         LatentReader(latents, conditions=["Tall"])
+
+
+def test_classes_of_a_cache_are_matched_by_name(cats_and_owls, tmp_path, vae_folder):
+    """The model has cats, dogs and owls; in the cache owls are the second of two."""
+    cache = prepare_latents(str(cats_and_owls), str(tmp_path / "cache"), str(vae_folder), "16")
+    reader = LatentReader(cache, conditions=["class"])
+    labels = tiny_pipeline().config.condition_labels
+    assert {row["class"] for row in reader.attributes(6)} == {0, 1}
+    assert {row["class"] for row in reader.attributes(6, labels)} == {0, labels["class"].index("owl")}
+    with pytest.raises(ValueError, match="class='owl' is unknown to the model; valid names are cat, dog"):
+        reader.attributes(6, {"class": ["cat", "dog"]})
 
 
 def test_can_be_pickled(latents):

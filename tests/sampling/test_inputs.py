@@ -10,7 +10,6 @@ from series import pixels, save_faces
 
 from dit_hf import CosineLatentScheduler, LatentDiTImg2ImgPipeline, LatentDiTPipeline
 from dit_hf.data.avatars import choose_face, render_face
-from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.reader import LatentReader
 from dit_hf.sampling.sample import sample
 
@@ -85,14 +84,3 @@ def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):
     requested = [json.loads(Image.open(by_cache / f"0000{i}.png").text["dit_hf"])["attributes"] for i in range(3)]
     assert requested == reader.attributes(3)
     assert str(latents) not in (by_cache / "settings.json").read_text()
-
-
-def test_classes_of_a_cache_are_matched_by_name(cats_and_owls, tmp_path, vae_folder):
-    """The model has cats, dogs and owls; in the cache owls are the second of two."""
-    cache = prepare_latents(str(cats_and_owls), str(tmp_path / "cache"), str(vae_folder), "16")
-    reader = LatentReader(cache, conditions=["class"])
-    labels = tiny_pipeline().config.condition_labels
-    assert {row["class"] for row in reader.attributes(6)} == {0, 1}
-    assert {row["class"] for row in reader.attributes(6, labels)} == {0, labels["class"].index("owl")}
-    with pytest.raises(ValueError, match="class='owl' is unknown to the model; valid names are cat, dog"):
-        reader.attributes(6, {"class": ["cat", "dog"]})
