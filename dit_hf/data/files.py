@@ -124,6 +124,7 @@ def _walk(
     # By inode, since a link may lead to a folder that contains it.
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
+        skipped.folders[printable(prefix)] = "a link to a folder that is read already"
         return
     seen.add((status.st_dev, status.st_ino))
     try:

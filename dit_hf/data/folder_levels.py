@@ -127,6 +127,18 @@ def _splits_beside(
     return {}
 
 
+def note_other_splits(names: list[str], contents: Contents) -> None:
+    """Name images whose folder names another split than the column that counts."""
+    found = {folder: _splits_in(folder) for folder in {name.rpartition("/")[0] for name in names}}
+    pairs = zip(names, contents.splits or [], strict=contents.splits is not None)
+    others = [name for name, split in pairs if (inside := found[name.rpartition("/")[0]]) and inside[0] != split]
+    if others:
+        contents.choices.append(
+            f"{image_count(len(others))} in folders of another split than the column's, which counts, first "
+            f"{others[0]} (--split_from folders)"
+        )
+
+
 def splits_by_file_name(names: list[str], options: SourceOptions, contents: Contents) -> list[str | None]:
     """Return the split that the name of each file names, as in `test_001.png`; [] unless all files name one.
 

@@ -91,17 +91,33 @@ def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
         names = [name for name, part in parts.items() for _ in range(len(part))]
         contents.ids = [f"{name}/{image_id}" for name, image_id in zip(names, contents.ids, strict=True)]
 
-    # A column `split` counts more than the names of splits, if all its values name one.
-    if "split" in contents.columns and options.split_from in (None, "column"):
-        named = [split_named(str(value)) for value in contents.columns["split"].values]
-        if all(named):
-            contents.splits, contents.split_origin = [str(split) for split in named], "by column"
-            del contents.columns["split"]
+    _read_split_column(options, contents)
     if options.split_from == "column" and contents.split_origin != "by column":
         raise ValueError(f"--split_from column: {source} has no column `split` of split names")
     if options.split_from == "none":
         contents.splits, contents.split_origin = None, ""
     return contents
+
+
+def _read_split_column(options: SourceOptions, contents: Contents) -> None:
+    """Read a column `split`, which counts more than the names of splits if all its values name one."""
+    column = contents.columns.pop("split", None)
+    if column is None:
+        return
+    values = column.values if column.labels is None else [column.labels[int(value)] for value in column.values]
+    named = [split_named(str(value)) for value in values]
+    if options.split_from not in (None, "column"):
+        contents.unused["column split"] = f"--split_from {options.split_from}"
+    elif not any(named) or (contents.split_origin and not all(named)):
+        contents.unused["column split"] = "its values name no splits"
+    else:
+        # An unknown name must not be read as any of the known splits.
+        rows = zip(contents.ids, values, named, strict=True)
+        contents.left_out += [
+            (image_id, f"split {value!r} is unknown") for image_id, value, split in rows if not split
+        ]
+        contents.keep_splits(named)
+        contents.split_origin = "by column"
 
 
 def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDict:
@@ -175,9 +191,9 @@ def _files_by_split(names: list[str], options: SourceOptions, contents: Contents
     """Return the shards of each split, which their names or folders name; all are `train` if none does.
 
     Raises:
-        ValueError: if only some of them name a split, and no option says what the others are.
+        ValueError: if only some of them name a split, or one names two, and no option says what they are.
     """
-    named = {name: _split_of_path(name) for name in names}
+    named = {name: _split_of_path(name, options) for name in names}
     if options.split_from == "none" or not any(named.values()):
         return {"train": names}
     unnamed = [name for name, split in named.items() if split is None]
@@ -194,10 +210,21 @@ def _files_by_split(names: list[str], options: SourceOptions, contents: Contents
     return {split: files[split] for split in ("train", "validation", "test") if split in files}
 
 
-def _split_of_path(name: str) -> str | None:
-    """Return the split that a file's name or, from the inside, one of its folders names."""
+def _split_of_path(name: str, options: SourceOptions) -> str | None:
+    """Return the split that a file's name or, from the inside, one of its folders names.
+
+    Raises:
+        ValueError: if the two name different splits, and no option chooses.
+    """
     path = PurePosixPath(name)
-    return next((split for part in (path.stem, *reversed(path.parts[:-1])) if (split := split_named(part))), None)
+    by_name = split_named(path.stem)
+    by_folder = next((split for part in reversed(path.parts[:-1]) if (split := split_named(part))), None)
+    if by_name and by_folder and by_name != by_folder and options.split_from is None:
+        raise ValueError(
+            f"{name} is named like the {by_name} split and in a folder named like {by_folder}: --split_from files or "
+            "folders chooses"
+        )
+    return (by_folder or by_name) if options.split_from == "folders" else (by_name or by_folder)
 
 
 def _splits(loaded: DatasetDict, options: SourceOptions, contents: Contents) -> dict[str, Dataset]:

@@ -21,7 +21,13 @@ from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from .celeba import celeba_images, read_celeba_lists
 from .contents import Column, Contents, SourceOptions, counted, image_count, shortened
 from .files import Files, scan
-from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name, splits_by_folder
+from .folder_levels import (
+    classes_by_folder,
+    note_other_splits,
+    reads_folders,
+    splits_by_file_name,
+    splits_by_folder,
+)
 from .label_files import DATASET_JSON, LABEL_FILES, read_label_files, unread_lists
 from .masks import check_masks
 from .metadata import METADATA, Table, join_tables, read_metadata
@@ -100,7 +106,11 @@ def _read_celeba(
 ) -> dict[str, str]:
     """Read CelebA's or CelebA-HQ's lists into `contents`; return the path of each described image by its id."""
     contents.kind = "CelebA's lists"
+    known = len(contents.left_out)
     images = celeba_images(files.sizes, contents.left_out)
+    beside = len(files.sizes) - len(images) - (len(contents.left_out) - known)
+    if beside:
+        contents.unused[image_count(beside)] = "in other folders than that of the aligned faces"
     tables = read_celeba_lists(folder, lists, contents.left_out)
     keys = {image_id: PurePosixPath(image_id).stem for image_id in images}
     described = join_tables(keys, tables, contents.left_out)
@@ -122,6 +132,7 @@ def _read_described(folder: Path, files: Files, options: SourceOptions, contents
         described = join_tables(_keys_in(table, names), [table], contents.left_out)
         _take_rows(_with_splits(described, options, contents), table.name, contents)
         names = contents.ids
+        note_other_splits(names, contents)
     elif options.split_from == "column":
         raise ValueError(f"--split_from column: {folder} has no metadata file, and so no column `split`")
 

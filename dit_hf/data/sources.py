@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .contents import Column, Contents, SourceOptions, shortened
 from .hf_dataset import holds_dataset, read_hf_dataset
 from .image_folder import read_folder
 from .plan import Plan
-from .splits import SPLITS
+from .splits import SPLITS, split_named, split_of_folder
 
 AVATARS = "avatars"
 DEFAULT_NUM_AVATARS = 8000
@@ -99,6 +100,8 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
     left_out = _once(left_out)
     rows = rows.remove_columns([name for name in (_SIZE, _GROUP) if name in rows.column_names])
     plan.describe(rows, left_out)
+    if "train" not in plan.counts and options.split is None:
+        contents.choices.append("no training images (--split_from none reads all as training images)")
     return Source(name, rows, left_out, total, fingerprint, plan)
 
 
@@ -144,6 +147,8 @@ def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[
     for name, column in _wanted_columns(source, contents, options).items():
         requested = options.conditions is not None
         condition = infer_condition(column, requested)
+        if not requested and _tells_splits_apart(name, column.values):
+            condition = f"tells splits apart, which only a column called split does (--conditions {name})"
         if isinstance(condition, str):
             if requested:
                 raise ValueError(f"--conditions {name}: {condition}")
@@ -199,6 +204,17 @@ def _wanted_columns(source: str, contents: Contents, options: SourceOptions) -> 
         raise ValueError(f"--conditions {unknown[0]}: {source} has no such column or folders; it has {has}")
     contents.unused |= {f"column {name}": "not requested" for name in columns if name not in options.conditions}
     return {name: columns[name] for name in options.conditions}
+
+
+def _tells_splits_apart(name: str, values: list[Any]) -> bool:
+    """Check for a column whose values are names of splits, or that is called is_train, test_set and the like."""
+    if split_of_folder(re.sub(r"^(is|in)[-_ ]", "", name)):
+        return True
+    try:
+        named = {split_named(str(value)) for value in set(values) if value is not None}
+    except TypeError:  # lists
+        return False
+    return len(named) > 1 and None not in named
 
 
 def _check_splits_have(name: str, ids: list[int | None], splits: list[str] | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,9 +87,7 @@ def _load_folder(path: str, subfolder: str | None = None, local_files_only: bool
     for folder, variant in itertools.product(subfolders, (None, "fp16")):
         options = {"subfolder": folder, "variant": variant, "local_files_only": local_files_only}
         try:
-            with warnings.catch_warnings():
-                # diffusers 0.42.1 passes huggingface_hub an option that it warns of.
-                warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
+            with _quiet_hub():
                 return AutoModel.from_pretrained(path, dtype=torch.float32, **options)
         except Exception as error:
             errors.append(error)
@@ -113,18 +112,36 @@ def _load_file(path: Path) -> Any:
     """
     if path.suffix != ".safetensors":
         raise ValueError(f"vae {path}: expected a .safetensors file, a folder or a Hub id, got a {path.suffix} file")
+    has_config = (path.parent / "config.json").is_file()
+    problem = None if has_config else _network_problem()  # the config of Stable Diffusion's own files is on the Hub
     try:
-        if (path.parent / "config.json").is_file():
+        if has_config:
             vae = AutoModel.from_config(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
-            vae.load_state_dict(load_file(path))
-            return vae.float()
-        offline = _network_problem() is not None
-        return AutoencoderKL.from_single_file(str(path), torch_dtype=torch.float32, local_files_only=offline)
+            weights = load_file(path)
+            if weights.keys() == vae.state_dict().keys():
+                vae.load_state_dict(weights)
+                return vae.float()
+        options = {"config": str(path.parent)} if has_config else {}
+        with _quiet_hub():
+            offline = has_config or problem is not None
+            vae = AutoencoderKL.from_single_file(str(path), dtype=torch.float32, local_files_only=offline, **options)
+        if any(parameter.is_meta for parameter in vae.parameters()):
+            raise ValueError("some of the weights are missing")
+        return vae
     except Exception as error:  # as in `_load_named`
+        reason = f"its config is on the Hub, which cannot be reached: {problem}" if problem else first_line(error)
         raise ValueError(
-            f"vae {path}: weights in one file, which could not be loaded ({first_line(error)}); put the VAE's "
-            "config.json beside it, or give a folder of diffusers"
+            f"vae {path}: weights in one file, which could not be loaded ({reason}); put the VAE's config.json beside "
+            "it, or give a folder of diffusers"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Hide a warning: diffusers 0.42.1 passes huggingface_hub an option that it warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
+        yield
 
 
 def _network_problem() -> str | None:
