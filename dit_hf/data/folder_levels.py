@@ -134,8 +134,8 @@ def note_other_splits(names: list[str], contents: Contents) -> None:
     others = [name for name, split in pairs if (inside := found[name.rpartition("/")[0]]) and inside[0] != split]
     if others:
         contents.choices.append(
-            f"{image_count(len(others))} in folders of another split than the column's, which counts, first "
-            f"{others[0]} (--split_from folders)"
+            f"the column split counts for {image_count(len(others))} in folders of another split, first {others[0]} "
+            "(--split_from folders)"
         )
 
 

@@ -85,12 +85,12 @@ def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
         columns.append(_plain_columns(part.remove_columns(contents.image_column), contents))
     contents.images = concatenate_datasets(images)
     contents.columns = _joined(columns, [len(part) for part in parts.values()])
-    if all(KEY in part.column_names for part in parts.values()):
-        read_folders_inside(source, parts, options, contents)
     if len(set(contents.ids)) < len(contents.ids):  # the same keys in several splits
         names = [name for name, part in parts.items() for _ in range(len(part))]
         contents.ids = [f"{name}/{image_id}" for name, image_id in zip(names, contents.ids, strict=True)]
 
+    if all(KEY in part.column_names for part in parts.values()):
+        read_folders_inside(source, parts, options, contents)
     _read_split_column(options, contents)
     if options.split_from == "column" and contents.split_origin != "by column":
         raise ValueError(f"--split_from column: {source} has no column `split` of split names")
@@ -104,7 +104,9 @@ def _read_split_column(options: SourceOptions, contents: Contents) -> None:
     column = contents.columns.pop("split", None)
     if column is None:
         return
-    values = column.values if column.labels is None else [column.labels[int(value)] for value in column.values]
+    labels, values = column.labels, column.values
+    if labels is not None:
+        values = [labels[int(value)] if value is not None and value >= 0 else None for value in values]
     named = [split_named(str(value)) for value in values]
     if options.split_from not in (None, "column"):
         contents.unused["column split"] = f"--split_from {options.split_from}"

@@ -152,7 +152,7 @@ def check_header(path: Path, names: Sequence[str], column: str) -> None:
         ValueError: naming the file and the columns.
     """
     if column not in names:
-        raise ValueError(f"{path} has no column {column}; it has {', '.join(names)}")
+        raise ValueError(f"{path} has no column {column}; it has {', '.join(names) or 'no columns'}")
     check_names_differ(path, names)
 
 

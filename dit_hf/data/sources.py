@@ -148,7 +148,7 @@ def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[
         requested = options.conditions is not None
         condition = infer_condition(column, requested)
         if not requested and _tells_splits_apart(name, column.values):
-            condition = f"tells splits apart, which only a column called split does (--conditions {name})"
+            condition = f"names splits, but only a column called split is read so (--conditions {name})"
         if isinstance(condition, str):
             if requested:
                 raise ValueError(f"--conditions {name}: {condition}")
