@@ -158,7 +158,7 @@ def splits_by_file_name(names: list[str], options: SourceOptions, contents: Cont
         held_out = [name for name, split in zip(names, splits, strict=True) if split not in (None, "train")]
         if held_out:
             contents.choices.append(
-                f"{image_count(len(held_out))} named like a split, first {held_out[0]}, are training images "
+                f"named like a split, but training images: {image_count(len(held_out))}, first {held_out[0]} "
                 "(--split_from files)"
             )
         return []

@@ -100,9 +100,10 @@ def _not_used(whats: list[str], reason: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return a text without line breaks, shortened between two words if it is too long."""
-    line = re.sub(r"[\r\n\t\v\f]+", " ", text)
+    """Return a text without line breaks; one that is too long ends between two values, or two words, and in a mark."""
+    line = re.sub(r"\s*[\r\n\t\v\f]+\s*", " ", text)
     if len(line) <= _WIDTH:
         return line
-    start = line[: _WIDTH - 1]
-    return f"{start.rpartition(' ')[0].rstrip() or start} …"
+    start = line[: _WIDTH - 2]
+    ends = (start.rpartition(mark)[0] for mark in (", ", " "))
+    return f"{next((end for end in ends if len(end) > _WIDTH // 2), start)} …"

@@ -87,3 +87,80 @@ def test_num_images_takes_training_images_of_every_class(tmp_path):
     assert read(tmp_path, num_images=6).rows["id"] == source.rows["id"]
     assert read(tmp_path, num_images=6, seed=1).rows["id"] != source.rows["id"]
     assert read(tmp_path, num_images=2, split="test").plan.counts == {"test": 2}
+
+
+def test_a_folder_below_those_of_two_splits_is_not_trained_on_in_silence(tmp_path):
+    write(tmp_path, "train/cat*3", "train/dog*3", "train/val/cat*2", "train/val/dog*2")
+    for conditions in (None, ["class"]):
+        with pytest.raises(ValueError, match="train/val/cat/ names train and validation: --split_from folders"):
+            read(tmp_path, conditions=conditions)
+    source = read(tmp_path, split_from="folders")
+    assert source.plan.counts == {"train": 6, "validation": 4}
+    assert source.plan.conditions == {"class": "2 classes: cat 5, dog 5 (folder)"}
+    assert read(tmp_path, split_from="none").plan.counts == {"train": 10}
+
+
+def test_folds_are_refused_where_each_has_splits_and_are_no_classes_otherwise(tmp_path):
+    write(tmp_path / "cv", *(f"fold_{i}/{split}/{c}*1" for i in (1, 2) for split in ("train", "val") for c in "ab"))
+    with pytest.raises(ValueError, match=r"fold_1/, fold_2/ are folds, each with splits of its own: name one"):
+        read(tmp_path / "cv")
+    assert read(tmp_path / "cv" / "fold_1").plan.counts == {"train": 2, "validation": 2}
+    assert read(tmp_path / "cv", split_from="folders").plan.counts == {"train": 4, "validation": 4}
+    write(tmp_path / "parts", "images_001/images*2", "images_002/images*2")
+    source = read(tmp_path / "parts")
+    assert source.plan.conditions == {}
+    assert "images_001 to images_002 are blocks of images" in source.plan.contents.choices[0]
+
+
+def test_folders_that_say_more_than_a_split(tmp_path):
+    write(tmp_path / "gan", "trainA*3", "trainB*2", "testA*2", "testB*2")
+    with pytest.raises(ValueError, match="testA/, testB/, trainA/, trainB/ name splits beside other words"):
+        read(tmp_path / "gan")
+    source = read(tmp_path / "gan", split_from="folders")
+    assert source.plan.counts == {"train": 5, "test": 4}
+    assert source.plan.conditions == {"class": "2 classes: A 5, B 4 (folder)"}
+    assert "4 classes: testA 2" in read(tmp_path / "gan", split_from="none").plan.conditions["class"]
+    write(tmp_path / "cars", "crash_test*2", "parade*2")
+    source = read(tmp_path / "cars")
+    assert set(classes(source).values()) == {"crash_test", "parade"}
+    assert source.plan.contents.choices == ["crash_test/: no split (--split_from folders reads it as one)"]
+
+
+def test_images_beside_held_out_folders_alone(tmp_path):
+    write(tmp_path / "all", "cat*3", "dog*3", "cat/val*2", "dog/val*2")
+    with pytest.raises(ValueError, match="--split_from folders reads the latter as training images"):
+        read(tmp_path / "all")
+    source = read(tmp_path / "all", split_from="folders")
+    assert source.plan.counts == {"train": 6, "validation": 4}
+    assert source.plan.conditions == {"class": "2 classes: cat 5, dog 5 (folder)"}
+    write(tmp_path / "held", "val*2")
+    assert read(tmp_path / "held").plan.contents.choices == [
+        "no training images (--split_from none reads all as training images)"
+    ]
+
+
+def test_folders_of_one_name_in_several_others_are_not_merged_in_silence(tmp_path):
+    write(tmp_path, "cat/tabby*2", "cat/other*2", "dog/pug*2", "dog/other*2")
+    with pytest.raises(ValueError, match="folders called other lie in cat/, dog/: --conditions class"):
+        read(tmp_path)
+    by_first = read(tmp_path, conditions=["folder_1"])
+    assert by_first.plan.conditions == {"folder_1": "2 classes: cat 4, dog 4 (folder)"}
+    both = read(tmp_path, conditions=["folder_1", "class"])
+    assert both.plan.conditions["class"] == "3 classes: other 4, pug 2, tabby 2 (folder)"
+    assert classes(both, "folder_1")["dog/other/0.png"] == "dog"
+
+
+def test_folders_above_the_class_are_named(tmp_path):
+    write(tmp_path, "animal/cat*2", "animal/dog*2", "vehicle/car*2")
+    source = read(tmp_path)
+    assert set(classes(source).values()) == {"cat", "dog", "car"}
+    assert source.plan.contents.unused == {
+        "folders animal/, vehicle/": "the last folder is the class (--conditions folder_1 takes the first)"
+    }
+
+
+def test_images_named_like_a_split_among_others_are_named(tmp_path):
+    write(tmp_path, "cat/1.png", "cat/test_1.png", "dog/1.png")
+    assert read(tmp_path).plan.contents.choices == [
+        "named like a split, but training images: 1 image, first cat/test_1.png (--split_from files)"
+    ]

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import tarfile
@@ -107,3 +108,48 @@ def test_bad_sources_are_one_line_errors(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_source(source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(9)).decode(), "photo holds images as base64: store the bytes"),
+        (
+            "faces/a.png",
+            r"photo holds paths of images \(first faces/a.png\): put the images in a folder",
+        ),
+        ("https://example.org/a.jpg?size=2", "photo holds URLs of images"),
+    ],
+)
+def test_a_column_of_text_that_stands_for_images(tmp_path, value, message):
+    Dataset.from_dict({"photo": [value] * 2, "label": [0, 1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_a_column_split_with_unknown_names(tmp_path):
+    splits = ["train", "train", "val", "unseen"]
+    data_set(4).add_column("split", splits).to_parquet(tmp_path / "a.parquet")
+    source = open_source(str(tmp_path))
+    assert source.plan.counts == {"train": 2, "validation": 1}
+    assert source.left_out == [("train-3", "split 'unseen' is unknown")]
+    assert open_source(str(tmp_path), SourceOptions(split_from="none")).plan.counts == {"train": 4}
+
+
+def test_a_shard_and_its_folder_that_name_different_splits(tmp_path):
+    for name in ("test/train-0.parquet", "train/train-0.parquet"):
+        (tmp_path / name).parent.mkdir()
+        data_set(2).to_parquet(tmp_path / name)
+    with pytest.raises(ValueError, match=r"test/train-0\.parquet is named like the train split and in a folder named"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path), SourceOptions(split_from="files")).plan.counts == {"train": 4}
+    assert open_source(str(tmp_path), SourceOptions(split_from="folders")).plan.counts == {"train": 2, "test": 2}
+
+
+def test_images_beside_shards_can_be_excluded(tmp_path):
+    data_set(4).to_parquet(tmp_path / "train.parquet")
+    for i in range(12):
+        save_image(tmp_path / "assets" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"12 images .* and 1 shards .* or --exclude the others"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), SourceOptions(exclude=["assets"])).rows) == 4

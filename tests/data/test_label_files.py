@@ -39,3 +39,21 @@ def test_tiny_imagenet(tmp_path):
         "class": "2 classes: n01 3, n02 3; 1 without a value (folder and val_annotations.txt)"
     }
     assert classes(source)["val/images/0.png"] == "n02"
+
+
+def test_lists_of_the_images_that_are_not_read_are_named(tmp_path):
+    write(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "labels.csv").write_text("image,label\na.png,1\nb.png,0\n")
+    (tmp_path / "list.txt").write_text("a 1\nb 0\nc 0\n")
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": [{"file_name": "a.png"}, {"file_name": "x/b.png"}]}))
+    (tmp_path / "notes.txt").write_text("hello\nworld\n")
+    (tmp_path / "a.txt").write_text("a.png\nb.png\n")  # a caption
+    (tmp_path / "table.xlsx").write_bytes(b"PK")
+    unused = read(tmp_path).plan.contents.unused
+    lists = "lists images, but only metadata.csv (file_name, ...) is read"
+    assert {name: unused.get(name) for name in ("labels.csv", "list.txt", "boxes.json")} == dict.fromkeys(
+        ("labels.csv", "list.txt", "boxes.json"), lists
+    )
+    assert unused["table.xlsx"].startswith("a spreadsheet, but only metadata.csv")
+    assert not {"notes.txt", "a.txt"} & unused.keys()
+    assert unused["files"] == "1 .csv, 1 .json, 3 .txt, 1 .xlsx"

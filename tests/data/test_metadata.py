@@ -5,6 +5,7 @@ import pytest
 from celeba import save_image
 from datasets import Dataset
 
+from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
 
 
@@ -92,3 +93,53 @@ def test_rows_of_which_none_can_be_used_are_an_error_with_the_first_reason(tmp_p
     (tmp_path / "metadata.csv").write_text("file_name,breed\na,pug\n")
     with pytest.raises(ValueError, match="none of its 1 images can be used; first a: no such picture"):
         open_source(str(tmp_path))
+
+
+def test_two_files_that_describe_the_same_images_are_refused(tmp_path):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,smiling\na.png,1\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "hat": 1}\n')
+    with pytest.raises(
+        ValueError, match=r"metadata\.csv and metadata\.jsonl both describe a\.png: --exclude metadata"
+    ):
+        open_source(str(tmp_path))
+    source = open_source(str(tmp_path), SourceOptions(exclude=["metadata.csv"], conditions=["hat"]))
+    assert source.rows["hat"] == [1]
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_way_out(tmp_path):
+    save_image(tmp_path / "café.png")
+    for name in ("metadata.csv", "list_attr_celeba.csv"):
+        (tmp_path / name).write_bytes("file_name,smiling\ncafé.png,1\n".encode("cp1252"))
+        with pytest.raises(ValueError, match=rf"{name} is not UTF-8 \(byte 0xe9; .*: save it as UTF-8"):
+            open_source(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_an_image_with_a_ragged_row_is_left_out_once(tmp_path):
+    for name in "ab":
+        save_image(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,smiling\na.png,1\nb.png\n")
+    source = open_source(str(tmp_path))
+    assert source.left_out == [("b.png", "row 2 of metadata.csv is ragged")]
+    assert source.total == 2
+
+
+def test_columns_that_tell_splits_apart_are_no_conditions(tmp_path):
+    for i in range(8):
+        save_image(tmp_path / ("val" if i > 5 else "train") / f"{i}.png")
+    rows = [
+        f"{'val' if i > 5 else 'train'}/{i}.png,{'val' if i > 5 else 'train'},{int(i < 6)},{i % 2}" for i in range(8)
+    ]
+    text = "\n".join(["file_name,subset,is_train,hat", *rows])
+    (tmp_path / "metadata.csv").write_text(text)
+    source = open_source(str(tmp_path))
+    assert list(source.plan.conditions) == ["hat"]
+    assert "only a column called split is read so" in source.plan.contents.unused["column subset"]
+    assert "--conditions is_train" in source.plan.contents.unused["column is_train"]
+    assert "subset" in open_source(str(tmp_path), SourceOptions(conditions=["subset"])).plan.conditions
+    # A column that contradicts the folders counts, which the plan says.
+    (tmp_path / "metadata.csv").write_text(text.replace("subset", "split").replace(",val,", ",train,"))
+    source = open_source(str(tmp_path))
+    assert source.plan.counts == {"train": 8}
+    assert "2 images in folders of another split, first val/6.png" in source.plan.contents.choices[0]

@@ -38,3 +38,16 @@ def test_the_plan_of_many_columns_and_folders_stays_short(tmp_path):
     lines = read(tmp_path).plan.lines()
     assert len(lines) <= 15
     assert max(map(len, lines)) <= 118
+
+
+def test_lines_break_between_words_and_nowhere_else(tmp_path):
+    names = [f"a name of a class that is quite long with number {i}" for i in range(4)]
+    write(tmp_path, *(f"{name}*2" for name in names))
+    lines = read(tmp_path).plan.lines()
+    assert max(map(len, lines)) <= 118
+    assert lines[2].endswith(" …")
+    assert lines[2].removesuffix(" …").endswith(tuple(f"number {i} 2" for i in range(4)))
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,hat\n" + "".join(f'"{name}/{i}.png","big\n red"\n' for name in names for i in range(2))
+    )
+    assert "  hat         1 classes: big red 8 (metadata.csv)" in read(tmp_path, conditions=["hat"]).plan.lines()

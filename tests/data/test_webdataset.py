@@ -16,6 +16,9 @@ def stored(kind="png"):
     return file.getvalue()
 
 
+SAMPLE = ((".png", stored()), (".cls", b"1"))
+
+
 def write_archive(path, files):
     """Write a tar of (name, content), in this order."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,3 +85,61 @@ def test_a_broken_archive_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"a\.tar") as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_folders_in_an_archive_are_splits_and_classes(tmp_path):
+    names = [f"pets/{split}/{label}/{i}.png" for split in ("train", "val") for label in ("cat", "dog") for i in (0, 1)]
+    write_archive(tmp_path / "a.tar", [*((name, stored()) for name in names), ("pets/notes.md", b"about")])
+    source = read(tmp_path)
+    assert source.plan.counts == {"train": 4, "validation": 4}
+    assert classes(source)["a/pets/val/dog/1"] == "dog"
+    assert source.plan.contents.unused == {"files in the archives": "1 .md"}
+    assert read(tmp_path, split_from="none").plan.counts == {"train": 8}
+
+
+def test_an_archive_of_one_split_with_a_folder_of_another(tmp_path):
+    write_archive(tmp_path / "train-0.tar", [("val/0.png", stored()), ("train/1.png", stored())])
+    with pytest.raises(ValueError, match=r"train-0/val/0 is in a folder of the validation split .* or files chooses"):
+        read(tmp_path)
+    assert read(tmp_path, split_from="folders").plan.counts == {"train": 1, "validation": 1}
+    assert read(tmp_path, split_from="files").plan.counts == {"train": 2}
+
+
+def test_values_of_samples_count_more_than_folders(tmp_path):
+    files = [(f"{label}/{i}{suffix}", content) for label in "ab" for i in (0, 1) for suffix, content in SAMPLE]
+    write_archive(tmp_path / "a.tar", files)
+    source = read(tmp_path)
+    assert list(source.plan.conditions) == ["cls"]
+    assert source.plan.contents.unused == {
+        "names of folders in the archives": "samples have values (--conditions class reads folders)"
+    }
+    assert set(classes(read(tmp_path, conditions=["class"])).values()) == {"a", "b"}
+
+
+def test_images_and_masks_of_one_key(tmp_path):
+    files = [(f"{i}{suffix}", stored()) for i in range(3) for suffix in (".png", ".seg.png")]
+    write_archive(tmp_path / "a.tar", files)
+    with pytest.raises(ValueError, match=r"--image_column png or --image_column seg\.png reads one of them"):
+        read(tmp_path)
+    for options in ({"image_column": "png"}, {"exclude": ["*.seg.png"]}):
+        source = read(tmp_path, **options)
+        assert [row["image"]["path"] for row in source.rows] == ["0.png", "1.png", "2.png"]
+    assert read(tmp_path, image_column="seg.png").rows[0]["image"]["path"] == "0.seg.png"
+    with pytest.raises(ValueError, match=r"--image_column jpg: .* no images of that kind"):
+        read(tmp_path, image_column="jpg")
+
+
+def test_masks_in_other_folders_of_an_archive(tmp_path):
+    write_archive(tmp_path / "a.tar", [(f"{kind}/{i}.png", stored()) for kind in ("images", "masks") for i in (0, 1)])
+    with pytest.raises(ValueError, match="look like masks"):
+        read(tmp_path)
+    source = read(tmp_path, exclude=["masks"])
+    assert source.rows["id"] == ["a/images/0", "a/images/1"]
+    assert source.plan.contents.unused == {"masks (2 files or folders)": "excluded"}
+
+
+def test_a_list_in_an_archive_is_named(tmp_path):
+    write_archive(tmp_path / "a.tar", [("0.png", stored()), ("metadata.csv", b"file_name,hat\n0.png,1\n")])
+    source = read(tmp_path)
+    assert source.rows["id"] == ["a/0"]
+    assert "unpack the archive" in source.plan.contents.unused["metadata.csv in an archive"]

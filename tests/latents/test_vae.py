@@ -168,3 +168,36 @@ def test_a_vae_that_was_downloaded_needs_no_network(tmp_path, hub, monkeypatch):
     load_vae("you/kept", "cpu")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert same_weights(load_vae("you/kept", "cpu"), tiny_vae())
+
+
+def _original_names(vae):
+    """Return the weights of a VAE by the names that Stable Diffusion's own files have."""
+    last = len(vae.config.block_out_channels) - 1
+    renamed = {}
+    for name, weight in vae.state_dict().items():
+        name = re.sub(r"down_blocks\.(\d)\.(downsamplers\.0|resnets\.)", r"down.\1.\2", name)
+        name = re.sub(r"up_blocks\.(\d)\.", lambda match: f"up.{last - int(match[1])}.", name)
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+        for ours, theirs in (
+            *(("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("resnets.", "block.")),
+            *(("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")),
+        ):
+            name = name.replace(ours, theirs)
+        renamed[name] = weight
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])  # the VAE alone, and inside a whole model
+def test_one_file_in_the_layout_of_stable_diffusion(tmp_path, prefix):
+    vae = tiny_vae()
+    vae.save_config(tmp_path)
+    save_file(
+        {f"{prefix}{name}": weight for name, weight in _original_names(vae).items()}, tmp_path / "sd.safetensors"
+    )
+    loaded = load_vae(str(tmp_path / "sd.safetensors"), "cpu")
+    assert same_weights(loaded, vae)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"its config is on the Hub, which cannot be reached: .*config\.json beside it"
+    ):
+        load_vae(str(tmp_path / "sd.safetensors"), "cpu")
