@@ -138,7 +138,7 @@ def _walk(
     if any(entry.name == CACHE_INFO for entry in ordered):
         skipped.folders[printable(prefix) or "."] = "a latent cache"
         return
-    ordered = [e for e in ordered if not e.name.startswith(".") and e.name.lower() not in _SYSTEM_NAMES]
+    ordered = [entry for entry in ordered if not is_system_file(entry.name)]
     if not ordered and prefix:
         skipped.folders[printable(prefix)] = "empty"
     for entry in ordered:
@@ -151,6 +151,11 @@ def _walk(
             skipped.folders[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
         else:
             yield from _walk(entry.path, f"{prefix}{entry.name}/", seen, options, skipped)
+
+
+def is_system_file(name: str) -> bool:
+    """Check for the name of a hidden file or folder, or of one that another program left behind."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def printable(name: str) -> str:

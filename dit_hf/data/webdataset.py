@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Image, Value
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line
 from .contents import Column, Contents, SourceOptions, counted, short_names
+from .files import is_system_file
 from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name, splits_by_folder
 from .masks import check_masks
 from .metadata import METADATA
@@ -88,9 +89,10 @@ def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
 
 def split_name(name: str) -> tuple[str, str | None]:
     """Return key and suffix of a file: the last part of its path is divided at its first dot, as the format says."""
-    folder, slash, last = name.removeprefix("./").rpartition("/")
+    name = name.removeprefix("./")
+    folder, slash, last = name.rpartition("/")
     stem, dot, suffix = last.partition(".")
-    if not stem or not dot or last.startswith("._"):  # hidden, or half of a Macintosh file
+    if not dot or any(map(is_system_file, name.split("/"))):
         return name, None
     return f"{folder}{slash}{stem}", suffix
 

@@ -32,7 +32,8 @@ def write_archive(path, files):
 def test_a_key_ends_at_the_first_dot_of_the_last_part():
     assert split_name("./a.b/photo v1.0.jpg") == ("a.b/photo v1", "0.jpg")
     assert split_name("000/0001.seg.png") == ("000/0001", "seg.png")
-    assert split_name("a/._0001.jpg")[1] is None
+    for name in ("a/._0001.jpg", "__MACOSX/0001.jpg", ".cache/0001.jpg", "a/Thumbs.db"):
+        assert split_name(name)[1] is None
     assert split_name("a/README")[1] is None
 
 
