@@ -7,10 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
     Image,
     Value,
     concatenate_datasets,
@@ -182,11 +184,40 @@ def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> Data
     if suffix == ".tar":
         archives = {split: [path / name for name in group] for split, group in files.items()}
         return DatasetDict({split: load_archives(paths, options) for split, paths in archives.items()})
-    data_files = {split: [str(path / name) for name in group] for split, group in files.items()}
+    parts = {}
     try:
-        return load_dataset(_LOADERS[suffix], data_files=data_files)
+        # Each split for itself: `datasets` would read the classes of all splits by the names that the first one gives.
+        for split, group in files.items():
+            paths = [path / name for name in group]
+            _check_same_classes(paths)
+            parts[split] = load_dataset(_LOADERS[suffix], data_files={split: [*map(str, paths)]})[split]
     except Exception as error:  # of many classes
         raise ValueError(f"source {path}: {first_line(error)}") from error
+    return DatasetDict(parts)
+
+
+def _check_same_classes(paths: list[Path]) -> None:
+    """Refuse shards of one split that number their classes differently.
+
+    Raises:
+        ValueError: naming the shards and the column.
+    """
+    first: dict[str, tuple[list[str], Path]] = {}
+    known = set()
+    for path in paths:
+        if path.suffix.lower() == ".parquet":
+            schema = pq.read_schema(path)
+        else:
+            with pa.memory_map(str(path)) as file:
+                schema = pa.ipc.open_stream(file).schema
+        if (described := str(schema.metadata)) in known:  # cheaper than the features
+            continue
+        known.add(described)
+        for column, feature in Features.from_arrow_schema(schema).items():
+            if isinstance(feature, ClassLabel):
+                names, earlier = first.setdefault(column, (feature.names, path))
+                if names != feature.names:
+                    raise ValueError(f"{earlier.name} and {path.name} have different classes in column {column}")
 
 
 def _files_by_split(names: list[str], options: SourceOptions, contents: Contents) -> dict[str, list[str]]:

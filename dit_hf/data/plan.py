@@ -41,7 +41,7 @@ class Plan:
         self.counts = {split: counts[split] for split in ("train", "validation", "test") if counts[split]}
         # Without the numbers of rows, which would make each reason another one. What does not exist but is listed in
         # its folder is a link; the reason itself is part of a source's hash.
-        reasons = (re.sub(r"\d+", "N", reason) for _, reason in left_out)
+        reasons = (re.sub(r"\b(row:?|line) \d+", r"\1 N", reason) for _, reason in left_out)
         self.left_out = dict(Counter(reason.replace("No such file or directory", "broken link") for reason in reasons))
         features = rows.features  # copied by each access
         for name in rows.column_names:
