@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from .config import Config, ObjectiveConfig, read_config
-from .data.image_folder import CACHE_INFO
+from .data.files import CACHE_INFO
 from .devices import default_device
 from .latents.reader import LatentReader
 from .latents.vae import load_vae
