@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from ..pipelines.image_inputs import open_image, to_rgb
+from ..pipelines.image_inputs import center_box, open_image, to_rgb
 from ..storage import first_line
 
 # Part of what identifies a cache, raised whenever the same file becomes other pixels. Version 1, of dit_hf 0.1.0,
@@ -64,8 +64,7 @@ class Geometry:
                 raise ValueError(f"{width}x{height} px is smaller than the crop {self.crop}")
             box_width = box_height = side
         elif self.crop == "center" and self.resolution is not None:
-            scale = min(width / self.resolution[1], height / self.resolution[0])
-            box_width, box_height = round(self.resolution[1] * scale), round(self.resolution[0] * scale)
+            return center_box(width, height, *self.resolution)
         else:
             return 0, 0, width, height
         left, top = (width - box_width) // 2, (height - box_height) // 2

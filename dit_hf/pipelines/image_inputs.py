@@ -87,13 +87,21 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):
         image = _upper_8_bits(image)
-    image = _upright(image)
+    image = upright(image)
     if profile:
         image = _to_srgb(image, profile)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
+
+
+def center_box(width: int, height: int, target_height: int, target_width: int) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of the largest centered box of the target's aspect ratio in an image."""
+    scale = min(width / target_width, height / target_height)
+    box_width, box_height = max(1, round(target_width * scale)), max(1, round(target_height * scale))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
 
 
 def _explain_unread(data: bytes, formats: tuple[str, ...]) -> None:
@@ -129,7 +137,7 @@ def _upper_8_bits(image: Image.Image) -> Image.Image:
     return gray
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """Turn an image by its EXIF orientation, unless its EXIF data cannot be read."""
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import torch
-from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes
 from .guidance import GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
+from .preprocessing import ImageInput, InputRange
 
 # Predictions for each step of an inversion, each at the sample that the previous one led to.
 REVERSE_ITERATIONS = 2
@@ -36,7 +36,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     def __call__(  # type: ignore[override]  # each of diffusers' pipelines has a call of its own
         self,
         attributes: Attributes | Sequence[Attributes] | None = None,
-        image: PipelineImageInput | None = None,
+        image: ImageInput | None = None,
         edit: Attributes | Sequence[Attributes] | None = None,
         edit_strength: float = 1.0,
         strength: float = 1.0,
@@ -46,6 +46,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' spelling)
+        input_range: InputRange | None = None,
         **guidance_options: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple:
         r"""
@@ -60,6 +61,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
             edit_strength: 0 returns the image, 1 guides from the image's own attributes to the requested ones as
                 strongly as the pipeline guides when it samples; values above 1 are possible.
             strength: How far the image is inverted, 1 is all the way to noise; below 1 coarse shapes are kept.
+            input_range: See [`LatentDiTImg2ImgPipeline`].
             num_inference_steps: Steps in each direction, for a `strength` of 1.
             guidance_scale: Multiplies `edit_strength`; None is the value in the pipeline's config.
             output_type: See [`LatentDiTPipeline`] for this and the other arguments.
@@ -77,7 +79,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
             raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
 
         # 2. Encode the images, and bring attributes and edits to one for each image.
-        image_latents = self.encode_images(image)
+        image_latents = self.encode_images(image, input_range)
         rows, image_latents = self._match(attributes, image_latents, 1)
         edits, image_latents = self._match(edit, image_latents, 1)
         rows = rows * len(edits) if len(rows) == 1 else rows
@@ -111,10 +113,11 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     @torch.no_grad()
     def invert(
         self,
-        image: PipelineImageInput,
+        image: ImageInput,
         attributes: Attributes | Sequence[Attributes] | None = None,
         num_inference_steps: int = 50,
         strength: float = 1.0,
+        input_range: InputRange | None = None,
     ) -> torch.Tensor:
         """Invert images to the noise that generates them, [images, channels, height, width].
 
@@ -127,12 +130,13 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
             attributes: The attributes of the images, one dict for all or a list with one for each.
             num_inference_steps: Steps of an inversion all the way to noise.
             strength: How far the images are inverted.
+            input_range: See [`LatentDiTImg2ImgPipeline`].
 
         Raises:
             ValueError: without an image, or for unknown attributes.
         """
         self._check_image_inputs(image, strength)
-        rows, image_latents = self._match(attributes, self.encode_images(image), 1)
+        rows, image_latents = self._match(attributes, self.encode_images(image, input_range), 1)
         with self._with_reversible_scheduler():
             latents = self._invert(image_latents, rows, num_inference_steps, strength)
         self.maybe_free_model_hooks()
@@ -141,11 +145,12 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     @torch.no_grad()
     def interpolate_images(
         self,
-        image: PipelineImageInput,
+        image: ImageInput,
         num_frames: int = 16,
         attributes: Attributes | None = None,
         num_inference_steps: int = 50,
         output_type: str = "pil",
+        input_range: InputRange | None = None,
     ) -> list[Any]:
         """Generate the frames of a film between images, by way of the noises that generate them; see `interpolate`.
 
@@ -155,8 +160,9 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
             attributes: The attributes that all of the images have, if any.
             num_inference_steps: Steps in each direction.
             output_type: See [`LatentDiTPipeline`].
+            input_range: See [`LatentDiTImg2ImgPipeline`].
         """
-        noises = self.invert(image, attributes, num_inference_steps)
+        noises = self.invert(image, attributes, num_inference_steps, input_range=input_range)
         # By the steps that the inversion reversed, or the images would not come back.
         with self._with_reversible_scheduler():
             return self.interpolate(

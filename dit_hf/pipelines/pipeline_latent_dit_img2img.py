@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
-from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from PIL import Image
 
 from .attributes import Attributes, attribute_rows
 from .guidance import GuidanceOptions
 from .pipeline_latent_dit import LatentDiTPipeline
+from .preprocessing import ImageInput, InputRange, read_images
 
 
 class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
@@ -28,7 +27,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
     def __call__(  # type: ignore[override]  # each of diffusers' pipelines has a call of its own
         self,
         attributes: Attributes | Sequence[Attributes] | None = None,
-        image: PipelineImageInput | None = None,
+        image: ImageInput | None = None,
         strength: float = 0.6,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
@@ -39,6 +38,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' spelling)
+        input_range: InputRange | None = None,
         **guidance_options: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple:
         r"""
@@ -47,10 +47,13 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         Args:
             attributes: The requested attributes, one dict for all images or a list with one for each; see
                 [`LatentDiTPipeline`] for this and all arguments that are not listed here.
-            image: One image or several, as PIL images, arrays or tensors. PIL images are cropped at the centre to
-                the model's aspect ratio; all are resized to its size. They are encoded as the posterior's mean.
+            image: One image or several, of any size and form: PIL images, arrays, tensors, paths; see
+                [`read_images`]. They are cropped at the centre to the model's aspect ratio, resized to its size, and
+                encoded as the posterior's mean.
             strength: The share of noise at the beginning: 0 runs no step and returns the VAE's reconstruction, 1
                 begins with noise alone.
+            input_range: The values of black and white in arrays and tensors, if they are not 0 and 255 in bytes or 0
+                and 1 in floats, e.g. `(-1, 1)`.
             num_images_per_prompt: Outputs for each image.
             num_inference_steps: Steps of a whole schedule, of which those below `strength` of the timesteps are run.
 
@@ -63,7 +66,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         # 1. Check inputs.
         self._check_image_inputs(image, strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
-        image_latents = self.encode_images(image)
+        image_latents = self.encode_images(image, input_range)
         rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
         guidance = self._prepare_guidance(
             rows,
@@ -93,13 +96,16 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         return self._output(latents, output_type, return_dict)
 
     @torch.no_grad()
-    def encode_images(self, image: PipelineImageInput) -> torch.Tensor:
+    def encode_images(self, image: ImageInput, input_range: InputRange | None = None) -> torch.Tensor:
         """Encode images of any size to the model's normalised latents, float32 [images, channels, height, width].
 
-        PIL images are cropped at the centre to the model's aspect ratio; all are resized to its size. If the VAE has a
-        posterior, its mean is taken.
+        They are cropped at the centre to the model's aspect ratio and resized to its size; see [`read_images`]. If the
+        VAE has a posterior, its mean is taken.
         """
-        pixels = self._preprocess(self.image_processor, image)
+        return self._encode_pixels(read_images(image, *self.resolution, input_range)[0])
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images between -1 and 1, [images, 3, height, width], as `encode_images`."""
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         latents = torch.cat([self._encode(part) for part in self._split_for_vae(pixels)])
         mean, std = self._statistics(latents.device)
@@ -113,15 +119,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             return encoded.latent_dist.mean
         return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
-    def _preprocess(self, processor: Any, image: PipelineImageInput) -> torch.Tensor:
-        """Return images at the model's size, [images, channels, height, width], as `processor` normalises them."""
-        height, width = self.resolution
-        first = image[0] if isinstance(image, list) else image
-        # `VaeImageProcessor` can crop PIL images only.
-        options = {"resize_mode": "crop"} if isinstance(first, Image.Image) else {}
-        return processor.preprocess(image, height, width, **options)
-
-    def _check_image_inputs(self, image: PipelineImageInput | None, strength: float) -> None:
+    def _check_image_inputs(self, image: ImageInput | None, strength: float) -> None:
         """Check the arguments of a call that concern its images.
 
         Raises:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -15,6 +14,7 @@ from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes
 from .guidance import GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
+from .preprocessing import ImageInput, InputRange, read_images, read_masks
 
 # The default of `jump_n_sample` for a scheduler that can go back.
 JUMP_N_SAMPLE = 4
@@ -33,8 +33,8 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
     def __call__(  # type: ignore[override]  # each of diffusers' pipelines has a call of its own
         self,
         attributes: Attributes | Sequence[Attributes] | None = None,
-        image: PipelineImageInput | None = None,
-        mask_image: PipelineImageInput | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
         strength: float = 1.0,
         jump_length: int = 1,
         jump_n_sample: int | None = None,
@@ -48,6 +48,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' spelling)
+        input_range: InputRange | None = None,
         **guidance_options: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple:
         r"""
@@ -57,8 +58,9 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             attributes: The requested attributes, one dict for all images or a list with one for each; see
                 [`LatentDiTPipeline`] for this and all arguments that are not listed here.
             image: One image or several; see [`LatentDiTImg2ImgPipeline`].
-            mask_image: One mask for all, or one for each image, cropped and resized like them: white is inpainted,
-                black is kept, grey blends.
+            mask_image: One mask for all, or one for each image, in the forms of images and of their aspect ratio,
+                cropped and resized like them: white (1 in floats, integers and bools) is inpainted, black is kept,
+                grey blends. See [`read_masks`].
             strength: The share of noise in the white part at the beginning; below 1 some of the image shows through.
             jump_length: Number of consecutive steps that are repeated together if `jump_n_sample` is above 1.
             jump_n_sample: How often each step is done, with noise added again before a repetition. It multiplies the
@@ -82,8 +84,9 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
 
         # 2. Encode the images, and bring masks and attributes to one for each output.
-        image_latents = self.encode_images(image)
-        mask = self._masks(mask_image, image_latents)  # [1 or images, 1, height, width] in pixels
+        pixels, sizes = read_images(image, *self.resolution, input_range)
+        mask = read_masks(mask_image, *self.resolution, sizes).to(self._execution_device)  # [1 or images, 1, H, W]
+        image_latents = self._encode_pixels(pixels)
         rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
         mask = mask.repeat_interleave(len(image_latents) // len(mask), dim=0)  # [outputs, 1, height, width]
         # The maximum: a latent is inpainted if any of its pixels is, because it decodes to all of them.
@@ -126,13 +129,13 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         # 5. Decode, and paste the original pixels back.
         if output_type == "latent" or not paste_back:
             return self._output(latents, output_type, return_dict)
-        pixels = self._paste_back(latents, image, mask, num_images_per_prompt)
+        pasted = self._paste_back(latents, pixels, mask, num_images_per_prompt)
         # They are between 0 and 1 already, which is all that denormalising would change.
-        images = self.image_processor.postprocess(pixels, output_type, do_denormalize=[False] * len(pixels))
+        images = self.image_processor.postprocess(pasted, output_type, do_denormalize=[False] * len(pasted))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_jumps(self, mask_image: PipelineImageInput | None, jump_length: int, jump_n_sample: int) -> None:
+    def _check_jumps(self, mask_image: ImageInput | None, jump_length: int, jump_n_sample: int) -> None:
         """Check the arguments of a call that only inpainting has.
 
         Raises:
@@ -146,21 +149,6 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             name = type(self.scheduler).__name__
             raise ValueError(f"jump_n_sample={jump_n_sample} needs a CosineLatentScheduler; {name} cannot go back")
 
-    def _masks(self, mask_image: PipelineImageInput, image_latents: torch.Tensor) -> torch.Tensor:
-        """Return masks between 0 and 1, float32 [1 or images, 1, height, width] in pixels.
-
-        Raises:
-            ValueError: if there are several masks, but not as many as images.
-        """
-        factor = self.image_processor.config.vae_scale_factor
-        processor = VaeImageProcessor(
-            vae_scale_factor=factor, resample="bilinear", do_normalize=False, do_convert_grayscale=True
-        )
-        mask = self._preprocess(processor, mask_image).to(image_latents.device, torch.float32).clamp(0, 1)
-        if len(mask) not in (1, len(image_latents)):
-            raise ValueError(f"{len(mask)} masks for {len(image_latents)} images")
-        return mask
-
     def _noise_to(
         self, level: int, image_latents: torch.Tensor, noise: torch.Tensor, schedule: torch.Tensor
     ) -> torch.Tensor:
@@ -170,20 +158,19 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         return self.scheduler.add_noise(image_latents, noise, schedule[level : level + 1].repeat(len(image_latents)))
 
     def _paste_back(
-        self, latents: torch.Tensor, image: PipelineImageInput, mask: torch.Tensor, num_images_per_prompt: int
+        self, latents: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, num_images_per_prompt: int
     ) -> torch.Tensor:
         """Decode latents, and return the original pixels where the mask is black; [outputs, 3, height, width], 0 to 1.
 
         Args:
             latents: [outputs, channels, height, width].
-            image: The images as they were passed.
+            pixels: The images between -1 and 1, [images, 3, height, width].
             mask: [outputs, 1, height, width] in pixels.
             num_images_per_prompt: Outputs for each image.
         """
         inpainted = self.decode_latents(latents, "pt").float()  # [outputs, 3, height, width], 0 to 1
-        pixels = self._preprocess(self.image_processor, image).to(latents.device, torch.float32)
         # One image for several rows of attributes is expanded first, as its latents were in `_match`.
-        pixels = (pixels / 2 + 0.5).expand(len(latents) // num_images_per_prompt, -1, -1, -1)
+        pixels = (pixels.to(latents.device) / 2 + 0.5).expand(len(latents) // num_images_per_prompt, -1, -1, -1)
         return mask * inpainted + (1 - mask) * pixels.repeat_interleave(num_images_per_prompt, dim=0)
 
     def _noise_again(

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..data.transforms import Geometry, decode_image
 from ..latents.reader import LatentReader
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -70,11 +67,6 @@ def read_inputs(settings: dict[str, Any], pipeline: LatentDiTPipeline) -> Inputs
     for requested in (rows, edits):
         pipeline.encode_attributes(requested)
     return Inputs(images, masks, rows, edits, count)
-
-
-def open_image(path: Path, background: str = "white") -> Image.Image:
-    """Open an image as for a latent cache: upright, transparency on white; for a mask of strokes it is on black."""
-    return decode_image({"id": str(path), "image": {"path": str(path)}}, Geometry(None, "none", background))
 
 
 def _read_rows(

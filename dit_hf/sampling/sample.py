@@ -23,7 +23,7 @@ from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..runs import load_pipeline
 from ..storage import disk_errors
 from .generate import generate_images, generators, model_sha256, to_uint8
-from .inputs import Inputs, Rows, open_image, read_inputs
+from .inputs import Inputs, Rows, read_inputs
 from .writer import GRID, Series, write_series
 
 Mode = Literal["generate", "img2img", "inpaint", "interpolate", "edit"]
@@ -232,8 +232,15 @@ def _call_options(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> dict
     # 1. `--options` takes all arguments of the call, except those that have an option or are decided here.
     names = ("strength", "edit_strength", "num_inference_steps", "guidance_scale", "eta")
     managed = {"self", "image", "mask_image", "attributes", "edit", "generator", "latents", "batch_size", *names}
-    managed |= {"num_images_per_prompt", "output_type", "return_dict", "guidance_options", "guidance_transformer"}
-    managed |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+    managed |= {
+        "input_range",
+        "num_images_per_prompt",
+        "output_type",
+        "return_dict",
+        "guidance_options",
+        "guidance_transformer",
+    }
+    managed |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "input_range"}
     arguments = inspect.signature(type(pipeline).__call__).parameters
     valid = (arguments.keys() | GuidanceOptions.__annotations__) - managed
     options = settings.get("options", {})
@@ -288,9 +295,6 @@ def _edited_images(pipeline: LatentDiTPipeline, inputs: Inputs, seed: int, call:
 
     def generate(images: range) -> np.ndarray:
         chosen: dict[str, list] = {name: [values[i % len(values)] for i in images] for name, values in lists.items()}
-        chosen["image"] = [open_image(path) for path in chosen["image"]]
-        if "mask_image" in chosen:
-            chosen["mask_image"] = [open_image(path, "black").convert("L") for path in chosen["mask_image"]]
         # An edit samples no noise, and its call takes no generator.
         if not isinstance(pipeline, LatentDiTEditPipeline):
             chosen["generator"] = generators(seed, images)
@@ -337,8 +341,7 @@ def _film(
     def stops(part: range) -> torch.Tensor:
         if not paths:
             return pipeline.sample_noise(len(part), generators(seed, part))
-        images = [open_image(paths[i]) for i in part]
-        return inverting.invert(images, attributes, call["num_inference_steps"])
+        return inverting.invert([paths[i] for i in part], attributes, call["num_inference_steps"])
 
     # 3. The noises of all frames, once a process, and only when the first frame is generated: an inversion takes time
     #    that a finished series does not need.
