@@ -11,15 +11,17 @@ AttributeValue = bool | int | str | None
 Attributes = Mapping[str, AttributeValue]
 
 
-def check_attributes(attributes: Attributes | Sequence[Attributes] | None, batch_size: int) -> None:
-    """Check that `attributes` is None, a dict or a list of dicts that fits `batch_size`.
+def check_attributes(
+    attributes: Attributes | Sequence[Attributes] | None, batch_size: int, name: str = "attributes"
+) -> None:
+    """Check that `attributes`, the argument of this name, is None, a dict or a list of dicts that fits `batch_size`.
 
     Raises:
         ValueError: for another type, a `batch_size` that differs from the number of rows, or no image at all.
     """
     rows = [attributes] if attributes is None or isinstance(attributes, Mapping) else attributes
     if not isinstance(rows, list | tuple) or not all(row is None or isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"expected a dict like {{'Smiling': True}} or a list of dicts, got attributes={attributes!r}")
+        raise ValueError(f"expected a dict like {{'Smiling': True}} or a list of dicts, got {name}={attributes!r}")
     if isinstance(attributes, Sequence) and batch_size not in (1, len(attributes)):
         raise ValueError(f"batch_size={batch_size}, but attributes has {len(attributes)} rows; leave one out")
     if batch_size < 1 or (attributes is not None and len(rows) == 0):

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
-from .attributes import Attributes, attribute_rows
+from .attributes import Attributes, attribute_rows, check_attributes
 
 
 class GuidanceOptions(TypedDict, total=False):
@@ -41,37 +41,33 @@ class GuidanceOptions(TypedDict, total=False):
 
 @dataclass
 class Guidance:
-    """The predictions of a step and their weights, which add up to 1.
+    """The conditions that the steps of a call predict; their weights depend on the guidance scale of each step.
 
     Args:
         condition_ids: The requested conditions, int64 [batch, conditions].
-        weight: Weight of their prediction inside the interval; outside of it there is no other.
-        others: Condition ids and weight of each further prediction.
+        negative_ids: Those that guidance steers away from; None if there is nothing to steer by.
+        weighted: For each of `attribute_weights` the condition ids without that attribute, and its weight.
         outside_ids: Condition ids that are predicted outside the interval; None is `condition_ids`.
-        transformer: The model that makes the first prediction of `others`; None is the pipeline's own.
+        transformer: The model that predicts for `negative_ids`; None is the pipeline's own.
         rescale: See `guidance_rescale` of [`GuidanceOptions`].
         start: See `guidance_start`.
         end: See `guidance_end`.
+        edit_strength: Multiplies the guidance scale of an edit, which may then have any value; None if it is no edit,
+            where a scale of 1 or less turns guidance off, as in all of diffusers.
     """
 
     condition_ids: torch.Tensor
-    weight: float = 1.0
-    others: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    negative_ids: torch.Tensor | None = None
+    weighted: list[tuple[torch.Tensor, float]] = field(default_factory=list)
     outside_ids: torch.Tensor | None = None
     transformer: LatentDiTTransformer2DModel | None = None
     rescale: float = 0.0
     start: float = 0.0
     end: float = 1.0
-
-    def at(self, progress: float) -> tuple[torch.Tensor, list[tuple[torch.Tensor, float]]]:
-        """Return the condition ids and the further predictions of a step that begins at `progress`, 0 to 1."""
-        # The margin absorbs the rounding of `progress`; with an end of 1 no step is outside.
-        if self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1):
-            return self.condition_ids, self.others
-        return self.condition_ids if self.outside_ids is None else self.outside_ids, []
+    edit_strength: float | None = None
 
     def predict(
-        self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, progress: float
+        self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, progress: float, scale: float
     ) -> torch.Tensor:
         """Return the prediction of a step after guidance, the shape and precision of `model_input`.
 
@@ -80,30 +76,38 @@ class Guidance:
             model_input: Noisy latents, [batch, channels, height, width].
             timestep: The one of the step, a 0-d tensor.
             progress: Where the step begins between noise (0) and image (1).
+            scale: The guidance scale of the step.
         """
-        # 1. All predictions of the pipeline's own model in one batch.
-        requested_ids, others = self.at(progress)
-        own = others if self.transformer is None else others[1:]
-        outputs = _run(transformer, model_input, timestep, [*(ids for ids, _ in own), requested_ids])
-        if not others:
-            return outputs[0]
+        # 1. Outside the interval there is one prediction. The margin absorbs the rounding of `progress`; with an end
+        #    of 1 no step is outside.
+        if not self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1):
+            ids = self.condition_ids if self.outside_ids is None else self.outside_ids
+            return _run(transformer, model_input, timestep, [ids])[0]
+
+        # 2. What else is predicted, and with what weight. All weights add up to 1.
+        scale = max(scale, 1.0) if self.edit_strength is None else self.edit_strength * scale
+        others = [(ids, -scale * (weight - 1)) for ids, weight in self.weighted]
+        weight = 1.0 - sum(weight for _, weight in others)
+        weaker = None
+        if self.negative_ids is not None and scale != 1:
+            others.insert(0, (self.negative_ids, 1 - scale))
+            weight += scale - 1
+            weaker = self.transformer
+
+        # 3. All predictions of the pipeline's own model in one batch, and before them that of the weaker model.
+        own = others if weaker is None else others[1:]
+        outputs = _run(transformer, model_input, timestep, [*(ids for ids, _ in own), self.condition_ids])
         requested = outputs.pop()
+        if not others:
+            return requested
+        if weaker is not None:
+            outputs = _run(weaker, model_input, timestep, [others[0][0]]) + outputs
 
-        # 2. The prediction of the weaker model, which is the first of `others`.
-        if len(own) < len(others):
-            outputs = _run(self.transformer, model_input, timestep, [others[0][0]]) + outputs
-        return self.combine(outputs, requested)
-
-    def combine(self, others: list[torch.Tensor], requested: torch.Tensor) -> torch.Tensor:
-        """Return the guided prediction, the weighted sum of those for `others` and for the requested conditions.
-
-        All are [batch, channels, height, width].
-        """
-        # As differences from the first, which is how classifier-free guidance is written and rounds less than a sum.
-        base = others[0]
-        guided = base + self.weight * (requested - base)
-        for output, (_, weight) in zip(others[1:], self.others[1:], strict=True):
-            guided = guided + weight * (output - base)
+        # 4. The weighted sum, as differences from the first: classifier-free guidance is written so, and rounds less.
+        base = outputs[0]
+        guided = base + weight * (requested - base)
+        for output, (_, other_weight) in zip(outputs[1:], others[1:], strict=True):
+            guided = guided + other_weight * (output - base)
         if not self.rescale:
             return guided
         # https://arxiv.org/abs/2305.08891, equations 15 and 16.
@@ -115,7 +119,6 @@ def build_guidance(
     encode: Callable[[Sequence[Attributes]], torch.Tensor],
     rows: Sequence[Attributes],
     conditional: bool,
-    guidance_scale: float,
     num_images_per_row: int = 1,
     negative_attributes: Attributes | Sequence[Attributes] | None = None,
     attribute_weights: Mapping[str, float] | None = None,
@@ -124,13 +127,12 @@ def build_guidance(
     guidance_end: float = 1.0,
     guidance_transformer: LatentDiTTransformer2DModel | None = None,
 ) -> Guidance:
-    """Return the predictions of every step of a call and their weights.
+    """Return what the steps of a call predict.
 
     Args:
         encode: Rows of attributes to condition ids on the device.
         rows: The requested attributes, one row an image; images of the same row of the call follow each other.
         conditional: False if the call requests no attributes.
-        guidance_scale: 1 is none.
         num_images_per_row: Images for each row of the call.
         negative_attributes: This and the following arguments are [`GuidanceOptions`].
 
@@ -140,32 +142,43 @@ def build_guidance(
     for name, value in (("rescale", guidance_rescale), ("start", guidance_start), ("end", guidance_end)):
         if not 0 <= value <= 1:
             raise ValueError(f"guidance_{name}={value} must be between 0 and 1")
+    check_attribute_weights(attribute_weights)
     requested = encode(rows)
     guidance = Guidance(requested, rescale=guidance_rescale, start=guidance_start, end=guidance_end)
 
-    # 1. Steer away from the negative attributes (none by default), or from the prediction of a weaker model. That must
-    #    be the first of the others: `predict` makes the first one with the weaker model.
+    # 1. Steer away from the negative attributes (none by default), or from the prediction of a weaker model.
     steerable = requested.shape[1] > 0 and (conditional or negative_attributes is not None)
-    if guidance_scale != 1 and (guidance_transformer is not None or steerable):
-        negative_rows = attribute_rows(negative_attributes, len(rows) // num_images_per_row, num_images_per_row)
+    if guidance_transformer is not None or steerable:
+        count = len(rows) // num_images_per_row
+        check_attributes(negative_attributes, 1, "negative_attributes")
+        negative_rows = attribute_rows(negative_attributes, count, num_images_per_row)
         # A weaker model predicts for the requested attributes, unless there are negative ones.
         if negative_attributes is None and guidance_transformer is not None:
             negative_rows = list(rows)
         if len(negative_rows) != len(rows):
             raise ValueError(f"{len(negative_rows)} rows of negative_attributes for {len(rows)} images")
-        guidance.weight = guidance_scale
+        guidance.negative_ids = encode(negative_rows)
         guidance.transformer = guidance_transformer
-        guidance.others.append((encode(negative_rows), 1 - guidance_scale))
 
     # 2. Scale the difference that each weighted attribute makes: predict once more without it.
     for name, weight in (attribute_weights or {}).items():
         without = [{key: value for key, value in row.items() if key != name} for row in rows]
         if without == list(rows):
             raise ValueError(f"attribute_weights has {name!r}, which is requested for no image")
-        extra = guidance_scale * (weight - 1)
-        guidance.weight += extra
-        guidance.others.append((encode(without), -extra))
+        guidance.weighted.append((encode(without), weight))
     return guidance
+
+
+def check_attribute_weights(attribute_weights: Mapping[str, float] | None) -> None:
+    """Check that `attribute_weights` is None or a dict of numbers.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    weights = {} if attribute_weights is None else attribute_weights
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, int | float) for weight in weights.values()):
+        expected = "expected a dict of numbers like {'Smiling': 2.0}"
+        raise ValueError(f"{expected}, got attribute_weights={attribute_weights!r}")
 
 
 def _run(

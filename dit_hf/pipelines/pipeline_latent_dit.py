@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
+from ..schedulers.accuracy import check_num_inference_steps
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes, attribute_rows, check_attributes, condition_ids
+from .exclusive import exclusive
 from .guidance import Guidance, GuidanceOptions, build_guidance
 from .interpolation import interpolate_noises
 from .standalone import standalone_source
+
+logger = logging.getLogger(__name__)
 
 # Pixels that go through the VAE at a time. It needs far more memory for an image than the transformer does.
 VAE_PIXELS = 16 * 256 * 256
@@ -44,12 +49,14 @@ class LatentDiTPipeline(DiffusionPipeline):
             entry take booleans and numbers.
     """
 
-    # DiffusionPipeline of diffusers 0.42.1 reads the first three names; callbacks set `_interrupt`.
+    # DiffusionPipeline of diffusers 0.42.1 reads the first three names; callbacks set the last two.
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
     _current_timestep: torch.Tensor | None = None
+    _num_timesteps = 0
     _interrupt = False
+    _guidance_scale: float
     scheduler: SchedulerMixin
 
     def __init__(
@@ -65,7 +72,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         super().__init__()
         # 1. The components, and the statistics by which latents are normalised.
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        channels = transformer.config.in_channels
+        # A part may be set after loading: then the statistics have been saved with the pipeline.
+        channels = len(latents_mean or []) if transformer is None else transformer.config.in_channels
         if latents_mean is None:
             latents_mean = [getattr(getattr(vae, "config", None), "shift_factor", None) or 0.0] * channels
         if latents_std is None:
@@ -80,6 +88,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             condition_labels=condition_labels or {},
         )
+        self._guidance_scale = guidance_scale
 
         # 3. The image processor: every block of the VAE but the last halves the side.
         config = getattr(vae, "config", {})
@@ -88,6 +97,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             vae_scale_factor=2 ** (len(blocks) - 1), resample="bicubic", do_convert_rgb=True
         )
 
+    @exclusive
     @torch.no_grad()
     def __call__(
         self,
@@ -114,8 +124,9 @@ class LatentDiTPipeline(DiffusionPipeline):
             batch_size: Number of images if `attributes` is None or one dict.
             num_images_per_prompt: Images for each row of attributes.
             num_inference_steps: Denoising steps.
-            guidance_scale: Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598), 1 is none; None is
-                the value in the pipeline's config. It has no effect on unconditional images.
+            guidance_scale: Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598), 1 or less is none;
+                None is the value in the pipeline's config. It has no effect on unconditional images. A callback may
+                change it for the steps that follow: `pipeline._guidance_scale = 0.0` turns guidance off.
             eta: 0 is deterministic, 1 as noisy as DDPM; schedulers without it ignore it.
             generator: Samples the initial noise and that of `eta`; a list has one for each image.
             latents: The initial noise itself, [images, channels, height, width], unit variance; sets the size too.
@@ -134,6 +145,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         # 1. Check inputs.
         self._check_inputs(attributes, batch_size, output_type, callback_on_step_end_tensor_inputs)
+        check_num_inference_steps(self.scheduler, num_inference_steps)
         rows = attribute_rows(attributes, batch_size, num_images_per_prompt)
         guidance = self._prepare_guidance(
             rows,
@@ -144,15 +156,14 @@ class LatentDiTPipeline(DiffusionPipeline):
         )
 
         # 2. Prepare noise and timesteps. Euler's `init_noise_sigma` is known only after `set_timesteps`.
-        device = self._execution_device
-        latents = self._prepare_latents(len(rows), generator, latents, device)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = self._prepare_latents(len(rows), generator, latents, self._execution_device)
+        timesteps = self._set_timesteps(num_inference_steps)
         latents = latents * self.scheduler.init_noise_sigma
 
         # 3. Denoise.
         latents = self._denoise(
             latents,
-            self.scheduler.timesteps,
+            timesteps,
             guidance,
             eta=eta,
             generator=generator,
@@ -164,8 +175,18 @@ class LatentDiTPipeline(DiffusionPipeline):
         return self._output(latents, output_type, return_dict)
 
     @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current step, or of the last one; a callback sets `pipeline._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """True if guidance is on, at the scale of the current step."""
+        return self._guidance_scale > 1
+
+    @property
     def num_timesteps(self) -> int:
-        """Number of steps of the last call."""
+        """Number of steps of the current call, or of the last one; 0 before."""
         return self._num_timesteps
 
     @property
@@ -299,7 +320,9 @@ class LatentDiTPipeline(DiffusionPipeline):
         code = standalone_source(
             LatentDiTTransformer2DModel,
             CosineLatentScheduler,
+            check_num_inference_steps,
             condition_ids,
+            exclusive,
             Guidance,
             interpolate_noises,
             standalone_source,
@@ -330,6 +353,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: naming the argument and what is expected.
         """
+        if self.transformer is None:
+            raise ValueError("this pipeline has no transformer: set pipe.transformer")
         check_attributes(attributes, batch_size)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"expected output_type pil, np, pt or latent, got {output_type!r}")
@@ -363,6 +388,29 @@ class LatentDiTPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for {shape[0]} images")
         return randn_tensor(tuple(shape), generator, device=self._execution_device, dtype=torch.float32)
 
+    def _set_timesteps(self, num_inference_steps: int, strength: float = 1.0) -> torch.Tensor:
+        """Return the timesteps up to `strength` of the noise levels, and have the scheduler begin there.
+
+        They are chosen by level and not by number, because not every scheduler spaces its steps evenly. Above a
+        strength of 0 the last step is run in any case, and reported if it begins at more noise than that.
+        """
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        order = self.scheduler.order  # timesteps a step: Heun has 2
+        begins = self.scheduler.timesteps[::order] + 1  # the levels at which steps begin
+        total = self.scheduler.config.num_train_timesteps
+        # Skip the steps that begin above that level; half a timestep is left for rounding.
+        first = int((begins > strength * total + 0.5).sum())
+        if first == len(begins) and strength > 0:
+            first -= 1
+            logger.warning(
+                f"strength={strength} is less than a step of num_inference_steps={num_inference_steps}: the last one "
+                f"is run, from a strength of {begins[-1].item() / total:.2g}; more steps come nearer"
+            )
+        # Stock schedulers count their steps and must be told where to begin; ours looks each one up.
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(order * first)
+        return self.scheduler.timesteps[order * first :]
+
     def _prepare_guidance(
         self,
         rows: Sequence[Attributes],
@@ -371,13 +419,20 @@ class LatentDiTPipeline(DiffusionPipeline):
         num_images_per_row: int = 1,
         **options: Unpack[GuidanceOptions],
     ) -> Guidance:
-        """Return the predictions of every step; see [`build_guidance`]. A `guidance_scale` of None is the config's."""
+        """Set the guidance scale (None is the config's), and return what the steps predict; see [`build_guidance`].
+
+        Raises:
+            ValueError: for a scale that is not a number of at least 0, and as `build_guidance`.
+        """
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale={scale!r} must be a number of at least 0; 1 or less is no guidance")
+        self._guidance_scale = float(scale)
 
         def encode(rows: Sequence[Attributes]) -> torch.Tensor:
             return self.encode_attributes(rows).to(self._execution_device)
 
-        return build_guidance(encode, rows, conditional, scale, num_images_per_row, **options)
+        return build_guidance(encode, rows, conditional, num_images_per_row, **options)
 
     def _denoise(
         self,
@@ -415,7 +470,8 @@ class LatentDiTPipeline(DiffusionPipeline):
                     break
                 self._current_timestep = t
                 model_input = self.scheduler.scale_model_input(latents, t)
-                model_output = guidance.predict(self.transformer, model_input, t, progress[i])
+                scale = self._guidance_scale  # of this step: the last callback may have changed it
+                model_output = guidance.predict(self.transformer, model_input, t, progress[i], scale)
                 latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
                 # Before the callback, which is documented to see the latents that the next step starts from.
                 if after_step is not None:

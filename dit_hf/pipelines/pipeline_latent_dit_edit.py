@@ -10,9 +10,12 @@ from typing import Any, Unpack
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ..schedulers.accuracy import check_num_inference_steps
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes
-from .guidance import GuidanceOptions
+from .exclusive import exclusive
+from .guidance import Guidance, GuidanceOptions
+from .pipeline_latent_dit import LatentDiTPipeline
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .preprocessing import ImageInput, InputRange
 
@@ -32,6 +35,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
     `LatentDiTEditPipeline.from_pipe(pipe)` or `from_pretrained`.
     """
 
+    @exclusive
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # each of diffusers' pipelines has a call of its own
         self,
@@ -75,6 +79,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         # 1. Check inputs.
         self._check_image_inputs(image, strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
+        check_num_inference_steps(self.reversible_scheduler(), num_inference_steps)
         if not edit:
             raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
 
@@ -87,16 +92,15 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
 
         # 3. Guide away from the image's own attributes. Outside the interval of guidance these are predicted too:
         #    the image stays as it is.
-        scale = edit_strength * (self.config.guidance_scale if guidance_scale is None else guidance_scale)
         guidance_options.setdefault("negative_attributes", rows)
-        guidance = self._prepare_guidance(edited, conditional=True, guidance_scale=scale, **guidance_options)
+        guidance = self._prepare_guidance(edited, conditional=True, guidance_scale=guidance_scale, **guidance_options)
+        guidance.edit_strength = edit_strength
         guidance.outside_ids = self.encode_attributes(rows).to(self._execution_device)
 
         # 4. Invert to noise, and denoise.
         with self._with_reversible_scheduler():
-            latents = self._invert(image_latents, rows, num_inference_steps, strength)
-            # Sets the scheduler to its beginning again, after the inversion went through the same timesteps.
-            timesteps = self._last_timesteps(num_inference_steps, strength)
+            timesteps = self._set_timesteps(num_inference_steps, strength)
+            latents = self._invert(image_latents, rows, timesteps)
             latents = self._denoise(
                 latents,
                 timesteps,
@@ -110,6 +114,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         # 5. Decode.
         return self._output(latents, output_type, return_dict)
 
+    @exclusive
     @torch.no_grad()
     def invert(
         self,
@@ -138,7 +143,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         self._check_image_inputs(image, strength)
         rows, image_latents = self._match(attributes, self.encode_images(image, input_range), 1)
         with self._with_reversible_scheduler():
-            latents = self._invert(image_latents, rows, num_inference_steps, strength)
+            latents = self._invert(image_latents, rows, self._set_timesteps(num_inference_steps, strength))
         self.maybe_free_model_hooks()
         return latents
 
@@ -164,15 +169,18 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         """
         noises = self.invert(image, attributes, num_inference_steps, input_range=input_range)
         # By the steps that the inversion reversed, or the images would not come back.
-        with self._with_reversible_scheduler():
-            return self.interpolate(
-                num_frames,
-                noises,
-                attributes=attributes,
-                guidance_scale=1.0,
-                num_inference_steps=num_inference_steps,
-                output_type=output_type,
-            )
+        reversing = LatentDiTPipeline(**{**self.components, "scheduler": self.reversible_scheduler()})
+        reversing.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        frames = reversing.interpolate(
+            num_frames,
+            noises,
+            attributes=attributes,
+            guidance_scale=1.0,
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+        )
+        self.maybe_free_model_hooks()
+        return frames
 
     def reversible_scheduler(self) -> CosineLatentScheduler:
         """Return DDIM on the noise levels of the pipeline's scheduler, of whatever class that is."""
@@ -180,21 +188,19 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         prediction_type = self.scheduler.config.prediction_type
         return CosineLatentScheduler(len(betas), prediction_type=prediction_type, trained_betas=betas, multistep=False)
 
-    def _invert(
-        self, image_latents: torch.Tensor, rows: list[Attributes], num_inference_steps: int, strength: float
-    ) -> torch.Tensor:
-        """Return `image_latents` noised up the schedule, each step the reverse of a step of sampling.
+    def _invert(self, image_latents: torch.Tensor, rows: list[Attributes], timesteps: torch.Tensor) -> torch.Tensor:
+        """Return `image_latents` noised up `timesteps`, each step the reverse of a step of sampling.
 
         It predicts without guidance, which makes an inversion inaccurate.
         """
-        guidance = self._prepare_guidance(rows, conditional=False, guidance_scale=1.0)
+        guidance = Guidance(self.encode_attributes(rows).to(self._execution_device))
         latents = image_latents
         self._reset_caches(guidance)
-        for timestep in self._last_timesteps(num_inference_steps, strength).flip(0):
+        for timestep in timesteps.flip(0):
             lower = latents
             # A fixed-point iteration: the prediction belongs at the noisier sample, which it is needed to find.
             for _ in range(REVERSE_ITERATIONS):
-                output = guidance.predict(self.transformer, latents, timestep, progress=0.0)
+                output = guidance.predict(self.transformer, latents, timestep, progress=0.0, scale=1.0)
                 latents = self.scheduler.reverse_step(output, timestep, latents, lower)
         return latents
 

@@ -9,7 +9,9 @@ from typing import Any, Unpack
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ..schedulers.accuracy import check_num_inference_steps
 from .attributes import Attributes, attribute_rows
+from .exclusive import exclusive
 from .guidance import GuidanceOptions
 from .pipeline_latent_dit import LatentDiTPipeline
 from .preprocessing import ImageInput, InputRange, read_images
@@ -23,6 +25,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
     `LatentDiTImg2ImgPipeline.from_pipe(pipe)` or `from_pretrained`.
     """
 
+    @exclusive
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # each of diffusers' pipelines has a call of its own
         self,
@@ -55,7 +58,8 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             input_range: The values of black and white in arrays and tensors, if they are not 0 and 255 in bytes or 0
                 and 1 in floats, e.g. `(-1, 1)`.
             num_images_per_prompt: Outputs for each image.
-            num_inference_steps: Steps of a whole schedule, of which those below `strength` of the timesteps are run.
+            num_inference_steps: Steps of a whole schedule, of which those below `strength` of the timesteps are
+                run, at least one.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -66,6 +70,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         # 1. Check inputs.
         self._check_image_inputs(image, strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
+        check_num_inference_steps(self.scheduler, num_inference_steps)
         image_latents = self.encode_images(image, input_range)
         rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
         guidance = self._prepare_guidance(
@@ -77,7 +82,7 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
         )
 
         # 2. Noise the images to the level of `strength`, and keep the timesteps from there.
-        timesteps = self._last_timesteps(num_inference_steps, strength)
+        timesteps = self._set_timesteps(num_inference_steps, strength)
         noise = self._noise(image_latents.shape, generator)
         latents = self._add_noise(image_latents, noise, timesteps, strength)
 
@@ -149,21 +154,6 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             raise ValueError(f"{len(rows)} rows of attributes for {len(image_latents)} images")
         rows = attribute_rows(rows * count if len(rows) == 1 else rows, 1, num_images_per_row)
         return rows, image_latents.expand(count, -1, -1, -1).repeat_interleave(num_images_per_row, dim=0)
-
-    def _last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
-        """Return the timesteps up to `strength` of the noise levels, and have the scheduler begin there.
-
-        They are chosen by level and not by number, because not every scheduler spaces its steps evenly.
-        """
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        order = self.scheduler.order  # timesteps a step: Heun has 2
-        highest = strength * self.scheduler.config.num_train_timesteps
-        # Skip the steps that begin above that level; half a timestep is left for rounding.
-        first = order * int((self.scheduler.timesteps[::order] + 1 > highest + 0.5).sum())
-        # Stock schedulers count their steps and must be told where to begin; ours looks each one up.
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        return self.scheduler.timesteps[first:]
 
     def _add_noise(
         self, image_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, strength: float

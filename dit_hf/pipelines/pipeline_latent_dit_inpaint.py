@@ -10,8 +10,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..schedulers.accuracy import check_num_inference_steps
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes
+from .exclusive import exclusive
 from .guidance import GuidanceOptions
 from .pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .preprocessing import ImageInput, InputRange, read_images, read_masks
@@ -29,6 +31,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
     `LatentDiTInpaintPipeline.from_pipe(pipe)` or `from_pretrained`.
     """
 
+    @exclusive
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # each of diffusers' pipelines has a call of its own
         self,
@@ -82,6 +85,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             jump_n_sample = JUMP_N_SAMPLE if isinstance(self.scheduler, CosineLatentScheduler) else 1
         self._check_jumps(mask_image, jump_length, jump_n_sample)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
+        check_num_inference_steps(self.scheduler, num_inference_steps)
 
         # 2. Encode the images, and bring masks and attributes to one for each output.
         pixels, sizes = read_images(image, *self.resolution, input_range)
@@ -100,7 +104,7 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         )
 
         # 3. Noise the images to the level of `strength`, and order the steps from there, repetitions included.
-        schedule = self._last_timesteps(num_inference_steps, strength)
+        schedule = self._set_timesteps(num_inference_steps, strength)
         noise = self._noise(image_latents.shape, generator)
         latents = self._add_noise(image_latents, noise, schedule, strength)
         order = _step_order(len(schedule), jump_length, jump_n_sample)
@@ -143,8 +147,10 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
         """
         if mask_image is None:
             raise ValueError("a mask is needed: `mask_image=` is white where the image is to be inpainted")
-        if jump_length < 1 or jump_n_sample < 1:
-            raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be at least 1")
+        if not all(isinstance(number, int) and number >= 1 for number in (jump_length, jump_n_sample)):
+            raise ValueError(
+                f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be whole numbers above 0"
+            )
         if jump_n_sample > 1 and not isinstance(self.scheduler, CosineLatentScheduler):
             name = type(self.scheduler).__name__
             raise ValueError(f"jump_n_sample={jump_n_sample} needs a CosineLatentScheduler; {name} cannot go back")

@@ -127,8 +127,8 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if `num_inference_steps` is not between 1 and T.
         """
         total = self.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= total:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be between 1 and {total}")
+        if not 1 <= num_inference_steps <= total or num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be a whole number between 1 and {total}")
         self.num_inference_steps = num_inference_steps
 
         # 1. The timesteps, computed in float64 and rounded once.

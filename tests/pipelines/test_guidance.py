@@ -120,6 +120,9 @@ def test_autoguidance_steers_away_from_a_weaker_model():
         ({"guidance_start": -0.1}, "guidance_start=-0.1"),
         ({"negative_attributes": {"Tall": True}}, "'Tall' is unknown"),
         ({"negative_attributes": [{}, {}]}, "2 rows of negative_attributes for 1 images"),
+        ({"negative_attributes": 3}, "expected a dict like .* got negative_attributes=3"),
+        ({"attribute_weights": ["Smiling"]}, "expected a dict of numbers"),
+        ({"attribute_weights": {"Smiling": "x"}}, "expected a dict of numbers"),
         ({"attribute_weights": {"class": 2.0}}, "'class', which is requested for no image"),
     ],
 )
@@ -132,3 +135,64 @@ def test_guidance_has_no_effect_on_unconditional_images():
     pipeline = tiny_pipeline()
     assert np.array_equal(run(pipeline, guidance_scale=1.0), run(pipeline, guidance_scale=7.0))
     np.testing.assert_allclose(run(pipeline, {}, guidance_scale=7.0), run(pipeline), atol=1e-5)
+
+
+# Dynamic guidance, as diffusers documents it.
+
+
+def test_a_callback_turns_guidance_off_for_the_remaining_steps():
+    pipeline, seen, batches = tiny_pipeline(), [], []
+    pipeline.transformer.register_forward_pre_hook(lambda _module, args: batches.append(len(args[0])))
+
+    def callback_dynamic_cfg(pipe, step_index, timestep, callback_kwargs):
+        seen.append((pipe.guidance_scale, pipe.do_classifier_free_guidance))
+        if step_index == int(pipe.num_timesteps * 0.4):
+            pipe._guidance_scale = 0.0
+        return callback_kwargs
+
+    row = {"Smiling": True}
+    out = run(pipeline, row, num_inference_steps=5, guidance_scale=3.0, callback_on_step_end=callback_dynamic_cfg)
+    assert seen == [(3.0, True)] * 3 + [(0.0, False)] * 2
+    assert batches == [2, 2, 2, 1, 1]
+    expected = run(pipeline, row, num_inference_steps=5, guidance_scale=3.0, guidance_end=0.6)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    # The next call has its own scale again.
+    assert not np.array_equal(run(pipeline, row, num_inference_steps=5), expected)
+    assert pipeline.guidance_scale == 2.0
+
+
+def test_a_callback_changes_the_scale_and_turns_guidance_on():
+    pipeline, latents = tiny_pipeline(), torch.randn(1, 4, 8, 8)
+    row = {"Smiling": True, "class": "owl"}
+
+    def change(pipe, step, _timestep, tensors):
+        pipe._guidance_scale = 4.0
+        # From the initial noise again, so that the second step alone decides.
+        return {"latents": latents} if step == 0 else tensors
+
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    out = run(pipeline, row, callback_on_step_end=change, **options)
+    t = torch.tensor([249.0])
+    with torch.no_grad():
+        free, requested = (pipeline.transformer(latents, t, torch.tensor([ids])).sample for ids in ([2, 3], [1, 2]))
+    expected = pipeline.scheduler.predict_original_sample(free + 4.0 * (requested - free), t, latents)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_a_scale_of_1_or_less_is_no_guidance(scale):
+    pipeline = tiny_pipeline()
+    requested = run(pipeline, {"Smiling": True}, guidance_start=1.0)
+    assert np.array_equal(run(pipeline, {"Smiling": True}, guidance_scale=scale), requested)
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf"), "3"])
+def test_scales_that_are_none_are_refused(scale):
+    with pytest.raises(ValueError, match=r"guidance_scale=.* must be a number of at least 0"):
+        run(tiny_pipeline(), {"Smiling": True}, guidance_scale=scale)
+
+
+def test_the_state_of_a_call_can_be_read_before_the_first_one():
+    pipeline = tiny_pipeline(guidance_scale=3.0)
+    assert (pipeline.guidance_scale, pipeline.do_classifier_free_guidance) == (3.0, True)
+    assert (pipeline.num_timesteps, pipeline.interrupt) == (0, False)

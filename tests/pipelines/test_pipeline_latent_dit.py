@@ -123,6 +123,27 @@ def test_vae_can_be_given_at_loading(tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path, vae=None).vae is None
 
 
+def test_parts_can_be_set_after_loading(tmp_path):
+    expected = run(tiny_pipeline(), {"class": "cat"})
+    tiny_pipeline().save_pretrained(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, transformer=None)
+    with pytest.raises(ValueError, match=r"no transformer: set pipe\.transformer"):
+        run(pipeline)
+    pipeline.transformer = tiny_pipeline().transformer
+    pipeline.set_progress_bar_config(disable=True)
+    assert np.array_equal(run(pipeline, {"class": "cat"}), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}])
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_stock_schedulers_begin_at_the_first_step(kind, settings):
+    """With Karras sigmas timesteps repeat, so that a step cannot be looked up by its timestep."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
+    assert np.isfinite(run(pipeline, num_inference_steps=25)).all()
+    assert pipeline.scheduler.begin_index == 0
+
+
 @pytest.mark.parametrize("scheduler", [CosineLatentScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_half_precision_generates_the_same_images(scheduler):
     """Only the model has half precision, not latents and steps: errors do not add up over many steps."""

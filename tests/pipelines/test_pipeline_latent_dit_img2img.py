@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from PIL import Image
 
 from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTPipeline
 from dit_hf.data.avatars import choose_face, render_face
+from dit_hf.sampling.sample import SCHEDULERS
 
 STOCK = [
     DDIMScheduler,
@@ -116,7 +119,7 @@ def test_a_vae_without_a_posterior_encodes_too(pipeline):
 
 @pytest.mark.parametrize("scheduler", STOCK)
 def test_any_scheduler_begins_at_the_level_of_the_strength(pipeline, scheduler):
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **SCHEDULERS[scheduler.__name__])
     options = {"image": face(), "num_inference_steps": 10}
     first = []
     begins = {"callback_on_step_end": lambda _pipe, step, timestep, _tensors: first.append(timestep + 1) or {}}
@@ -127,6 +130,22 @@ def test_any_scheduler_begins_at_the_level_of_the_strength(pipeline, scheduler):
     assert np.isfinite(high).all()
     assert np.abs(low - expected).mean() < np.abs(high - expected).mean()
     np.testing.assert_allclose(run(pipeline, strength=0.0, **options), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "begins"), [(0.6, 1, 1.0), (0.3, 3, 0.33), (0.49, 2, 0.5), (0.03, 25, 0.04)]
+)
+def test_a_strength_below_the_last_step_runs_it_and_is_reported(pipeline, caplog, strength, steps, begins):
+    options = {"image": face(), "num_inference_steps": steps, "attributes": {"Smiling": True}}
+    with caplog.at_level(logging.WARNING, "dit_hf"):
+        out = run(pipeline, strength=strength, **options)
+    assert pipeline.num_timesteps == 1
+    assert f"strength={strength} is less than a step of num_inference_steps={steps}" in caplog.text
+    assert f"from a strength of {begins:.2g}" in caplog.text
+    assert np.abs(out - reconstruction(pipeline, face())).mean() > 0.01
+    caplog.clear()
+    run(pipeline, strength=1.0, **options)
+    assert not caplog.records
 
 
 def test_several_images_and_several_outputs_for_each(pipeline):
