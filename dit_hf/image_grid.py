@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from .storage import new_file
 
+# What `dit-hf sample` writes beside the images of a series.
+SETTINGS, GRID, FILM = "settings.json", "sheet.png", "film.gif"
+# Grids, films and plots by the file that is always beside them: of a series, a run, an evaluation.
+_WRITTEN_BESIDE = {
+    SETTINGS: {GRID, FILM},
+    "training_log.csv": {GRID, "denoising.png", "loss_curve.png"},
+    "evaluation.json": {"evaluation.png", "neighbours.png", "settings.png"},
+}
 _TEXT_COLOR, _BACKGROUND = "#22272e", "#ffffff"
 _GAP = 6  # between images, in pixels
 _LINE_HEIGHT, _TITLE_HEIGHT = 13, 28
+
+
+def grids_beside_images(folder: Path) -> set[str]:
+    """Return the names of the grids, films and plots in a folder that we wrote, which are no images of it."""
+    names = set()
+    for marker, written in _WRITTEN_BESIDE.items():
+        if (folder / marker).is_file() and (marker != SETTINGS or _is_series(folder)):
+            names |= written
+    if folder.name == "samples" and (folder.parent / "training_log.csv").is_file():
+        names |= {path.name for path in folder.glob("step-*.png")}
+    return names
+
+
+def _is_series(folder: Path) -> bool:
+    """Check whether the settings in a folder are those of a series; many programs name a file so."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and {"mode", "model_sha256"} <= settings.keys()
 
 
 def make_grid(

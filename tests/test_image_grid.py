@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from dit_hf.image_grid import make_grid, save_grid, side_by_side
+from dit_hf.image_grid import grids_beside_images, make_grid, save_grid, side_by_side
 
 COLORS = ["red", "lime", "blue", "yellow", "magenta"]
 
@@ -23,3 +23,18 @@ def test_images_are_placed_row_by_row_with_captions_below(tmp_path):
     save_grid(side_by_side(grid, grid), tmp_path / "new" / "sheet.png")
     assert Image.open(tmp_path / "new" / "sheet.png").width > 2 * grid.width
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
+
+
+def test_grids_beside_images_are_known_by_what_wrote_them(tmp_path):
+    series, run, other = tmp_path / "series", tmp_path / "run", tmp_path / "other"
+    (run / "samples").mkdir(parents=True)
+    for folder in (series, other):
+        folder.mkdir()
+    (series / "settings.json").write_text('{"mode": "generate", "model_sha256": "0"}')
+    (other / "settings.json").write_text("// of an editor\n{}")
+    (run / "training_log.csv").write_text("step\n")
+    (run / "samples" / "step-10.png").write_bytes(b"")
+    assert grids_beside_images(series) == {"sheet.png", "film.gif"}
+    assert grids_beside_images(other) == set()
+    assert grids_beside_images(run) == {"sheet.png", "denoising.png", "loss_curve.png"}
+    assert grids_beside_images(run / "samples") == {"step-10.png"}

@@ -168,7 +168,8 @@ def union(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
     """Return a mask of `size` that is white where any of `layers` was painted on, and black elsewhere."""
     mask = Image.new("L", size)
     for layer in layers:
-        painted = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 0))
+        # Browsers that blur fingerprints add 1 to the alpha of pixels at random.
+        painted = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 16))
         mask = ImageChops.lighter(mask, ImageOps.fit(painted, size, Image.Resampling.NEAREST))
     return mask
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ..image_grid import grids_beside_images
 from ..pipelines.image_inputs import HEIF_SUFFIXES, IMAGE_SUFFIXES
 from ..storage import is_lfs_pointer
 from .celeba import CELEBA_HQ_MAPPING, CELEBA_LISTS
@@ -30,15 +31,18 @@ class Skipped:
 
     Attributes:
         folders: Folders, with the reason.
+        grids: Image grids and films that we wrote beside images.
         excluded: Number of files and folders by the pattern of `--exclude`.
     """
 
     folders: dict[str, str] = field(default_factory=dict)
+    grids: list[str] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
 
     def describe(self, contents: Contents) -> None:
         """Set in `contents` what is not read."""
         contents.unused |= {f"folder {name}": reason for name, reason in self.folders.items()}
+        contents.unused |= dict.fromkeys(self.grids, "an image grid or film of the images beside it")
         contents.excluded = self.excluded
 
 
@@ -107,8 +111,8 @@ def _add_image(name: str, entry: os.DirEntry[str], files: Files) -> None:
 def walk(folder: Path, options: SourceOptions, skipped: Skipped) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield all files below `folder` with their relative names, following links and visiting each folder once.
 
-    Hidden files and folders, those of other programs, and latent caches (whose image grid is no image of the source)
-    are not visited.
+    Hidden files and folders, those of other programs, latent caches (whose image grid is no image of the source), and
+    the image grids and films that we write beside images are not visited.
 
     Args:
         folder: The folder to walk.
@@ -141,12 +145,16 @@ def _walk(
     ordered = [entry for entry in ordered if not is_system_file(entry.name)]
     if not ordered and prefix:
         skipped.folders[printable(prefix)] = "empty"
+    grids = grids_beside_images(Path(folder))
     for entry in ordered:
         pattern = options.excluded_by(prefix + entry.name)
         if pattern is not None:
             skipped.excluded[pattern] += 1
         elif not entry.is_dir():
-            yield f"{prefix}{entry.name}", entry
+            if entry.name in grids:
+                skipped.grids.append(printable(prefix + entry.name))
+            else:
+                yield f"{prefix}{entry.name}", entry
         elif entry.name.startswith("__"):  # as in `datasets`
             skipped.folders[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
         else:

@@ -7,7 +7,7 @@ import math
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
@@ -18,9 +18,11 @@ from ..config import PRESETS
 from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, new_folder
 
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 GUIDANCE_SCALE = 4.0  # the default of both
 
 # Our names of modules to those of facebookresearch/DiT and of diffusers; `{}` is the number of the block.
@@ -57,7 +59,13 @@ DIFFUSERS_EMBEDDER = {
 
 
 def convert(
-    source: str, output_dir: str, vae: str = "stabilityai/sd-vae-ft-ema", num_attention_heads: int | None = None
+    source: str,
+    output_dir: str,
+    vae: str = "stabilityai/sd-vae-ft-ema",
+    num_attention_heads: int | None = None,
+    num_classes: int | None = None,
+    prediction_type: PredictionType = "epsilon",
+    beta_schedule: BetaSchedule = "linear",
 ) -> None:
     """Convert a facebookresearch/DiT checkpoint (a file) or a diffusers DiT pipeline (a folder or Hub id).
 
@@ -70,6 +78,10 @@ def convert(
         output_dir: the pipeline's folder.
         vae: for a checkpoint, which contains none: a Hub id, a folder, or `avatar`.
         num_attention_heads: for a checkpoint whose width is not one of the paper's.
+        num_classes: for a checkpoint: the rows of its table of classes, or one less, by default. The last row is the
+            unconditional one, unless it was trained without label dropout.
+        prediction_type: for a checkpoint: what it predicts, `epsilon`, `sample` or `v_prediction`.
+        beta_schedule: for a checkpoint: its 1,000 noise levels, `linear` or `squaredcos_cap_v2`.
 
     Raises:
         FileExistsError: if the folder is not empty.
@@ -81,7 +93,8 @@ def convert(
     if not is_missing_or_empty(folder):
         raise FileExistsError(folder_taken(place, "is not empty"))
     if Path(source).is_file():
-        pipeline = from_checkpoint(Path(source), vae, num_attention_heads)
+        objective: tuple[PredictionType, BetaSchedule] = (prediction_type, beta_schedule)
+        pipeline = from_checkpoint(Path(source), vae, num_attention_heads, num_classes, *objective)
     else:
         pipeline = from_diffusers(source)
     with disk_errors(place), new_folder(folder) as partial:
@@ -90,7 +103,14 @@ def convert(
     print(f"{folder} is the pipeline: {parameters:,} parameters, {pipeline.transformer.config.conditions}", flush=True)
 
 
-def from_checkpoint(path: Path, vae: str, num_attention_heads: int | None = None) -> LatentDiTPipeline:
+def from_checkpoint(
+    path: Path,
+    vae: str,
+    num_attention_heads: int | None = None,
+    num_classes: int | None = None,
+    prediction_type: PredictionType = "epsilon",
+    beta_schedule: BetaSchedule = "linear",
+) -> LatentDiTPipeline:
     """Build the pipeline of a facebookresearch/DiT checkpoint; see `convert`.
 
     Raises:
@@ -100,6 +120,9 @@ def from_checkpoint(path: Path, vae: str, num_attention_heads: int | None = None
     missing = {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"} - set(weights)
     if missing:
         raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {', '.join(sorted(missing))}")
+    _check_shapes(path, weights)
+
+    rows = len(weights["y_embedder.embedding_table.weight"])
 
     # Every size can be read off the weights' shapes, except for the number of heads.
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
@@ -119,12 +142,12 @@ def from_checkpoint(path: Path, vae: str, num_attention_heads: int | None = None
         num_attention_heads=heads,
         attention_head_dim=width // heads,
         mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        conditions={"class": len(weights["y_embedder.embedding_table.weight"]) - 1},
+        conditions={"class": _add_null_row(path, weights, num_classes)},
     )
 
     # Ours are computed, theirs are stored: with other positions the pipeline would silently generate noise.
     positions = transformer._positions(grid, grid, weights["pos_embed"])  # [tokens, dim]
-    if not torch.allclose(positions, weights["pos_embed"][0], atol=1e-4):
+    if not torch.allclose(positions, weights.pop("pos_embed")[0].float(), atol=1e-4):
         raise ValueError(f"{path} has other positions than facebookresearch/DiT's")
 
     # Split the joint projection of queries, keys and values.
@@ -135,10 +158,63 @@ def from_checkpoint(path: Path, vae: str, num_attention_heads: int | None = None
     projections = {f"transformer_blocks.{{}}.attn.to_{name}": f"blocks.{{}}.attn.{name}" for name in "qkv"}
     load_renamed(transformer, weights, FACEBOOKRESEARCH | projections, str(path))
 
-    # The linear schedule of Ho et al. (https://arxiv.org/abs/2006.11239), which DiT is trained with.
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
-    scheduler = CosineLatentScheduler(1000, prediction_type="epsilon", trained_betas=betas)
-    return LatentDiTPipeline(transformer.eval(), scheduler, load_vae(vae, "cpu"), guidance_scale=GUIDANCE_SCALE)
+    # The weights tell neither the levels of noise nor what they predict. Linear: Ho et al.
+    # (https://arxiv.org/abs/2006.11239), with which DiT is trained.
+    linear = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
+    betas = linear if beta_schedule == "linear" else cosine_betas(1000)
+    scheduler = CosineLatentScheduler(1000, prediction_type=prediction_type, trained_betas=betas)
+    objective = f"--prediction_type {prediction_type} and --beta_schedule {beta_schedule} (1,000 levels)"
+    print(f"{path.name}: {objective}, which its weights do not tell")
+    guidance_scale = 1.0 if num_classes == transformer.config.conditions["class"] == rows else GUIDANCE_SCALE
+    return LatentDiTPipeline(transformer.eval(), scheduler, load_vae(vae, "cpu"), guidance_scale=guidance_scale)
+
+
+def _check_shapes(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse weights whose shapes are not those of a facebookresearch/DiT.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    for name, dimensions in (
+        ("x_embedder.proj.weight", 4),
+        ("pos_embed", 3),
+        ("y_embedder.embedding_table.weight", 2),
+    ):
+        if weights[name].ndim != dimensions:
+            shape = list(weights[name].shape)
+            raise ValueError(f"{path}: {name} has the shape {shape}; expected {dimensions} dimensions")
+    _, tokens, width = weights["pos_embed"].shape
+    if math.isqrt(tokens) ** 2 != tokens or width != len(weights["x_embedder.proj.weight"]):
+        shape = list(weights["pos_embed"].shape)
+        raise ValueError(f"{path}: pos_embed has the shape {shape}; expected a square of tokens of the model's width")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    qkv = [f"blocks.{block}.attn.qkv.{kind}" for block in sorted(blocks) for kind in ("weight", "bias")]
+    for name in ("final_layer.linear.weight", "blocks.0.mlp.fc1.weight", *qkv):
+        if name not in weights:
+            raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {name}")
+
+
+def _add_null_row(path: Path, weights: dict[str, torch.Tensor], num_classes: int | None) -> int:
+    """Return the number of classes of a checkpoint, whose table then has one row more, the unconditional one.
+
+    Raises:
+        ValueError: if the table cannot have so many classes.
+    """
+    name = "y_embedder.embedding_table.weight"
+    rows = len(weights[name])
+    classes = rows - 1 if num_classes is None else num_classes
+    if classes not in (rows - 1, rows) or classes < 1:
+        raise ValueError(f"{path}: {name} has {rows} rows; expected --num_classes {rows - 1} or {rows}, got {classes}")
+    if classes == rows:
+        # Trained without label dropout. The mean of the classes stands for none of them; there is no guidance.
+        weights[name] = torch.cat([weights[name], weights[name].float().mean(0, keepdim=True).to(weights[name])])
+        print(f"{path.name}: {rows} classes and no unconditional row; guidance is off, its mean class stands for none")
+    else:
+        print(
+            f"{path.name}: {classes} classes, and row {classes} of {name} is taken for the unconditional one; if it "
+            f"was trained without label dropout, give --num_classes {rows}"
+        )
+    return classes
 
 
 def from_diffusers(source: str) -> LatentDiTPipeline:
@@ -170,6 +246,9 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
         timestep_freq_shift=1.0,
     )
     first_block = {name: pattern.format(0) for name, pattern in DIFFUSERS_EMBEDDER.items()}
+    # Every block has the same embedders, as was checked.
+    copies = [pattern.format(i) for pattern in DIFFUSERS_EMBEDDER.values() for i in range(1, config.num_layers)]
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(copies))}
     load_renamed(transformer, weights, DIFFUSERS | first_block, source)
 
     # The schedule as a table, whatever formula it came from.
@@ -211,15 +290,22 @@ def load_renamed(
         source: Name of the model, for errors.
 
     Raises:
-        ValueError: if one is missing or has another size.
+        ValueError: if one is missing, has another size or values that are not finite, or has no place.
     """
-    renamed = {}
+    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{source}: {bad[0]} has values that are not finite; so have {len(bad) - 1} others")
+    renamed, used = {}, set()
     for name, tensor in transformer.state_dict().items():
         other = translate_name(name, names)
         if other not in weights or weights[other].numel() != tensor.numel():
             raise ValueError(f"{source}: {other} is missing or does not have the shape {tuple(tensor.shape)}")
+        used.add(other)
         # A linear layer here may be a convolution there.
         renamed[name] = weights[other].reshape(tensor.shape).float()
+    unused = sorted(weights.keys() - used)
+    if unused:
+        raise ValueError(f"{source}: {len(unused)} weights have no place in this model, e.g. {', '.join(unused[:3])}")
     transformer.load_state_dict(renamed)
 
 
@@ -258,5 +344,9 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = first_line(error)
         raise ValueError(f"{path}: no weights can be read from it ({reason})") from error
-    weights: Any = content.get("ema", content.get("model", content)) if isinstance(content, dict) else {}
+    weights: Any = content if isinstance(content, dict) else {}
+    for name in ("ema", "model"):
+        if isinstance(weights.get(name), dict):
+            weights = weights[name]
+            break
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

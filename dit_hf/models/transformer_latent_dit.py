@@ -13,14 +13,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # A private module of diffusers 0.42.1, which has no public way to describe a block to the feature caches.
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+from .adapters import LatentDiTAdapterMixin
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -177,7 +178,7 @@ class LatentDiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(modulated)  # [batch, tokens, dim]
 
 
-class LatentDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class LatentDiTTransformer2DModel(LatentDiTAdapterMixin, ModelMixin, ConfigMixin, CacheMixin):
     r"""
     A Diffusion Transformer on latents, conditioned on any number of categorical labels, or on none.
 

@@ -67,10 +67,29 @@ def generate_images(
         uint8 [len(images), height, width, 3].
     """
     requested = [rows[image % len(rows)] for image in images] if rows else None
+    options = batch_options(options, requested or [], images)
     (pixels,) = pipeline(
         requested, len(images), generator=generators(seed, images), output_type="pt", return_dict=False, **options
     )
     return to_uint8(pixels)
+
+
+def batch_options(options: dict[str, Any], requested: Sequence[Attributes], images: Sequence[int]) -> dict[str, Any]:
+    """Return the options of a batch of a series, so that an image does not depend on the others of its batch.
+
+    Args:
+        options: Of the whole series. `negative_attributes` may be a list, whose row i is for image i.
+        requested: What the images of the batch request; a weight of another attribute is left out.
+        images: Their numbers.
+    """
+    options = dict(options)
+    if isinstance(rows := options.get("negative_attributes"), list):
+        options["negative_attributes"] = [rows[image % len(rows)] for image in images]
+    if weights := options.get("attribute_weights"):
+        options["attribute_weights"] = {
+            name: weight for name, weight in weights.items() if any(name in row for row in requested)
+        }
+    return options
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:

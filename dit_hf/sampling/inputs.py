@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..image_grid import grids_beside_images
 from ..latents.reader import LatentReader
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from .writer import FILM, GRID, SETTINGS
+from ..storage import sha256
+from .writer import CONTENTS
 
 Rows = dict[str, Any] | list[dict[str, Any]] | str | None
 DEFAULT_NUM_IMAGES = 16
@@ -35,10 +37,15 @@ class Inputs:
     edits: list[dict[str, Any]] | None
     num_images: int
 
-    def sha256(self) -> str:
-        """Return a hash of attributes and of names and sizes of images, by which a resumed series is compared."""
-        files = [(path.name, path.stat().st_size) for path in (*self.images, *self.masks)]
-        return hashlib.sha256(json.dumps([self.rows, self.edits, files]).encode()).hexdigest()
+    def hashes(self) -> dict[str, str]:
+        """Return the hashes by which a resumed series is compared: of attributes and names, and of files' contents."""
+        files = [*self.images, *self.masks]
+        names = [(path.name, path.stat().st_size) for path in files]
+        hashes = {"inputs_sha256": hashlib.sha256(json.dumps([self.rows, self.edits, names]).encode()).hexdigest()}
+        if files:
+            contents = "".join(sha256(path) for path in files)
+            hashes[CONTENTS] = hashlib.sha256(contents.encode()).hexdigest()
+        return hashes
 
 
 def read_inputs(settings: dict[str, Any], pipeline: LatentDiTPipeline) -> Inputs:
@@ -53,9 +60,8 @@ def read_inputs(settings: dict[str, Any], pipeline: LatentDiTPipeline) -> Inputs
     """
     # 1. Images and masks.
     images, masks = _image_files(settings.get("image")), _image_files(settings.get("mask_image"))
-    if len(masks) > 1 and len(masks) != len(images):
-        counts = f"{len(masks)} masks for {len(images)} images"
-        raise ValueError(f"{settings['mask_image']} holds {counts}; expected one, or one for each")
+    if len(masks) > 1:
+        masks = _pair_by_name(images, masks, settings["mask_image"])
 
     # 2. Edits before attributes, because their number decides how many rows a latent cache is read for.
     num_images = settings.get("num_images")
@@ -67,6 +73,26 @@ def read_inputs(settings: dict[str, Any], pipeline: LatentDiTPipeline) -> Inputs
     for requested in (rows, edits):
         pipeline.encode_attributes(requested)
     return Inputs(images, masks, rows, edits, count)
+
+
+def _pair_by_name(images: list[Path], masks: list[Path], place: str) -> list[Path]:
+    """Return the mask of each image, which has its name, whatever the suffix.
+
+    Raises:
+        ValueError: naming an image or a mask that has no partner, or has two.
+    """
+    by_name = {mask.stem: mask for mask in masks}
+    if len(by_name) < len(masks):
+        twice = next(mask for mask in masks if by_name[mask.stem] != mask)
+        raise ValueError(f"{place} holds two masks named {twice.stem}")
+    names = {image.stem for image in images}
+    missing = [image.name for image in images if image.stem not in by_name]
+    surplus = [mask.name for mask in masks if mask.stem not in names]
+    if missing or surplus:
+        problem = f"no mask is named like {missing[0]}" if missing else f"no image is named like {surplus[0]}"
+        counts = f"{len(masks)} masks for {len(images)} images"
+        raise ValueError(f"{place} holds {counts}, but {problem}; expected one mask, or one of each image's name")
+    return [by_name[image.stem] for image in images]
 
 
 def _read_rows(
@@ -97,7 +123,7 @@ def _image_files(given: str | None) -> list[Path]:
         return []
     path = Path(given)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    left_out = {GRID, FILM} if (path / SETTINGS).is_file() else set()
+    left_out = grids_beside_images(path)
     files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
     images = [p for p in files if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:

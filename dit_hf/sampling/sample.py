@@ -14,15 +14,17 @@ import torch
 from accelerate import PartialState
 
 from ..devices import memory_errors
-from ..pipelines.guidance import GuidanceOptions, build_guidance
+from ..pipelines.attributes import check_attributes
+from ..pipelines.guidance import GuidanceOptions, build_guidance, check_attribute_weights
 from ..pipelines.interpolation import interpolate_noises
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..runs import load_pipeline
+from ..schedulers.accuracy import check_num_inference_steps
 from ..storage import disk_errors
-from .generate import generate_images, generators, model_sha256, to_uint8
+from .generate import batch_options, generate_images, generators, model_sha256, to_uint8
 from .inputs import Inputs, Rows, read_inputs
 from .writer import GRID, Series, write_series
 
@@ -97,8 +99,8 @@ def sample(
             list of these), a JSON file, or a latent cache, whose rows are taken in order. Image i gets row i, starting
             over after the last.
         image: An image or a folder of them, sorted by name.
-        mask_image: A mask (white is inpainted, transparent parts are kept), or a folder with one for each image,
-            sorted by name.
+        mask_image: A mask (white is inpainted, transparent parts are kept), or a folder with one for each image, of
+            the same name.
         strength: How far from the image, 0 to 1; by default the pipeline's own.
         edit: The attributes to change, spelled like `attributes`.
         edit_strength: How much to change them, 1 being as much as the pipeline's guidance.
@@ -166,8 +168,9 @@ def _sample(folder: Path, settings: dict[str, Any]) -> Path:
 
     # 3. Read the inputs and describe the series.
     inputs = read_inputs(settings, pipeline)
+    _check_options(pipeline, inputs, settings, call)
     series = _describe_series(pipeline, inputs, settings, call)
-    hashes["inputs_sha256"] = inputs.sha256()
+    hashes |= inputs.hashes()
 
     # 4. Generate what is missing.
     as_npz = settings["output_format"] == "npz"
@@ -248,12 +251,43 @@ def _call_options(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> dict
     if unknown:
         raise ValueError(f"--options {', '.join(unknown)}: valid names are {', '.join(sorted(valid))}")
 
-    # 2. Numbers, by their defaults; those of `GuidanceOptions` are in the function that takes them.
+    # 2. Numbers and switches, by their defaults; those of `GuidanceOptions` are in the function that takes them.
     defaults = {**inspect.signature(build_guidance).parameters, **arguments}
     for name, value in options.items():
-        if isinstance(defaults[name].default, float) and not isinstance(value, int | float):
+        default = defaults[name].default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"--options {name}: expected true or false, got {value!r}")
+        if isinstance(default, float) and not isinstance(value, int | float):
             raise ValueError(f"--options {name}: expected a number, got {value!r}")
     return {name: settings[name] for name in names if name in settings} | options
+
+
+def _check_options(
+    pipeline: LatentDiTPipeline, inputs: Inputs, settings: dict[str, Any], call: dict[str, Any]
+) -> None:
+    """Refuse, before an image is generated, options of the call that would fail at some image.
+
+    Raises:
+        ValueError: for a number of steps that the scheduler does not have, or weights of attributes that no image
+            requests.
+    """
+    mode, caller = settings["mode"], type(pipeline).__call__
+    scheduler: Any = pipeline.scheduler
+    if isinstance(pipeline, LatentDiTEditPipeline) or (mode == "interpolate" and inputs.images):
+        scheduler = LatentDiTEditPipeline(**pipeline.components).reversible_scheduler()
+    default_steps = inspect.signature(caller).parameters["num_inference_steps"].default
+    check_num_inference_steps(scheduler, call.get("num_inference_steps", default_steps))
+
+    check_attribute_weights(call.get("attribute_weights"))
+    requested = {name for row in [*(inputs.rows or []), *(inputs.edits or [])] for name in row}
+    unknown = sorted((call.get("attribute_weights") or {}).keys() - requested)
+    if unknown:
+        raise ValueError(f"--options attribute_weights: {', '.join(unknown)} is requested for no image")
+    negative = call.get("negative_attributes")
+    check_attributes(negative, 1, "negative_attributes")
+    pipeline.encode_attributes(negative)
+    if isinstance(negative, list) and mode == "interpolate":
+        raise ValueError("--options negative_attributes: a film takes one row, for all frames")
 
 
 def _describe_series(
@@ -298,7 +332,9 @@ def _edited_images(pipeline: LatentDiTPipeline, inputs: Inputs, seed: int, call:
         # An edit samples no noise, and its call takes no generator.
         if not isinstance(pipeline, LatentDiTEditPipeline):
             chosen["generator"] = generators(seed, images)
-        return to_uint8(caller(**chosen, **call, output_type="pt", return_dict=False)[0])
+        requested = chosen.get("attributes", []) + chosen.get("edit", [])
+        options = batch_options(call, requested, images)
+        return to_uint8(caller(**chosen, **options, output_type="pt", return_dict=False)[0])
 
     def metadata(image: int) -> dict[str, Any]:
         own = {name: values[image % len(values)] for name, values in lists.items()}

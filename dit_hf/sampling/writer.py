@@ -15,14 +15,12 @@ from accelerate import PartialState
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from ..image_grid import make_grid, save_grid
+from ..image_grid import FILM, GRID, SETTINGS, make_grid, save_grid
 from ..storage import folder_taken, is_missing_or_empty, new_file, write_text
 from .generate import batches
 
-SETTINGS = "settings.json"
-GRID = "sheet.png"
-FILM = "film.gif"
 NPZ = "samples.npz"
+CONTENTS = "contents_sha256"  # the setting that holds the hash of the given images, from version 0.2.0 on
 NUM_GRID_IMAGES = 64
 
 
@@ -104,6 +102,9 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     if path.is_file() and any(_is_output(file.name) for file in folder.iterdir()):
         # Both through JSON, which turns tuples into lists.
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        if CONTENTS in now and CONTENTS not in before:
+            print(f"{place} was begun by version 0.1.0: its images are compared by name and size alone", flush=True)
+            del now[CONTENTS]
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         different = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
         if different:

@@ -11,6 +11,17 @@ from dit_hf.sampling.generate import generators
 QUICK = Settings(num_images=3, seed=5, num_inference_steps=4, guidance_scale=2.0)
 
 
+def test_noise_in_the_alpha_of_a_canvas_is_no_stroke():
+    """Browsers that blur fingerprints add 1 to the alpha of pixels at random."""
+    alpha = np.random.default_rng(0).integers(0, 2, (64, 64)).astype(np.uint8)
+    alpha[10:20, 10:20] = 255
+    layers = [Image.merge("LA", [Image.new("L", (64, 64)), Image.fromarray(a)]) for a in (alpha, alpha // 255 * 255)]
+    for size in ((64, 64), (16, 16)):
+        noisy, clean = (union([layer], size) for layer in layers)
+        assert np.array_equal(noisy, clean)
+        assert clean.getbbox() is not None
+
+
 def nothing(_step, _total):
     pass
 

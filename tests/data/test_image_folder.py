@@ -7,6 +7,7 @@ from datasets import ClassLabel
 
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
+from dit_hf.sampling.sample import sample
 
 
 def test_subfolders_are_classes_and_splits(tmp_path):
@@ -76,3 +77,16 @@ def test_a_folder_that_may_not_be_read_is_named_and_the_others_are_read(tmp_path
     source = open_source(str(tmp_path))
     assert source.rows["id"] == ["a.png"]
     assert source.plan.contents.unused == {"folder lost+found/": "Permission denied"}
+
+
+def test_image_grids_and_films_are_not_images(model, tmp_path):
+    options = {"num_inference_steps": 1}
+    faces = sample(model, str(tmp_path / "faces"), num_images=3, **options)
+    film = sample(model, str(tmp_path / "film"), mode="interpolate", num_images=2, num_frames=4, **options)
+    assert (film / "film.gif").is_file()
+    assert open_source(str(faces)).rows["id"] == [f"0000{i}.png" for i in range(3)]
+    assert open_source(str(film)).rows["id"] == [f"0000{i}.png" for i in range(4)]
+    assert "sheet.png: an image grid or film" in "\n".join(open_source(str(faces)).plan.lines())
+    packed = sample(model, str(tmp_path / "packed"), num_images=3, output_format="npz", **options)
+    with pytest.raises(FileNotFoundError, match="no images in it"):
+        open_source(str(packed))

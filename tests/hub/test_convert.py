@@ -238,6 +238,71 @@ def test_other_files_are_refused_in_one_line(tmp_path, vae_folder, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def changed(**changes):
+    """Return weights with some replaced (None: left out); `__` in a name is a dot."""
+    weights = {**research_weights(), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
+    return {name: tensor for name, tensor in weights.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (changed(extra__weight=torch.zeros(3)), [], "1 weights have no place in this model, e.g. extra.weight"),
+        (
+            changed(final_layer__linear__bias=torch.full((32,), math.nan)),
+            [],
+            "final_layer.linear.bias has values",
+        ),
+        (changed(pos_embed=torch.zeros(1, 17, WIDTH)), [], "pos_embed has the shape [1, 17, 24]; expected a square"),
+        (changed(pos_embed=torch.zeros(16, WIDTH)), [], "pos_embed has the shape [16, 24]; expected 3 dimensions"),
+        (changed(blocks__1__attn__qkv__bias=None), [], "it has no blocks.1.attn.qkv.bias"),
+        (changed(blocks__1__mlp__fc1__bias=None), [], "blocks.1.mlp.fc1.bias is missing"),
+        (changed(), ["--num_classes", "9"], "has 6 rows; expected --num_classes 5 or 6, got 9"),
+        ({"model": None, "ema": None}, [], "not a checkpoint of facebookresearch/DiT"),
+    ],
+)
+def test_a_weight_that_is_not_used_or_not_fit_is_refused(tmp_path, vae_folder, capsys, content, options, message):
+    torch.save(content, tmp_path / "weights.pt")
+    arguments = ["--output_dir", str(tmp_path / "out"), "--vae", str(vae_folder), "--num_attention_heads", "2"]
+    assert main(["convert", str(tmp_path / "weights.pt"), *arguments, *options]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("dit-hf convert: error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_an_ema_the_weights_of_the_model_are_taken(tmp_path, vae_folder, batch):
+    torch.save({"model": research_weights(), "ema": None}, tmp_path / "weights.pt")
+    pipeline = convert(tmp_path / "weights.pt", tmp_path / "out", vae_folder, "--num_attention_heads", str(HEADS))
+    x, t, y = batch
+    with torch.no_grad():
+        out = pipeline.transformer(x, t, y[:, None]).sample
+    torch.testing.assert_close(out, research_forward(research_weights(), x, t, y), atol=1e-4, rtol=0)
+
+
+def test_what_the_weights_do_not_tell_is_printed_and_an_option(tmp_path, vae_folder, capsys):
+    """A table of one row more than classes, or as many: trained with label dropout or without."""
+    torch.save(research_weights(), tmp_path / "weights.pt")
+    options = ["--num_attention_heads", str(HEADS)]
+    pipeline = convert(tmp_path / "weights.pt", tmp_path / "dropout", vae_folder, *options)
+    assert pipeline.transformer.config.conditions == {"class": CLASSES}
+    assert pipeline.config.guidance_scale == 4.0
+    printed = capsys.readouterr().out
+    assert f"row {CLASSES} of y_embedder.embedding_table.weight is taken for the unconditional one" in printed
+    assert f"give --num_classes {CLASSES + 1}" in printed
+    assert "--prediction_type epsilon and --beta_schedule linear" in printed
+    options += ["--num_classes", str(CLASSES + 1), "--prediction_type", "v_prediction"]
+    options += ["--beta_schedule", "squaredcos_cap_v2"]
+    pipeline = convert(tmp_path / "weights.pt", tmp_path / "no_dropout", vae_folder, *options)
+    assert pipeline.transformer.config.conditions == {"class": CLASSES + 1}
+    assert pipeline.config.guidance_scale == 1.0
+    table = research_weights()["y_embedder.embedding_table.weight"]
+    assert torch.equal(pipeline.transformer.condition_embedding.weight[:-1], table)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    stock = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, stock.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
 def test_conversion_and_export_give_the_original_weights(tmp_path):
     other = random_diffusers(classes=1000)
     other.save_pretrained(tmp_path / "theirs")

@@ -212,6 +212,73 @@ def test_several_loras_are_weighted_fused_and_unloaded(expected):
     torch.testing.assert_close(generate(pipeline), expected, **ROUNDING)
 
 
+def test_a_lora_and_fused_projections_exclude_each_other(tmp_path):
+    pipeline = tiny_pipeline()
+    transformer = pipeline.transformer
+    transformer.add_adapter(lora(), "smile")
+    adapted = generate(pipeline)
+    transformer.save_lora_adapter(tmp_path, adapter_name="smile")
+    with pytest.raises(ValueError, match=r"would drop the attached adapters \(smile\)"):
+        transformer.fuse_qkv_projections()
+    # As the message says.
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    transformer.fuse_qkv_projections()
+    torch.testing.assert_close(generate(pipeline), adapted, **ROUNDING)
+    with pytest.raises(ValueError, match="no effect on fused projections"):
+        transformer.add_adapter(lora(), "other")
+    with pytest.raises(ValueError, match="no effect on fused projections"):
+        transformer.load_lora_adapter(str(tmp_path), prefix=None, weight_name=LORA_FILE)
+
+
+def test_a_lora_comes_before_layerwise_casting():
+    pipeline, casting = tiny_pipeline(), {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    pipeline.transformer.add_adapter(lora())
+    adapted = generate(pipeline)
+    pipeline.transformer.enable_layerwise_casting(**casting)
+    torch.testing.assert_close(generate(pipeline), adapted, atol=0.01, rtol=0)
+    other = tiny_transformer()
+    other.enable_layerwise_casting(**casting)
+    with pytest.raises(ValueError, match="add adapters before enable_layerwise_casting"):
+        other.add_adapter(lora())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_lora_works_with_compiled_blocks_and_caches_in_both_orders(before):
+    adapted = tiny_pipeline()
+    adapted.transformer.add_adapter(lora())
+    for enable in (
+        lambda model: model.compile_repeated_blocks(backend="eager"),
+        lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=0.0)),
+        lambda model: model.enable_group_offload(onload_device=CPU, offload_type="leaf_level"),
+    ):
+        pipeline = tiny_pipeline()
+        steps = [lambda pipe: pipe.transformer.add_adapter(lora()), lambda pipe, f=enable: f(pipe.transformer)]
+        for step in steps if before else steps[::-1]:
+            step(pipeline)
+        torch.testing.assert_close(generate(pipeline), generate(adapted), **ROUNDING)
+
+
+def test_wrong_names_of_adapters_are_refused_and_change_nothing():
+    pipeline = tiny_pipeline()
+    transformer = pipeline.transformer
+    with pytest.raises(ValueError, match="no adapter is named 'smile'; there are none"):
+        transformer.set_adapters("smile")
+    transformer.add_adapter(lora(), "smile")
+    adapted = generate(pipeline)
+    for call, message in (
+        (lambda: transformer.set_adapters("smlie"), "'smlie'; there are smile"),
+        (lambda: transformer.set_adapters(["smile", "smlie"], [1, 1]), "'smlie'"),
+        (lambda: transformer.set_adapters("smile", {"transformer_blocks.7": 0.0}), r"'transformer_blocks\.7'"),
+        (lambda: transformer.delete_adapters("smlie"), "'smlie'"),
+        (lambda: transformer.fuse_lora(adapter_names=["smlie"]), "'smlie'"),
+        (lambda: transformer.save_lora_adapter("nowhere", adapter_name="smlie"), "smlie"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert torch.equal(generate(pipeline), adapted)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_trains_on_a_frozen_model(checkpointing):
     model = tiny_transformer(conditions={"Smiling": 2})

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dit_hf import LatentDiTInpaintPipeline
 from dit_hf.data.avatars import choose_face, render_face
+from dit_hf.sampling.sample import SCHEDULERS
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_latent_is_inpainted_if_any_of_its_pixels_is(pipeline):
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler])
 def test_stock_schedulers(pipeline, scheduler):
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **SCHEDULERS[scheduler.__name__])
     for strength in (1.0, 0.5):
         (inpainted,) = arrays(run(pipeline, strength=strength, num_inference_steps=10))
         assert np.array_equal(inpainted[:, 8:], np.asarray(face())[:, 8:])

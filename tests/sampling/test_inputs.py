@@ -43,7 +43,7 @@ def test_images_are_read_as_for_a_latent_cache(model, tmp_path):
 def test_a_mask_for_each_image_and_several_edits_of_one(model, faces, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
-    for name, box in (("a", (0, 0, 8, 16)), ("b", (8, 0, 16, 16))):
+    for name, box in (("face-0", (0, 0, 8, 16)), ("face-1", (8, 0, 16, 16))):
         mask = Image.new("L", (16, 16))
         mask.paste(255, box)
         mask.save(masks / f"{name}.png")
@@ -53,7 +53,7 @@ def test_a_mask_for_each_image_and_several_edits_of_one(model, faces, tmp_path):
     assert np.array_equal(inpainted[0][:, 8:], own[0][:, 8:])
     assert np.array_equal(inpainted[1][:, :8], own[1][:, :8])
     # The same mask as a layer of strokes on a transparent background.
-    for name in ("a", "b"):
+    for name in ("face-0", "face-1"):
         strokes = Image.open(masks / f"{name}.png")
         layer = Image.new("RGBA", strokes.size, (255, 255, 255, 0))
         layer.putalpha(strokes)
@@ -65,6 +65,65 @@ def test_a_mask_for_each_image_and_several_edits_of_one(model, faces, tmp_path):
     edits = [{"class": name} for name in ("cat", "dog", "owl")]
     options = {"mode": "edit", "image": str(faces / "face-0.png"), "edit": edits, "num_inference_steps": 2}
     assert len(pixels(sample(model, str(tmp_path / "edits"), **options))) == 3
+
+
+def test_masks_belong_to_images_by_name(model, faces, tmp_path):
+    """In the order of names 10 comes before 2, and 010 after 002."""
+    options = {"mode": "inpaint", "num_inference_steps": 1, "options": {"jump_n_sample": 1}}
+
+    def folders(images, masks):
+        folder = tmp_path / f"{images}-{masks}"
+        for kind, names in (("images", images), ("masks", masks)):
+            (folder / kind).mkdir(parents=True)
+            for i, name in enumerate(names):
+                white = Image.new("L", (16, 16))
+                white.paste(255, (0, 0, 1 + i, 16))
+                (white if kind == "masks" else Image.open(faces / "face-0.png")).save(folder / kind / name)
+        return {
+            "image": str(folder / "images"),
+            "mask_image": str(folder / "masks"),
+            "output_dir": str(folder / "out"),
+        }
+
+    given = folders(["1.png", "2.png", "10.png"], ["10.bmp", "2.png", "1.png"])
+    out = sample(model, **given, **options)
+    pairs = [json.loads(Image.open(path).text["dit_hf"]) for path in sorted(out.glob("0*.png"))]
+    assert [(pair["image"], pair["mask_image"]) for pair in pairs] == [
+        ("1.png", "1.png"),
+        ("10.png", "10.bmp"),
+        ("2.png", "2.png"),
+    ]
+    for images, masks, message in [
+        (["1.png", "10.png"], ["01.png", "10.png"], "no mask is named like 1.png"),
+        (["a.png", "b.png", "c.png"], ["b.png", "c.png", "d.png"], "no mask is named like a.png"),
+        (["a.png", "b.png"], ["a.png", "b.png", "c.png"], "no image is named like c.png"),
+        (["a.png", "b.png"], ["a.png", "a.bmp"], "two masks named a"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample(model, **folders(images, masks), **options)
+
+
+def test_another_image_of_the_same_name_and_size_is_another_input(model, tmp_path):
+    image, mask = tmp_path / "in.bmp", tmp_path / "mask.bmp"
+    white = Image.new("L", (16, 16), 255)
+    render_face(choose_face(0, 0), 16).convert("RGB").save(image)
+    white.save(mask)
+    options = {"mode": "inpaint", "image": str(image), "mask_image": str(mask), "num_inference_steps": 1}
+    out = sample(model, str(tmp_path / "out"), **options)
+    before = pixels(out)
+    assert np.array_equal(pixels(sample(model, str(out), **options)), before)
+    for path, other in ((image, render_face(choose_face(0, 9), 16).convert("RGB")), (mask, Image.new("L", (16, 16)))):
+        kept = path.read_bytes()
+        other.save(path)
+        assert path.stat().st_size == len(kept)
+        with pytest.raises(FileExistsError, match=r"other settings .*contents_sha256"):
+            sample(model, str(out), **options)
+        path.write_bytes(kept)
+    # What version 0.1.0 began has no such hash.
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["contents_sha256"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert np.array_equal(pixels(sample(model, str(out), **options)), before)
 
 
 def test_rows_of_a_latent_cache_and_of_a_file(model, latents, tmp_path):

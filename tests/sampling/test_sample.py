@@ -62,6 +62,36 @@ def test_from_given_images(model, faces, tmp_path):
     assert json.loads(Image.open(edited / "00001.png").text["dit_hf"])["image"] == "face-1.png"
 
 
+def test_the_images_do_not_depend_on_the_batch_size(model, tmp_path):
+    """Also where only some images request what is weighted, and with a negative row for each image."""
+    rows = [{"Smiling": True}, {"class": "dog"}, {}]
+    given = {"attribute_weights": {"Smiling": 2.0}, "negative_attributes": [{"class": "cat"}, {"class": "owl"}]}
+    options = {"num_images": 3, "attributes": rows, "num_inference_steps": 2, "options": given}
+    alone, *others = (pixels(sample(model, str(tmp_path / f"{b}"), batch_size=b, **options)) for b in (1, 2, 3))
+    for images in others:
+        assert np.abs(images - alone).max() <= 1
+    pipeline = tiny_pipeline()
+    expected = generate_images(pipeline, [1], rows, 0, num_inference_steps=2, negative_attributes={"class": "owl"})
+    assert np.abs(alone[1] - expected[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"options": {"attribute_weights": {"class": 2.0}}}, "attribute_weights: class is requested for no image"),
+        ({"options": {"attribute_weights": ["Smiling"]}}, "expected a dict of numbers"),
+        ({"options": {"negative_attributes": {"Hat": True}}}, "'Hat' is unknown"),
+        ({"options": {"negative_attributes": 3}}, "expected a dict like"),
+        ({"num_inference_steps": 1000}, "must be a whole number between 1 and 500"),
+        ({"num_inference_steps": 30, "scheduler": "DDIMScheduler"}, "does not divide 500"),
+    ],
+)
+def test_options_that_would_fail_later_are_refused_before_any_work(model, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(model, str(tmp_path / "out"), attributes={"Smiling": True}, **{"num_images": 1, **options})
+    assert not (tmp_path / "out").exists()
+
+
 def test_films_between_noises_and_between_images(model, faces, tmp_path):
     options = {"mode": "interpolate", "num_frames": 4, "num_inference_steps": 2}
     folder = sample(model, str(tmp_path / "noises"), num_images=3, attributes={"class": "cat"}, **options)

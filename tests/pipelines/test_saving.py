@@ -1,0 +1,135 @@
+"""Saving touches nothing that is not ours, and what is saved or pushed loads again."""
+
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_transformer
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from pipeline_calls import run
+from repositories import run_without_dit_hf
+
+from dit_hf import CosineLatentScheduler, LatentDiTTransformer2DModel
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bert/config.json", '{"_name_or_path": "x/y", "a": 1}'),
+        ("web/tsconfig.json", "{ // comment\n}"),
+        ("notes/config.json", ""),
+        ("transformer/tsconfig.json", "{ // comment\n}"),
+        ("README.md", "mine"),
+    ],
+)
+def test_other_files_keep_their_bytes(tmp_path, name, text):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    tiny_pipeline().save_pretrained(tmp_path)
+    assert path.read_text() == text
+    assert np.array_equal(run(DiffusionPipeline.from_pretrained(tmp_path)), run(tiny_pipeline()))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options"),
+    [
+        ("pipeline.py", "print('mine')\n", {}),
+        ("model_index.json", '{"_class_name": "StableDiffusionPipeline"}', {}),
+        ("README.md", "mine", {"push_to_hub": True}),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_before_anything_is_written(tmp_path, name, text, options):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        tiny_pipeline().save_pretrained(tmp_path, **options)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, text)]
+
+
+def test_a_pipeline_is_saved_over_itself(tmp_path):
+    for _ in range(2):
+        tiny_pipeline().save_pretrained(tmp_path)
+    assert np.array_equal(run(DiffusionPipeline.from_pretrained(tmp_path)), run(tiny_pipeline()))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_attached_adapters_are_not_saved_as_a_model(tmp_path, merged):
+    pipeline = tiny_pipeline()
+    base = run(pipeline)
+    torch.manual_seed(0)
+    pipeline.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]), "smile")
+    adapted = run(pipeline)
+    if merged:
+        pipeline.transformer.fuse_lora()
+    for save in (pipeline.save_pretrained, pipeline.transformer.save_pretrained):
+        with pytest.raises(ValueError, match=r"adapters are attached \(smile\).*unload_lora"):
+            save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    # As the message says.
+    pipeline.transformer.unload_lora()
+    pipeline.save_pretrained(tmp_path / "model")
+    expected = adapted if merged else base
+    np.testing.assert_allclose(run(DiffusionPipeline.from_pretrained(tmp_path / "model")), expected, atol=1e-5)
+
+
+def test_layers_of_fewer_bits_are_not_saved(tmp_path):
+    model = tiny_transformer()
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"save the model before enable_layerwise_casting"):
+        model.save_pretrained(tmp_path)
+
+
+# The Hub.
+
+
+@pytest.fixture
+def pushing_hub(hub, monkeypatch):
+    """The local Hub, also for diffusers' `create_repo`, which belongs to an object that is made at import."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+    return hub
+
+
+def test_a_pushed_pipeline_loads_with_and_without_dit_hf(pushing_hub, tmp_path):
+    pipeline = tiny_pipeline()
+    expected = run(pipeline, {"class": "cat"})
+    pipeline.push_to_hub("you/faces")
+    pipeline.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="you/again")
+    for name in ("you/faces", "you/again"):
+        files = pushing_hub.repositories[name]
+        assert {"model_index.json", "pipeline.py", "README.md"} < set(files)
+        card = files["README.md"].decode()
+        assert f'from_pretrained("{name}", custom_pipeline="pipeline"' in card
+        assert "More Information Needed" not in card
+        assert np.array_equal(run(DiffusionPipeline.from_pretrained(name), {"class": "cat"}), expected)
+    code = (
+        "import numpy, torch; from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained('you/faces', custom_pipeline='pipeline', trust_remote_code=True)\n"
+        "images = pipe({'class': 'cat'}, num_inference_steps=3, generator=torch.Generator().manual_seed(0), "
+        f"output_type='np').images; numpy.save({str(tmp_path / 'images.npy')!r}, images)"
+    )
+    run_without_dit_hf(code, **pushing_hub.environment())
+    assert np.array_equal(np.load(tmp_path / "images.npy"), expected)
+
+
+def test_a_card_that_is_there_is_kept(pushing_hub):
+    pipeline = tiny_pipeline()
+    pipeline.push_to_hub("you/faces")
+    pushing_hub.repositories["you/faces"]["README.md"] = b"---\nlibrary_name: diffusers\n---\nmine"
+    pipeline.push_to_hub("you/faces")
+    assert b"mine" in pushing_hub.repositories["you/faces"]["README.md"]
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers passes it
+def test_parts_are_pushed_too(pushing_hub):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.push_to_hub("you/parts", subfolder="transformer")
+    pipeline.scheduler.push_to_hub("you/parts", subfolder="scheduler")
+    model = LatentDiTTransformer2DModel.from_pretrained("you/parts", subfolder="transformer")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), pipeline.transformer.parameters(), strict=True))
+    scheduler = CosineLatentScheduler.from_pretrained("you/parts", subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    config = json.loads(pushing_hub.repositories["you/parts"]["transformer/config.json"])
+    assert config["conditions"] == {"Smiling": 2, "class": 3}
