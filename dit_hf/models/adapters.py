@@ -11,7 +11,6 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-
 # Pipelines ask the signature of `save_pretrained` which of their options a model takes.
 _with_its_signature: Any = functools.wraps(ModelMixin.save_pretrained, assigned=())
 
