@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.adapters import LatentDiTAdapterMixin
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
-from ..schedulers.accuracy import check_num_inference_steps
+from ..schedulers.accuracy import check_num_inference_steps, schedule_of
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes, attribute_rows, check_attributes, condition_ids
 from .exclusive import exclusive
@@ -90,6 +90,8 @@ class LatentDiTPipeline(DiffusionPipeline):
             condition_labels=condition_labels or {},
         )
         self._guidance_scale = guidance_scale
+        # What the model was trained on, with which a scheduler that is set later is compared.
+        self._trained_schedule = schedule_of(scheduler)
 
         # 3. The image processor: every block of the VAE but the last halves the side.
         config = getattr(vae, "config", {})
@@ -377,6 +379,11 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         if self.transformer is None:
             raise ValueError("this pipeline has no transformer: set pipe.transformer")
+        if self._trained_schedule is not None and schedule_of(self.scheduler) != self._trained_schedule:
+            raise ValueError(
+                f"this {type(self.scheduler).__name__} has other noise levels, or another prediction_type, than the "
+                "scheduler of the pipeline: create it by from_config(pipe.scheduler.config)"
+            )
         check_attributes(attributes, batch_size)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"expected output_type pil, np, pt or latent, got {output_type!r}")

@@ -95,7 +95,7 @@ def _items(given: Any, name: str, is_mask: bool = False) -> Iterator[tuple[Any, 
         for i, item in enumerate(given):
             yield from _items(item, f"{name}[{i}]", is_mask)
     elif isinstance(given, str | os.PathLike):
-        yield _open(Path(given), name), f"{name} {os.fspath(given)}"
+        yield _open(given, name), f"{name} {os.fspath(given)}"
     elif isinstance(given, Image.Image):
         yield given, name
     elif isinstance(given, torch.Tensor) or hasattr(given, "__array__"):
@@ -106,13 +106,15 @@ def _items(given: Any, name: str, is_mask: bool = False) -> Iterator[tuple[Any, 
         raise ValueError(f"{name}: expected {kinds}, got {type(given).__name__}")
 
 
-def _open(path: Path, name: str) -> Image.Image:
+def _open(given: str | os.PathLike, name: str) -> Image.Image:
+    path = Path(given)
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: {path} is not a file")
+        raise FileNotFoundError(f"{name}: {given} is not a file")
     try:
         return open_image(path.read_bytes(), path.name)
     except Exception as error:  # broken bytes make decoders raise anything
-        raise ValueError(f"{name}: {path} is not an image that can be read ({error})") from error
+        reason = f" ({error})" if type(error) is ValueError else ""
+        raise ValueError(f"{name}: {given} is not an image that can be read{reason}") from error
 
 
 def _array(given: Any) -> np.ndarray:

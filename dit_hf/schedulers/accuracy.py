@@ -67,6 +67,14 @@ def check_num_inference_steps(scheduler: Any, num_inference_steps: int) -> None:
     _checked.setdefault(scheduler, set()).add(steps)
 
 
+def schedule_of(scheduler: Any) -> tuple[str, tuple[float, ...]] | None:
+    """Return what a model must have been trained on: prediction type and betas; None for a scheduler without."""
+    betas = getattr(scheduler, "betas", None)
+    if not isinstance(betas, torch.Tensor):
+        return None
+    return scheduler.config.prediction_type, tuple(betas.tolist())
+
+
 def sampled_distribution(
     scheduler: Any, levels: CosineLatentScheduler, num_inference_steps: int
 ) -> tuple[float, float]:

@@ -134,6 +134,17 @@ def test_parts_can_be_set_after_loading(tmp_path):
     assert np.array_equal(run(pipeline, {"class": "cat"}), expected)
 
 
+def test_a_scheduler_of_another_training_is_refused():
+    pipeline = tiny_pipeline()
+    own = pipeline.scheduler.config
+    for scheduler in (DPMSolverMultistepScheduler(), CosineLatentScheduler(prediction_type="epsilon")):
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=r"create it by from_config\(pipe\.scheduler\.config\)"):
+            run(pipeline)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own)
+    run(pipeline)
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}])
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_stock_schedulers_begin_at_the_first_step(kind, settings):
