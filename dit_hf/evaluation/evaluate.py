@@ -32,7 +32,7 @@ from .extract import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
 from .memorization import Neighbours, describe_pairs, find_neighbours, make_pairs_grid
 from .metrics import NEIGHBOURS, Gaussian, measure
-from .reference import INFO, Reference, load_reference, make_reference, statistics_identity, versions
+from .reference import CONTENT, INFO, Reference, load_reference, make_reference, statistics_identity, versions
 from .reference_images import ReferenceImages, open_reference_images, open_training_images, reconstruction_reader
 from .report import bias_note, figure_name, markdown, write_report
 
@@ -424,7 +424,8 @@ def _load_statistics(
         )
     else:
         # Named by its content, so that one evaluation folder can hold several references.
-        name = f"reference-{hash_json(statistics_identity(images, net))[:12]}"
+        content = {CONTENT: images.content_sha256} if images.content_sha256 else {}
+        name = f"reference-{hash_json(statistics_identity(images, net) | content)[:12]}"
         statistics = make_reference(folder / name, images, net, batch_size)
     statistics.check(net, resolution)
     count, least = len(statistics.features), 2 * MIN_SAMPLES

@@ -34,6 +34,7 @@ from .reference_images import ReferenceImages, check_left_out, open_reference_im
 INFO = "reference.json"
 STATISTICS = "statistics.safetensors"
 FORMAT_VERSION = 1
+CONTENT = "content_sha256"  # the key of the hash of the images' bytes, from version 0.2.0 on
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
     """Compute the statistics of `images`, or read them from `folder`; must be called on all ranks.
 
     Raises:
-        FileExistsError: if the folder holds other statistics, or something else.
+        FileExistsError: if the folder holds other statistics, those of images that were changed since, or something
+            else.
         ValueError: if too many of the images cannot be read.
     """
     state, identity, place = ranks(), statistics_identity(images, net), f"output_dir {folder}"
@@ -181,6 +183,7 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         raise FileExistsError(folder_taken(place, missing=INFO))
     # All ranks must have looked at the folder before the main process writes to it.
     state.wait_for_everyone()
+    content = images.content_sha256
     if not finished:
         # Features are collected beside the folder, so that it appears complete or not at all.
         parts = partial_folder(folder).with_name(f".{folder.name}.features")
@@ -191,18 +194,24 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
                 images.read_intact,
                 range(images.count),
                 batch_size,
-                {"pictures": identity["pictures"]},
+                {"pictures": identity["pictures"]} | ({CONTENT: content} if content else {}),
                 "real images",
             )
             check_left_out(images, collected.rows)
             if state.is_main_process:
-                _write(folder, images, identity, collected)
+                _write(folder, images, identity, collected, content)
                 shutil.rmtree(parts)
         # The other ranks read the folder next.
         state.wait_for_everyone()
     statistics = load_reference(folder)
     if statistics.info["asked"] != identity:
         raise FileExistsError(folder_taken(place, f"holds other statistics ({describe(statistics)})"))
+    before = statistics.info.get(CONTENT)
+    if content and before is None and state.is_main_process:
+        print(f"{place} was written by version 0.1.0: its images are compared by name and size alone", flush=True)
+    if content and before not in (None, content):
+        source = statistics.info["pictures"]["source"]
+        raise FileExistsError(folder_taken(place, f"holds statistics of {source} before its images were changed"))
     return statistics
 
 
@@ -252,7 +261,9 @@ def versions() -> dict[str, str]:
     return {"dit_hf": __version__} | {name: version(name) for name in names}
 
 
-def _write(folder: Path, images: ReferenceImages, identity: dict[str, Any], collected: Collected) -> None:
+def _write(
+    folder: Path, images: ReferenceImages, identity: dict[str, Any], collected: Collected, content: str | None
+) -> None:
     """Write statistics and manifest; features and conditions are those of the readable rows."""
     values, rows = collected.features.astype(np.float64), collected.rows
     tensors = {
@@ -273,5 +284,6 @@ def _write(folder: Path, images: ReferenceImages, identity: dict[str, Any], coll
             conditions=list(images.conditions),
             condition_labels=images.labels,
             asked=identity,
+            **({CONTENT: content} if content else {}),
             versions=versions(),
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from ..data.contents import SourceOptions
 from ..data.files import CACHE_INFO
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
+from ..devices import available_cpus
 from ..latents.cache import content_sha256, open_latents, parse_identity
+from ..latents.reuse import read_image
 from ..latents.vae import VAE, decode, encode, load_vae
 from ..runs import RunFolder, find_run
 
@@ -34,6 +39,7 @@ class ReferenceImages:
         conditions: Ids of each condition by name, in the order of the rows; -1 is missing.
         labels: Value names of those conditions that are classes.
         read: Reads rows as images, uint8 [n, height, width, 3]; raises ValueError if one is broken.
+        files: The undecoded images, for `content_sha256`; None if the summary tells their content.
     """
 
     count: int
@@ -41,6 +47,16 @@ class ReferenceImages:
     conditions: dict[str, list[int]]
     labels: dict[str, list[str]]
     read: Callable[[Sequence[int]], np.ndarray]
+    files: Dataset | None = None
+
+    @functools.cached_property
+    def content_sha256(self) -> str | None:
+        """The hash of the bytes of all images, which reads every one; None if the summary tells it."""
+        if self.files is None:
+            return None
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            hashes = pool.map(_hash_image, (row["image"] for row in self.files))
+            return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def read_intact(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read those of `rows` that are not broken.
@@ -105,7 +121,9 @@ def open_reference_images(
 
     conditions, features = _read_conditions(rows), rows.features
     labels = {name: features[name].names for name in conditions if isinstance(features[name], ClassLabel)}
-    return ReferenceImages(len(rows), summary, conditions, labels, read)
+    # Avatars are rendered from the seed alone.
+    files = None if source == AVATARS else rows.select_columns("image")
+    return ReferenceImages(len(rows), summary, conditions, labels, read, files)
 
 
 def open_training_images(model: str, resolution: str, options: SourceOptions) -> ReferenceImages:
@@ -186,6 +204,14 @@ def _open_decoded(folder: str, split: str | None, num_images: int | None) -> Ref
 
     conditions = {name: _ids(rows, name) for name in info["conditions"]}
     return ReferenceImages(len(rows), summary, conditions, info["condition_labels"], read)
+
+
+def _hash_image(stored: dict[str, Any] | None) -> str:
+    """Return the hash of an undecoded image's bytes, or a word for one that cannot be read."""
+    try:
+        return hashlib.sha256(read_image(stored)[0] or b"").hexdigest()
+    except OSError:
+        return "unreadable"
 
 
 def _read_conditions(rows: Dataset) -> dict[str, list[int]]:

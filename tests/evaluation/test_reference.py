@@ -1,8 +1,11 @@
 """Reference statistics: those of the images, never replaced by others, and with the conditions of their rows."""
 
+import json
+
 import numpy as np
 import pytest
 from celeba import save_image
+from PIL import Image
 
 from dit_hf import open_images
 from dit_hf.cli import main
@@ -37,6 +40,26 @@ def test_other_statistics_are_not_replaced_and_the_same_are_not_computed_again(s
     assert (statistics / "reference.json").stat().st_mtime_ns == written
     with pytest.raises(FileExistsError, match="holds other statistics"):
         reference("avatars", str(statistics), net, resolution="16", num_images=70)
+
+
+def test_statistics_of_images_that_were_changed_are_not_reused(net, tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(tmp_path / f"{i}.bmp")
+    source, out = tmp_path, tmp_path.parent / f"{tmp_path.name}-statistics"
+    reference(str(source), str(out), net, resolution="16")
+    reference(str(source), str(out), net, resolution="16")
+    size = (source / "0.bmp").stat().st_size
+    Image.new("RGB", (16, 16), "white").save(source / "0.bmp")
+    assert (source / "0.bmp").stat().st_size == size
+    with pytest.raises(FileExistsError, match="before its images were changed; name a new folder"):
+        reference(str(source), str(out), net, resolution="16")
+    # What version 0.1.0 wrote has no such hash.
+    info = json.loads((out / "reference.json").read_text())
+    del info["content_sha256"]
+    (out / "reference.json").write_text(json.dumps(info))
+    capsys.readouterr()
+    reference(str(source), str(out), net, resolution="16")
+    assert "compared by name and size alone" in capsys.readouterr().out
 
 
 def test_a_folder_with_other_content_is_not_replaced(net, tmp_path):
