@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_pipeline
 
 DOCS = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text(encoding="utf-8")
@@ -57,6 +58,7 @@ def test_a_line_of_the_docs_runs_and_images_follow(name, lines, faces, tmp_path,
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("name", "lines"), GPU_ROWS, ids=[name for name, _ in GPU_ROWS])
 def test_a_line_of_the_docs_runs_on_a_gpu(name, lines, faces, tmp_path, monkeypatch):
     run_lines(lines, faces, tmp_path, monkeypatch)
