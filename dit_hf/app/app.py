@@ -17,22 +17,22 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
         port: The port; by default the first free one from 7860 on.
 
     Raises:
-        ValueError: if the model cannot be loaded, or gradio is not installed.
+        ValueError: if the model cannot be loaded, gradio is not installed, or this machine cannot listen at `host`.
         OSError: if the port is taken.
     """
     # gradio is an optional dependency, and takes seconds to import.
     try:
         from .page import build_page, look
+        from .server import check_host, serve
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; the app needs it: pip install gradio") from error
+
+    check_host(host)
 
     # The page's title is a folder's name, without the path, or the Hub id.
     name = Path(model).absolute().name if Path(model).is_dir() else model
     page = build_page(Studio(load_pipeline(model)), name)
 
-    # Without blocking, so that the address is printed as soon as there is one; then wait for Ctrl-C.
-    _, url, _ = page.launch(
-        server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True, **look()
-    )
+    url = serve(page, host, port, **look())
     print(f"{model} at {url} (stop with Ctrl-C)", flush=True)
     page.block_thread()

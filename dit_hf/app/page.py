@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..pipelines.attributes import AttributeValue
 from ..storage import first_line
+from .server import Page
 from .studio import Control, Settings, Studio, read_image, union
 
 NUM_IMAGES, MAX_IMAGES = 8, 16
@@ -82,7 +83,7 @@ class Panel:
 
 def build_page(studio: Studio, name: str) -> gr.Blocks:
     """Build the page of a model called `name`."""
-    with gr.Blocks(title=f"dit_hf: {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with Page(title=f"dit_hf: {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# {name}\nImages from a latent Diffusion Transformer", elem_classes="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
