@@ -28,6 +28,7 @@ from .contents import Column, Contents, SourceOptions, counted, short_names, sho
 from .files import Skipped, walk
 from .metadata import METADATA
 from .splits import split_named
+from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, load_archives, read_folders_inside
 
 MAX_PREVIEWS = 10  # images that may lie beside shards without being another reading of the folder
@@ -78,14 +79,18 @@ def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
     # The column of images is the same in all splits; structs become columns, so that an image may be inside one.
     parts = {name: _flattened(_with_image_features(part)) for name, part in parts.items()}
     contents.image_column = _image_column(source, next(iter(parts.values())), options, contents)
-    images, columns = [], []
+    images, columns, foreign = [], [], 0
     for name, part in parts.items():
         contents.ids += _ids(name, part)
         contents.groups += part[SHARD] if SHARD in part.column_names else [name] * len(part)
-        images.append(_undecoded_images(part, contents.image_column))
+        own, dropped = drop_foreign_paths(_undecoded_images(part, contents.image_column), own_folders(source))
+        images.append(own)
+        foreign += dropped
         contents.sizes += _image_sizes(images[-1])
         columns.append(_plain_columns(part.remove_columns(contents.image_column), contents))
     contents.images = concatenate_datasets(images)
+    if foreign:
+        contents.unused["paths"] = f"{foreign:,} images are stored as paths outside the source, which are not read"
     contents.columns = _joined(columns, [len(part) for part in parts.values()])
     if len(set(contents.ids)) < len(contents.ids):  # the same keys in several splits
         names = [name for name, part in parts.items() for _ in range(len(part))]

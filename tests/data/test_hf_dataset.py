@@ -4,6 +4,7 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from celeba import save_image, small_image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
@@ -12,6 +13,7 @@ from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.hf_dataset import read_hf_dataset
 from dit_hf.data.sources import open_source
+from dit_hf.data.stored_paths import drop_foreign_paths, own_folders
 
 
 def data_set(count: int) -> Dataset:
@@ -167,3 +169,31 @@ def test_shards_whose_splits_number_their_classes_each_by_itself(tmp_path):
     (tmp_path / "test-0.parquet").rename(tmp_path / "train-1.parquet")
     with pytest.raises(ValueError, match=r"train-0\.parquet and train-1\.parquet have different classes"):
         open_source(str(tmp_path))
+
+
+def test_paths_in_rows_are_read_only_inside_the_source(tmp_path):
+    """A row may name any file of the machine; links and devices count by where they lead."""
+    source = tmp_path / "source"
+    source.mkdir()
+    save_image(tmp_path / "private.png")
+    save_image(source / "own.png")
+    (source / "link.png").symlink_to(tmp_path / "private.png")
+    foreign = [str(tmp_path / "private.png"), "../private.png", str(source / "link.png"), "/dev/zero", str(source)]
+    own = [str(source / "own.png"), "own.png"]
+    features = Features({"image": Image(decode=False)})
+    stored = {"bytes": (source / "own.png").read_bytes(), "path": "/elsewhere/a.png"}
+    rows = [stored, *({"bytes": None, "path": path} for path in own + foreign)]
+    pq.write_table(Dataset.from_dict({"image": rows}, features).data.table, source / "a.parquet")
+    contents = read_hf_dataset(str(source / "a.parquet"), SourceOptions())
+    paths = [image["path"] for image in contents.images["image"]]
+    assert paths == ["/elsewhere/a.png"] + [str((source / "own.png").resolve())] * 2 + [None] * 5
+    assert contents.unused["paths"] == "5 images are stored as paths outside the source, which are not read"
+
+
+def test_a_dataset_of_the_hub_names_no_files_of_this_machine(tmp_path):
+    save_image(tmp_path / "private.png")
+    features = Features({"image": Image(decode=False)})
+    images = Dataset.from_dict({"image": [{"bytes": None, "path": str(tmp_path / "private.png")}]}, features)
+    checked, dropped = drop_foreign_paths(images, own_folders("owner/name"))
+    assert dropped == 1
+    assert checked[0]["image"] == {"bytes": None, "path": None}
