@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from ..devices import default_device
@@ -24,6 +27,8 @@ from .inception import FIDInception
 INCEPTION_WEIGHTS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
+# NVIDIA's TorchScript of the same network, inception-2015-12-05.pt of stylegan2-ada-pytorch.
+NVIDIA_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 DINOV2 = "facebook/dinov2-large"  # the network of https://arxiv.org/abs/2306.04675
 # Part of a reference's identity: with other words, earlier statistics would no longer match.
 TF1 = "resized to 299 px as TensorFlow 1 does (bilinear, no antialiasing, corners at 0)"
@@ -87,7 +92,7 @@ def load_features(name: str, weights: str | None = None, device: str | torch.dev
             - `dinov2`: the class token of DINOv2 ViT-L/14, 1,024 features.
             - the id or path of a vision model of `transformers`.
         weights: Inception's weights, instead of pytorch-fid's: a file, a URL, or `OWNER/NAME/FILE` on the Hub, of a
-            state dict or of NVIDIA's TorchScript.
+            state dict (of tensors alone) or of NVIDIA's TorchScript; another TorchScript is refused.
         device: Device to run on; None is the accelerator if there is one.
 
     Raises:
@@ -217,16 +222,24 @@ def _inception_network(path: Path, weights: str, dim: int) -> nn.Module:
     """Load the network from a file of weights: a state dict, or NVIDIA's TorchScript, whose `layers` are the network.
 
     Raises:
-        ValueError: if the file holds no such network, naming `weights`.
+        ValueError: if the file holds no such network, or is another TorchScript, naming `weights`.
     """
+    # TorchScript is a program, which may write files as soon as it is loaded: only NVIDIA's own is run.
     if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        layers = getattr(torch.jit.load(str(path), map_location="cpu"), "layers", None)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != NVIDIA_SHA256:
+            raise ValueError(
+                f"feature_weights {weights}: a TorchScript is a program, and only NVIDIA's inception-2015-12-05.pt is "
+                "run; give a state dict (.safetensors, or .pth of tensors alone)"
+            )
+        layers = getattr(torch.jit.load(io.BytesIO(data), map_location="cpu"), "layers", None)
         if layers is None or dim != 2048:
             raise ValueError(f"feature_weights {weights}: the TorchScript has no `layers` with {dim} features")
         return layers
     network = FIDInception(dim)
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        is_safetensors = path.suffix == ".safetensors"
+        state = load_file(path) if is_safetensors else torch.load(path, weights_only=True, map_location="cpu")
         # Published files also hold the classifier, which features do not need.
         names = network.state_dict().keys()
         network.load_state_dict({name: state[name] for name in names if name in state})

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
 
 from dit_hf import open_images
+from dit_hf.evaluation import features
 from dit_hf.evaluation.features import load_features, resize_clean, resize_tf1
 from dit_hf.evaluation.inception import FIDInception
 from dit_hf.evaluation.metrics import frechet_distance
+from dit_hf.storage import sha256
 
 
 def noise(size=(2, 24, 40, 3), seed=0):
@@ -99,7 +102,7 @@ class MeanOfPositions(torch.nn.Module):
         return hidden.mean(2)
 
 
-def test_inception_takes_a_torchscript_whose_layers_are_the_network(inception_file, tmp_path):
+def test_inception_takes_nvidias_torchscript_whose_layers_are_the_network(tmp_path, monkeypatch):
     class Whole(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -110,11 +113,41 @@ def test_inception_takes_a_torchscript_whose_layers_are_the_network(inception_fi
 
     whole = Whole().eval()
     torch.jit.script(whole).save(str(tmp_path / "inception.pt"))
+    monkeypatch.setattr(features, "NVIDIA_SHA256", sha256(tmp_path / "inception.pt"))
     net = load_features("inception-clean", str(tmp_path / "inception.pt"))
     pixels = torch.from_numpy(noise()).permute(0, 3, 1, 2).float()
     with torch.no_grad():
         expected = whole.layers((resize_clean(pixels, (299, 299)) - 128) / 128).numpy()
     np.testing.assert_allclose(net(noise()), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["inception", "legacy64"])
+@pytest.mark.parametrize("file", ["evil.pt", "evil.pth", "evil.safetensors"])
+def test_another_torchscript_is_refused_without_running_it(tmp_path, name, file):
+    written = tmp_path / "written"
+
+    class Forward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Flatten()
+            self.path = str(written)
+
+        def forward(self, pixels):
+            torch.from_file(self.path, True, 12, dtype=torch.uint8)
+            return self.layers(pixels)
+
+    torch.jit.script(Forward()).save(str(tmp_path / file))
+    with pytest.raises(ValueError, match=f"{file}: a TorchScript is a program"):
+        load_features(name, str(tmp_path / file))
+    assert not written.exists()
+
+
+def test_inception_takes_safetensors(inception_file, tmp_path):
+    save_file(torch.load(inception_file, weights_only=True), tmp_path / "inception.safetensors")
+    expected = load_features("inception", str(inception_file))(noise())
+    np.testing.assert_array_equal(
+        load_features("inception", str(tmp_path / "inception.safetensors"))(noise()), expected
+    )
 
 
 def test_a_vision_model_of_transformers_by_path(tmp_path):
