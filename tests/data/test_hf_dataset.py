@@ -180,7 +180,7 @@ def test_paths_in_rows_are_read_only_inside_the_source(tmp_path):
     (source / "link.png").symlink_to(tmp_path / "private.png")
     foreign = [str(tmp_path / "private.png"), "../private.png", str(source / "link.png"), "/dev/zero", str(source)]
     own = [str(source / "own.png"), "own.png"]
-    features = Features({"image": Image(decode=False)})
+    features = Features({"image": Image()})
     stored = {"bytes": (source / "own.png").read_bytes(), "path": "/elsewhere/a.png"}
     rows = [stored, *({"bytes": None, "path": path} for path in own + foreign)]
     pq.write_table(Dataset.from_dict({"image": rows}, features).data.table, source / "a.parquet")
