@@ -26,8 +26,9 @@ import torch
 from machine import machine
 from peers import diffusers_dit, facebookresearch_dit
 
-from dit_hf.config import PRESETS, read_config
+from dit_hf.config import PRESETS
 from dit_hf.latents.prepare import prepare_latents
+from dit_hf.recipe_file import read_config
 from dit_hf.training.throughput import flops_per_image, peak_flops
 from dit_hf.training.trainer import Trainer
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from dit_hf_cli import quick_answer
 
-from .config import Config, recipe_names
+from .config import Config
 from .devices import memory_errors
 from .options import OneLineParser, named_options
+from .recipe_file import read_recipe, recipe_names
 from .storage import first_line
 
 # verb: module, function, then the arguments that may be given by position; in the order of work.
@@ -57,7 +60,10 @@ def main(args: list[str] | None = None) -> int:
     module, name, *_ = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
     parser = build_parser(verb, function)
-    return _run(verb, function, parser, parser.parse_args(named_options(args[1:], parser)))
+    options = named_options(args[1:], parser)
+    if verb == "train":
+        options = _take_recipes(parser, options)
+    return _run(verb, function, parser, parser.parse_args(options))
 
 
 def _run(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> int:
@@ -100,13 +106,42 @@ def build_parser(verb: str, function: Any) -> OneLineParser:
     return parser
 
 
+def _take_recipes(parser: OneLineParser, options: list[str]) -> list[str]:
+    """Make the values of each `--config=FILE` the parser's defaults, and return the other options.
+
+    So an option counts more than a recipe wherever it stands; of several recipes the last one does.
+    """
+    rest: list[str] = []
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "--config":
+            try:
+                recipe = read_recipe(Path(value))
+            except (ValueError, OSError) as error:
+                parser.error(first_line(error))
+            for section, values in recipe.items():
+                parser.set_defaults({f"{section}.{key}": entry for key, entry in values.items()})
+        elif name.removeprefix("--") in vars(Config()):
+            parser.error(f"{name} is a section: options are spelled {name}.KEY VALUE")
+        else:
+            rest.append(option)
+    return rest
+
+
 def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> None:
     options = parser.instantiate(options)
     if verb == "train":
         sections = ("data", "model", "objective", "optim", "train")
-        function(Config(**{section: options[section] for section in sections}), options.dry_run)
+        function(Config(**{section: _with_home(options[section]) for section in sections}), options.dry_run)
     else:
-        function(**options.as_dict())
+        function(**{name: _with_home(value) for name, value in options.as_dict().items()})
+
+
+def _with_home(value: Any) -> Any:
+    """Expand `~`, which a shell leaves as it is after `--option=`, in a text and in the fields of a section."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: _with_home(entry) for name, entry in vars(value).items()})
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 if __name__ == "__main__":

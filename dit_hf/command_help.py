@@ -18,7 +18,8 @@ from typing import Any, Literal
 import docstring_parser
 
 from .cli import VERBS
-from .config import Config, recipe_names
+from .config import Config
+from .recipe_file import recipe_names
 
 FOLDER = Path(__file__).parent / "help"
 WIDTH, INDENT = 80, 24

@@ -1,4 +1,4 @@
-"""The recipe: one dataclass per section, read by jsonargparse from YAML and `--section.key` options.
+"""The recipe: one dataclass per section, set by YAML (`recipe_file.py`) and `--section.key` options (jsonargparse).
 
 The text below a field is its help, and `number` holds its bounds: neither is written anywhere else.
 """
@@ -8,13 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-from .storage import shipped_file
+from jsonargparse import set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # of the fields below
 
@@ -34,9 +31,18 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def number(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
-    """Declare a field of numbers between `low` and `high`; of a list each entry is checked, None always passes."""
-    bounds = {"low": low, "high": high}
+def number(
+    default: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
+    """Declare a field of numbers from `low` to `high`, or strictly `above` one or `below` one.
+
+    Of a list each entry is checked; None always passes.
+    """
+    bounds = {"low": low, "high": high, "above": above, "below": below}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=bounds)
     return field(default=default, metadata=bounds)
@@ -66,15 +72,15 @@ class ModelConfig:
 
     preset: str = "reference"
     """Sizes by name: `tiny`, `reference`, `S/2`, `B/2`, `L/2` or `XL/2`."""
-    patch_size: int | None = number(None, low=1)
+    patch_size: int | None = number(None, low=1, high=1000)
     """Side of a patch, in latents."""
-    num_layers: int | None = number(None, low=1)
+    num_layers: int | None = number(None, low=1, high=1000)
     """Number of transformer blocks."""
-    num_attention_heads: int | None = number(None, low=1)
+    num_attention_heads: int | None = number(None, low=1, high=1000)
     """Number of attention heads."""
-    attention_head_dim: int | None = number(None, low=1)
+    attention_head_dim: int | None = number(None, low=1, high=10_000)
     """Width of an attention head."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = number(4.0, above=0, high=100)
     """Width of the feed-forward layers, as a multiple of the model's width."""
     qk_norm: Literal["rms_norm"] | None = None
     """`rms_norm` normalizes queries and keys, which keeps attention stable in half precision."""
@@ -105,7 +111,7 @@ class ObjectiveConfig:
     """`l1`, `l2` or `huber` (pseudo-Huber)."""
     huber_c: float = number(0.1, low=1e-6)
     """The error at which `huber` changes from L2 to L1."""
-    snr_gamma: float | None = 5.0
+    snr_gamma: float | None = number(5.0, above=0)
     """Gamma of min-SNR weighting (https://arxiv.org/abs/2303.09556); null is no weighting."""
     snr_weighting: Literal["min", "soft_min"] = "min"
     """`min`, or `soft_min`, its smooth form (https://arxiv.org/abs/2401.11605)."""
@@ -115,7 +121,7 @@ class ObjectiveConfig:
     """Mean of log(sigma / alpha) of the levels that `logit_normal` samples; above 0 is noisier."""
     logit_std: float = number(1.0, low=1e-6)
     """Standard deviation of log(sigma / alpha) of the levels that `logit_normal` samples."""
-    num_train_timesteps: int = number(500, low=1)
+    num_train_timesteps: int = number(500, low=1, high=100_000)
     """Number of noise levels of the cosine schedule."""
     condition_dropout: float = number(0.15, low=0, high=0.5)  # it applies twice
     """Share of the images trained without any condition, for classifier-free guidance. As many again keep a random
@@ -139,11 +145,11 @@ class OptimConfig:
     """Steps of linear warm-up."""
     lr_decay_ratio: float = number(0.4, low=0, high=1)
     """Share of the run, at its end, over which `linear` decays."""
-    adam_beta1: float = number(0.9, low=0, high=1)
+    adam_beta1: float = number(0.9, low=0, below=1)
     """Decay of Adam's first moment."""
-    adam_beta2: float = number(0.999, low=0, high=1)
+    adam_beta2: float = number(0.999, low=0, below=1)
     """Decay of Adam's second moment."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = number(1e-8, above=0)
     """Added to Adam's denominator."""
     adam_weight_decay: float = number(0.0, low=0)
     """Decoupled weight decay of the matrices; biases, gains and embeddings have none."""
@@ -244,10 +250,15 @@ class Config:
         for section, options in vars(self).items():
             for option in dataclasses.fields(options):
                 _check_bounds(f"{section}.{option.name}", getattr(options, option.name), **option.metadata)
-        if self.objective.snr_gamma is not None and self.objective.snr_gamma <= 0:
-            raise ValueError("objective.snr_gamma must be above 0, or null for no weighting")
         if self.train.num_inference_steps > self.objective.num_train_timesteps:
             raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
+        for key, value in (("train.output_dir", self.train.output_dir), ("data.latents", self.data.latents)):
+            if not value.strip():
+                raise ValueError(f"{key} is empty: name a folder (. is the one you are in)")
+        conditions = self.data.conditions or []
+        for name in conditions:
+            if conditions.count(name) > 1:
+                raise ValueError(f"data.conditions names {name!r} twice")
         if self.train.push_to_hub and not self.train.hub_model_id:
             raise ValueError("train.push_to_hub needs train.hub_model_id, the repository to push to (OWNER/NAME)")
 
@@ -262,37 +273,22 @@ class Config:
         return keys
 
 
-def _check_bounds(key: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+def _check_bounds(
+    key: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
     for entry in value if isinstance(value, list) else [value]:
-        if isinstance(entry, int | float) and not low <= entry <= high:
-            between = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ValueError(f"{key}={entry:g} must be {between}")
-
-
-def read_config(path: Path) -> Config:
-    """Read a recipe from a YAML file; keys that it leaves out have their defaults."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
-    values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    return Config(values.data, values.model, values.objective, values.optim, values.train)
-
-
-def recipe_path(name: str) -> Path:
-    """Find a recipe: the file `name`, or else the recipe of that name that comes with dit_hf.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.stem in recipe_names() and str(path.parent) in (".", "recipes"):
-        return shipped_file(f"recipes/{path.stem}.yaml")
-    raise FileNotFoundError(
-        f"{name!r}: no such file; the recipes that come with dit_hf are {', '.join(recipe_names())}"
-    )
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with dit_hf."""
-    return sorted(path.stem for path in shipped_file("recipes/avatars.yaml").parent.glob("*.yaml"))
+        if not isinstance(entry, int | float):
+            continue
+        if not math.isfinite(entry):
+            raise ValueError(f"{key}={entry:g} must be a finite number")
+        if not (low <= entry <= high and above < entry < below):
+            if math.isfinite(low) and math.isfinite(high):
+                raise ValueError(f"{key}={entry:g} must be between {low:g} and {high:g}")
+            limits = {"at least": low, "above": above, "at most": high, "below": below}
+            named = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+            raise ValueError(f"{key}={entry:g} must be {named}")

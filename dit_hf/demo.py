@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .config import Config, read_config, recipe_path
+from .config import Config
 from .data.contents import SourceOptions
 from .data.sources import AVATARS, open_source
 from .image_grid import make_grid, save_grid, side_by_side
@@ -23,6 +23,7 @@ from .latents.cache import open_latents
 from .latents.prepare import prepare_latents
 from .pipelines.attributes import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .recipe_file import read_config, recipe_path
 from .runs import RunFolder
 from .storage import write_text
 from .training.muon import MuonAdamW

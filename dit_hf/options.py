@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from .config import recipe_path
+from .recipe_file import recipe_path
 
 
 class OneLineParser(ArgumentParser):

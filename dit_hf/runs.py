@@ -21,13 +21,14 @@ import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from .config import Config, ObjectiveConfig, read_config
+from .config import Config, ObjectiveConfig
 from .data.files import CACHE_INFO
 from .devices import default_device
 from .latents.reader import LatentReader
 from .latents.vae import load_vae
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .recipe_file import read_config
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .storage import first_line, read_manifest
 

@@ -13,6 +13,7 @@ from dit_hf.cli import VERBS, build_parser, main
 from dit_hf.command_help import command_help, verb_help
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.options import named_options
+from dit_hf.recipe_file import read_config, recipe_path
 from dit_hf.runs import check_model
 from dit_hf_cli import help_text
 
@@ -62,6 +63,9 @@ def run(capsys, *args):
             "--optim.learning_rate: expected a number, got 'fast'",
         ),
         (["train", "avatars", "--train.report_to", "null"], 2, "expected one of wandb, tensorboard, none, got 'null'"),
+        (["train", "--data", "module.Class"], 2, "--data is a section: options are spelled --data.KEY VALUE"),
+        (["prepare-latents", "x", "--output_dir", "y", "--max_left_out", "nan"], 2, "expected a number, got 'nan'"),
+        (["train", "--train.output_dir="], 1, "train.output_dir is empty"),
         (["train", "--data.latents", "nowhere"], 1, "not a latent cache"),
         (["prepare-latents", "nowhere", "--vae", "avatar", "--output_dir", "x"], 1, "no such folder"),
         (["demo", "--minutes", "-1"], 1, "minutes=-1"),
@@ -92,6 +96,27 @@ def test_print_config_shows_the_whole_recipe(capsys):
     recipe = yaml.safe_load(out)
     assert recipe["objective"]["snr_gamma"] == 5.0
     assert recipe["optim"]["adam_epsilon"] == 1e-8
+
+
+@pytest.mark.parametrize("place", [0, 4], ids=["before", "after"])
+def test_an_option_counts_more_than_the_recipe_wherever_it_stands(capsys, place):
+    args = ["--optim.learning_rate", "0.005", "--objective.logit_mean", "-1e-1"]
+    args[place:place] = ["--config", "avatars"]
+    code, out, _ = run(capsys, "train", *args, "--print_config")
+    assert code == 0
+    recipe = yaml.safe_load(out)
+    assert (recipe["optim"]["learning_rate"], recipe["objective"]["logit_mean"]) == (0.005, -0.1)
+    assert recipe["train"]["max_train_steps"] == read_config(recipe_path("avatars")).train.max_train_steps
+
+
+def test_the_home_folder_is_meant_by_a_tilde(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/latents is not a latent cache" in run(capsys, "train", "--data.latents=~/latents")[2]
+    (tmp_path / "home.yaml").write_text("data: {latents: ~/from-a-recipe}\n")
+    recipe = ["--config", str(tmp_path / "home.yaml")]
+    assert f"{tmp_path}/from-a-recipe is not a latent cache" in run(capsys, "train", *recipe)[2]
+    prepare = ["--output_dir", str(tmp_path / "x"), "--vae", "avatar"]
+    assert f"source {tmp_path}/images" in run(capsys, "prepare-latents", "--source=~/images", *prepare)[2]
 
 
 @pytest.mark.parametrize("name", ["dit-hf", *VERBS])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from dit_hf.config import Config, read_config, recipe_path
+from dit_hf.config import Config
+from dit_hf.recipe_file import read_config, recipe_path
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -35,6 +36,31 @@ def test_entries_of_a_list_are_within_bounds_and_none_always_is():
     config.check()
     config.optim.extra_ema_decays = [0.9, 1.5]
     with pytest.raises(ValueError, match=r"optim\.extra_ema_decays=1\.5 must be between 0 and 1"):
+        config.check()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("optim", "adam_beta1", 1.0, "must be at least 0 and below 1"),
+        ("optim", "adam_beta2", 1.0, "must be at least 0 and below 1"),
+        ("optim", "adam_epsilon", -1.0, "must be above 0"),
+        ("optim", "adam_epsilon", 0.0, "must be above 0"),
+        ("optim", "adam_epsilon", float("nan"), "must be a finite number"),
+        ("train", "guidance_scale", float("inf"), "must be a finite number"),
+        ("objective", "snr_gamma", 0.0, "must be above 0"),
+        ("model", "num_layers", 10**9, "must be between 1 and 1000"),
+        ("objective", "num_train_timesteps", 10**10, "must be between 1 and 100000"),
+        ("train", "output_dir", " ", r"is empty: name a folder \(\. is the one you are in\)"),
+        ("data", "conditions", ["a", "b", "a"], "names 'a' twice"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_values_that_cannot_work_are_refused_whatever_the_optimizer(optimizer, section, key, value, message):
+    config = Config()
+    config.optim.optimizer = optimizer
+    setattr(getattr(config, section), key, value)
+    with pytest.raises(ValueError, match=rf"{section}\.{key}.*{message}"):
         config.check()
 
 

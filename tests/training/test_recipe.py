@@ -4,8 +4,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from training_runs import changed
 
-from dit_hf.config import read_config
 from dit_hf.latents.prepare import prepare_latents
+from dit_hf.recipe_file import read_config
 from dit_hf.storage import write_manifest
 from dit_hf.training.trainer import train
 

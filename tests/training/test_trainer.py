@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import assert_same_bits, changed, comparable, half_precision, rows
 
 from dit_hf import LatentDiTTransformer2DModel
-from dit_hf.config import read_config
+from dit_hf.recipe_file import read_config
 from dit_hf.storage import locked
 from dit_hf.training.throughput import Speed
 from dit_hf.training.trainer import Trainer, train
