@@ -56,6 +56,8 @@ def main(args: list[str] | None = None) -> int:
             f"dit-hf train: error: which recipe? {', '.join(recipe_names())}, or a file of your own", file=sys.stderr
         )
         return 2
+    # Processes that this one starts do not import what lies in the current folder, such as a json.py.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     # Only the module of this verb is imported: some of them take seconds.
     module, name, *_ = VERBS[verb]
     function = getattr(importlib.import_module(module), name)

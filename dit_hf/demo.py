@@ -101,12 +101,13 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
 
 
 def _run_module(module: str, *args: str, **environment: str) -> None:
-    """Run `python -m MODULE ARGS`, pass a SIGTERM on to it, and let it shut down gracefully on Ctrl-C.
+    """Run `python -P -m MODULE ARGS`, pass a SIGTERM on to it, and let it shut down gracefully on Ctrl-C.
 
     Raises:
         CalledProcessError: if the process fails or is interrupted.
     """
-    process = subprocess.Popen([sys.executable, "-m", module, *args], env={**os.environ, **environment})
+    # -P: a json.py in the current folder is not Python's.
+    process = subprocess.Popen([sys.executable, "-P", "-m", module, *args], env={**os.environ, **environment})
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while process.returncode is None:
         # The terminal sends Ctrl-C to the child as well: keep waiting while it saves a checkpoint.

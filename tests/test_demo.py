@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dit_hf.demo import _run_module
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,3 +49,10 @@ def test_the_wheel_in_an_empty_environment_runs_the_demo_in_an_empty_folder(tmp_
     run(python, "-c", code)
     assert Image.open(work / "face.png").size == (64, 64)
     assert "is finished" in run(python.parent / "dit-hf", "demo")
+
+
+def test_a_module_of_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("open('run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    _run_module("json.tool", "--help")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from ..devices import default_device
 from ..image_grid import make_grid, save_grid
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..recipe_file import read_config
 from ..runs import (
     CARD,
     CONFIG,
@@ -202,7 +204,10 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     for option, name in images.items():
         shutil.copyfile(run / name, folder / _CARD_IMAGES[option])
     shutil.copyfile(run / LOG, folder / LOG)
-    recipe = without_paths(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    recipe = without_paths(dataclasses.asdict(read_config(run / CONFIG)))
+    # Always paths, even where they look like a Hub id or no longer exist.
+    for section, key in (("data", "latents"), ("train", "output_dir")):
+        recipe[section][key] = Path(recipe[section][key]).name
     write_text(folder / CONFIG, yaml.safe_dump(recipe, sort_keys=False))
     # Not the grid of nearest neighbours: it shows training images, which are not ours to share.
     for name in _EVALUATION:
@@ -218,14 +223,21 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
 
 
 def without_paths(value: Any) -> Any:
-    """Return `value` with every string that is a path outside the working folder shortened to its last part."""
+    """Return `value` with every string that is a path shortened to its last part; Hub ids and addresses stay."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "~", "..")):
-        return Path(value).name
-    return value
+    return Path(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    if text.startswith(("/", "~", ".")):
+        return True
+    if "://" in text or ", " in text or " / " in text or "\n" in text:  # an address, or prose
+        return False
+    # A Hub id has one slash, and so may a relative path, which is known by its existence.
+    return text.count("/") > 1 or ("/" in text and Path(text).exists())
 
 
 def _save_example_grid(pipeline: LatentDiTPipeline, path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from huggingface_hub import ModelCard
 from local_hub import running_hub
 from repositories import HIDE_DIT_HF, assert_no_leaks, push, read_snippets
 from safetensors import safe_open
+from training_runs import changed
 
 from dit_hf.cli import main
 from dit_hf.hub.push import without_paths
 from dit_hf.latents.vae import weights_sha256
+from dit_hf.recipe_file import read_config
 from dit_hf.runs import load_pipeline
 from dit_hf.training.trainer import train
 
@@ -96,7 +99,26 @@ def test_a_pushed_checkpoint_is_described_as_a_checkpoint(run, tmp_path, capsys)
     assert weights_sha256(pushed.transformer) == weights_sha256(own.transformer)
 
 
-def test_reports_are_shared_without_paths():
+def test_names_of_folders_stay_here_for_relative_paths_too(training_latents, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("A customer/project")
+    folder.mkdir(parents=True)
+    (folder / "latents").symlink_to(training_latents)
+    where = {"output_dir": str(folder / "run"), "max_train_steps": 4}
+    train(changed(config, data={"latents": str(folder / "latents")}, train=where))
+    for number, model in enumerate((folder / "run", folder / "run" / "checkpoint-4")):
+        assert main(["push", str(model), "--output_dir", f"out-{number}"]) == 0
+        for path in Path(f"out-{number}").rglob("*"):
+            assert path.is_dir() or b"customer" not in path.read_bytes(), path
+    assert read_config(Path("out-0/config.yaml")).data.latents == "latents"
+
+
+def test_reports_are_shared_without_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    kept = ["facebook/dinov2-large", "S/2", "https://a.b/c/d/e", "(x - 127) / 128, mean / std / n", "no"]
+    assert without_paths(kept) == kept
+    assert without_paths({"a": "runs/mine", "b": "a/b/c d", "c": ["./x"]}) == {"a": "mine", "b": "c d", "c": ["x"]}
     report = {"a": ["/home/me/x", "b/c", 1], "d": "../up", "e": "~/f"}
     assert without_paths(report) == {"a": ["x", "b/c", 1], "d": "up", "e": "f"}
 
