@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .config import Config, ObjectiveConfig
@@ -28,9 +28,9 @@ from .latents.reader import LatentReader
 from .latents.vae import load_vae
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
-from .recipe_file import read_config
+from .recipe_file import read_config, read_recipe
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .storage import first_line, read_manifest
+from .storage import MANIFEST, first_line, read_json, read_manifest, sha256
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
 
@@ -45,6 +45,14 @@ EVALUATION_REPORT, EVALUATION_PLOT, SETTINGS_PLOT = "evaluation.json", "evaluati
 # Files of a run's folder that have the same names in the repository to which `dit-hf push` uploads it.
 CONFIG, LOG, EXPORT, CARD, LOSS_CURVE = "config.yaml", "training_log.csv", "export.json", "README.md", "loss_curve.png"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_GRID = re.compile(r"step-(\d+)\.png")
+# The last key of a `config.yaml`, in all versions so far: without it the file has been cut.
+_LAST_KEY = ("train", "hub_revision")
+# What every summary in an export.json holds.
+_SUMMARY = (
+    *("recipe", "optimizer", "pictures", "source", "crop", "resolution", "vae", "columns", "steps", "max_steps"),
+    *("images_seen", "last_loss", "logging_steps", "validation_loss", "validation_images"),
+)
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,13 @@ class RunFolder:
 
     def sample_grids(self) -> dict[int, Path]:
         """Return the existing sample grids by step, earliest first."""
-        steps = {int(path.stem.removeprefix("step-")): path for path in self.path.glob("samples/step-*.png")}
-        return dict(sorted(steps.items()))
+        found = [(_GRID.fullmatch(path.name), path) for path in self.path.glob("samples/step-*.png")]
+        return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+    @property
+    def branch(self) -> Path:
+        """Log and sample grids of a run that went back to an earlier checkpoint, until it saves its first own one."""
+        return self.path / ".branch"
 
     def card_images(self) -> dict[str, Any]:
         """Return the newest sample grid and the loss curve, if they exist, as options of `write_card`.
@@ -153,9 +166,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read the state of a checkpoint: step, recipe, the transformer's config, normalization, losses.
 
     Raises:
-        ValueError: if another version of dit_hf wrote it.
+        ValueError: if it is damaged, or another version of dit_hf wrote it.
     """
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT_VERSION:
         raise ValueError(f"{checkpoint} was written by another version of dit_hf; begin a new run")
     return state
@@ -177,18 +190,69 @@ def migrate_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "data": data, "optim": optim, "found": resolved}
 
 
+def read_run_config(run: Path) -> Config:
+    """Read the recipe in a run's folder.
+
+    Paths in it may be relative to the folder in which the run was started. Where it is read from another one, that
+    folder is found by the recipe's own `train.output_dir`.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    path = RunFolder(run).config
+    section, key = _LAST_KEY
+    if key not in read_recipe(path).get(section, {}):
+        raise ValueError(
+            f"{path} has been cut: its last key, {section}.{key}, is missing; dit-hf train --config RECIPE "
+            f"--train.output_dir {run} --train.resume_from_checkpoint latest writes it again"
+        )
+    config = read_config(path)
+    latents, output_dir = Path(config.data.latents), Path(config.train.output_dir)
+    started_in = run.resolve()
+    for part in reversed(output_dir.parts):
+        if started_in.name != part:
+            return config
+        started_in = started_in.parent
+    if not latents.exists() and not output_dir.is_absolute() and (started_in / latents).exists():
+        config.data.latents = str(started_in / latents)
+    return config
+
+
 def read_log(run: Path) -> list[dict[str, str]]:
     """Read the rows of a run's log, as text by column; [] without a log.
 
     A last row that a kill cut short is left out.
+
+    Raises:
+        ValueError: naming the file, if it is not a log that a run has written, or a spreadsheet has changed it.
     """
     log = RunFolder(run).log
     if not log.is_file():
         return []
-    text = log.read_text(encoding="utf-8")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    # csv marks missing values by None as the value, and surplus ones by None as the key.
-    return [row for row in rows if None not in row.values() and None not in row]
+    try:
+        text = log.read_text(encoding="utf-8-sig")
+        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        # csv marks missing values by None as the value, and surplus ones by None as the key.
+        whole = [row for row in rows if None not in row.values() and None not in row]
+        if text and (rows.fieldnames is None or not {"step", "loss"} <= {*rows.fieldnames}):
+            raise ValueError("no columns step and loss")
+        for row in whole:
+            int(row["step"])
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{log} cannot be read as the log of a run ({first_line(error)}); move it away") from error
+    return whole
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file of a checkpoint, onto the CPU.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); name an earlier checkpoint") from error
 
 
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
@@ -218,6 +282,10 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     finished = run.pipeline.is_dir() and run.export.is_file()
     if not exported and not finished and find_run(model) == run.path:
         raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
+    if (run.path / CACHE_INFO).is_file():
+        raise ValueError(f"{model} is a latent cache, which models are trained on; name a run or a pipeline")
+    if not exported:
+        check_exported_pipeline(run.path)
 
     # Everything that can go wrong becomes one line: no such folder, no network, a damaged file, each with an exception
     # of its own.
@@ -271,9 +339,9 @@ def checkpoint_pipeline(checkpoint: Path) -> LatentDiTPipeline:
         ValueError: if the checkpoint is damaged, or the cache does not exist.
     """
     read_manifest(checkpoint, hashes=True)
-    config, state = read_config(RunFolder(checkpoint.parent).config), read_state(checkpoint)
+    config, state = read_run_config(checkpoint.parent), read_state(checkpoint)
     transformer = LatentDiTTransformer2DModel(**state["transformer"]).eval()
-    transformer.load_state_dict(load_file(checkpoint / EMA_WEIGHTS))
+    transformer.load_state_dict(read_tensors(checkpoint / EMA_WEIGHTS))
     return build_pipeline(config, _open_reader(config), transformer, state["normalization"])
 
 
@@ -320,16 +388,51 @@ def base_model(config: Config) -> str | None:
 
 def checkpoint_summary(checkpoint: Path) -> dict[str, Any]:
     """Return the `training_summary` of a run at one of its checkpoints."""
-    config, state = read_config(RunFolder(checkpoint.parent).config), read_state(checkpoint)
+    config, state = read_run_config(checkpoint.parent), read_state(checkpoint)
     return training_summary(
         checkpoint.parent, config, _open_reader(config), migrate_recipe(state["recipe"]), state["step"]
     )
 
 
+def read_export(run: Path) -> dict[str, Any]:
+    """Read `export.json` of an exported run or a pushed repository; {} if there is none.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    path = RunFolder(run).export
+    if not path.is_file():
+        return {}
+    remedy = "delete it, and train with --train.resume_from_checkpoint latest exports the run again"
+    content = read_json(path, remedy)
+    summary = content.get("training", {})
+    missing = [key for key in _SUMMARY if key not in summary] if isinstance(summary, dict) else ["training"]
+    if summary and missing:
+        raise ValueError(f"{path} is damaged (no {', '.join(missing[:3])}); {remedy}")
+    return content
+
+
 def exported_summary(folder: Path) -> dict[str, Any]:
     """Return the `training_summary` in `folder`, an exported run or a pushed repository; {} if there is none."""
-    export = folder / EXPORT
-    return json.loads(export.read_text(encoding="utf-8")).get("training", {}) if export.is_file() else {}
+    return read_export(folder).get("training", {})
+
+
+def check_exported_pipeline(run: Path) -> None:
+    """Check that `pipeline/` has the very bytes that the run exported; those of version 0.1.0 have no manifest.
+
+    Raises:
+        ValueError: naming the file that differs.
+    """
+    folder, expected = RunFolder(run).pipeline, read_export(run).get("pipeline_sha256")
+    if expected is None:
+        return
+    remedy = f"train with --train.resume_from_checkpoint latest exports it again from the last checkpoint of {run}"
+    try:
+        read_manifest(folder, hashes=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if sha256(folder / MANIFEST) != expected:
+        raise ValueError(f"{folder} is not the pipeline that {run} exported; {remedy}")
 
 
 def training_summary(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,34 +111,80 @@ def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, 
     write_text(folder / name, json.dumps({**metadata, "files": files}, indent=2) + "\n")
 
 
-def read_manifest(folder: Path, name: str = MANIFEST, hashes: bool = False) -> dict[str, Any]:
+def read_manifest(
+    folder: Path, name: str = MANIFEST, hashes: bool = False, editable: Collection[str] = ()
+) -> dict[str, Any]:
     """Read what `write_manifest` wrote and compare the files with it.
 
     Args:
         folder: The folder that the manifest describes.
         name: File name of the manifest inside `folder`.
         hashes: Compare the SHA-256 too, which reads every byte, and not the sizes alone.
+        editable: Files that are their owner's to change or delete, and are not compared.
 
     Raises:
         ValueError: naming the file, if the manifest or a file is missing or differs.
     """
     try:
-        manifest = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = read_json(folder / name)
+        files = [(file, int(entry["size"]), str(entry["sha256"])) for file, entry in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is incomplete: no readable {name}") from error
-    for file, expected in manifest["files"].items():
+    for file, size, digest in files:
         path = folder / file
-        if not path.is_file() or path.stat().st_size != expected["size"]:
+        if file in editable:
+            continue
+        if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"{folder} is damaged: {file} is missing or has changed in size since it was written")
-        if hashes and sha256(path) != expected["sha256"]:
+        if hashes and sha256(path) != digest:
             raise ValueError(f"{folder} is damaged: {file} has changed in content since it was written")
     return manifest
+
+
+def read_json(path: Path, remedy: str = "", keys: Collection[str] = ()) -> dict[str, Any]:
+    """Read a JSON object that one of our commands wrote.
+
+    Args:
+        path: The file.
+        remedy: What to do if it is damaged.
+        keys: Keys that it must have.
+
+    Raises:
+        ValueError: naming the file and `remedy`, if it is damaged: cut, of other content or of another type.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise ValueErrors
+        raise ValueError(f"{path} is damaged ({first_line(error)}){f'; {remedy}' if remedy else ''}") from error
+    return content
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours: of a link the link alone. A half-removed folder never keeps the name."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    aside = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Check whether two files have the same bytes."""
+    return filecmp.cmp(one, other, shallow=False)
 
 
 def hash_json(value: dict[str, Any]) -> str:
@@ -163,9 +211,20 @@ def locked(lock: Path, place: str) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        with warnings.catch_warnings():
+            # On a disk without locks the file itself is the lock, which a killed process leaves behind.
+            warnings.filterwarnings("ignore", "flock not supported")
+            held.acquire(timeout=0)
     except Timeout:
-        raise FileExistsError(f"{place} is being written by another process; wait for it") from None
+        raise FileExistsError(
+            f"{place} is being written by another process; wait for it (delete {lock} only if there is no such "
+            "process)"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.ENOLCK:
+            message = f"{place}: {os.strerror(errno.ENOLCK)} on its disk; name a folder on another one"
+            raise OSError(message) from error
+        raise
     try:
         yield
     finally:

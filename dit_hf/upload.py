@@ -9,11 +9,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
 
 from .storage import first_line
 
 # Waits before an upload is retried; files that the Hub already has are not sent again.
 RETRY_SECONDS = (2.0, 10.0, 30.0)
+ANSWER_SECONDS = 30.0
 
 
 def upload_folder(
@@ -48,6 +50,7 @@ def upload_folder(
         OSError: if the Hub cannot be reached, or the connection fails after several retries.
     """
     api = HfApi()
+    _check_answer(api, repo_id)
 
     def attempt() -> str:
         url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
@@ -68,6 +71,20 @@ def upload_folder(
 
     with _hub_errors(repo_id):
         return _with_retries(attempt)
+
+
+def _check_answer(api: HfApi, repo_id: str) -> None:
+    """Refuse a Hub that accepts connections and never answers, for which its client would wait without an end.
+
+    Raises:
+        OSError: if there is no answer within `ANSWER_SECONDS`.
+    """
+    try:
+        get_session().head(api.endpoint, timeout=ANSWER_SECONDS)
+    except Exception as error:  # of the HTTP client that huggingface_hub's version uses
+        # The upload itself reports any other problem.
+        if "Timeout" in type(error).__name__:
+            raise OSError(f"{repo_id}: {api.endpoint} does not answer; call again when it does") from error
 
 
 def _with_retries(attempt: Callable[[], str]) -> str:

@@ -1,9 +1,13 @@
 """Uploads to a small Hub of our own: whole or not at all, and refused in one line."""
 
+import socket
+
 import pytest
 from conftest import tiny_pipeline
 from huggingface_hub import constants
 from repositories import push
+
+from dit_hf import upload
 
 
 @pytest.fixture
@@ -40,3 +44,13 @@ def test_a_refusal_of_the_hub_is_one_line(hub, folder, capsys, monkeypatch):
     assert "no such/name!" in line
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert push(capsys, folder, "you/faces")[0] == 1
+
+
+def test_a_hub_that_never_answers_is_one_line(hub, folder, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(upload, "ANSWER_SECONDS", 0.5)
+        code, line = push(capsys, folder, "you/faces")
+    assert code == 1
+    assert f"you/faces: {endpoint} does not answer; call again when it does" in line

@@ -21,6 +21,7 @@ from ..upload import upload_folder
 from .reuse import SOURCE_FILES
 from .vae import VAE, weights_sha256
 
+CARD = "README.md"  # its owner's to edit
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
 # Format 2 spells parts of the identity as text; a name may itself hold commas, parentheses and line breaks.
@@ -37,8 +38,11 @@ def read_cache_info(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not (folder / CACHE_INFO).is_file():
-        raise ValueError(f"{folder} is not a latent cache (no {CACHE_INFO}); make one with dit-hf prepare-latents")
-    info = read_manifest(folder, CACHE_INFO)
+        here = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(
+            f"{folder} is not a latent cache (no {CACHE_INFO}{here}); make one with dit-hf prepare-latents"
+        )
+    info = read_manifest(folder, CACHE_INFO, editable=[CARD])
     version = info["identity"]["format"]
     if version not in (EARLIER_FORMAT, FORMAT_VERSION):
         raise ValueError(f"{folder}: expected a latent cache of format {FORMAT_VERSION}, got format {version}")
@@ -208,7 +212,7 @@ def finished_identity(folder: Path) -> dict[str, Any] | None:
         return None
     if not (folder / CACHE_INFO).is_file():
         raise FileExistsError(folder_taken(f"output_dir {folder}", missing=CACHE_INFO))
-    return parse_identity(read_manifest(folder, CACHE_INFO).get("identity", {}))
+    return parse_identity(read_manifest(folder, CACHE_INFO, editable=[CARD]).get("identity", {}))
 
 
 def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str, contents: str) -> None:

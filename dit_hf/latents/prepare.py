@@ -16,7 +16,7 @@ from ..data.transforms import Geometry, parse_resolution
 from ..devices import memory_errors
 from ..storage import disk_errors, read_manifest
 from .build import build, is_finished, plan_job
-from .cache import CacheSpec, cache_identity, push_latents
+from .cache import CARD, CacheSpec, cache_identity, push_latents
 from .card import quality
 from .progress import LeftOut
 from .vae import load_vae
@@ -159,7 +159,7 @@ def _check_num_proc(num_proc: int, state: PartialState) -> None:
 
 def _report(folder: Path, was_there: bool) -> None:
     """Print how many images a finished cache holds, and how well its VAE reconstructs them."""
-    info = read_manifest(folder, CACHE_INFO)
+    info = read_manifest(folder, CACHE_INFO, editable=[CARD])
     counts = info["counts"]
     text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
     print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out", flush=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 
 from ..config import Precision, TrainConfig
 from ..devices import compiler_problem
+from ..storage import first_line
 
 
 def use_deterministic_kernels() -> None:
@@ -71,6 +72,42 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
     return accelerator
 
 
+def start_ranks(cpu: bool) -> None:
+    """Start accelerate's state of this process, which connects the ranks.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    try:
+        PartialState(cpu=cpu)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(
+            f"the ranks cannot meet at {address} (MASTER_ADDR:MASTER_PORT): {first_line(error)}; if another job uses "
+            "this port, set another MASTER_PORT"
+        ) from error
+
+
+def on_first_rank(work: Callable[[], Any]) -> None:
+    """Call `work` on the first rank while the others wait; if it fails, all ranks raise its error.
+
+    Otherwise the others would wait for the first one in their next collective operation. Call it on all ranks.
+    """
+    failed: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            work()
+        except Exception as error:
+            if PartialState().num_processes == 1:
+                raise
+            # Errors of other libraries may not survive the journey.
+            known = type(error) in (ValueError, OSError, FileExistsError, FileNotFoundError, PermissionError)
+            failed = [error if known else RuntimeError(f"{type(error).__name__}: {error}")]
+    (cause,) = broadcast_object_list(failed)
+    if cause is not None:
+        raise cause
+
+
 def _refuse_unsupported(environment: Mapping[str, str]) -> None:
     """Refuse what `accelerate launch` was configured to do and this trainer would do wrong or not at all.
 
@@ -82,8 +119,18 @@ def _refuse_unsupported(environment: Mapping[str, str]) -> None:
         raise ValueError(f"{name} is not supported; recipes/accelerate/ has configurations for DDP and FSDP2")
     if "ACCELERATE_USE_FSDP" in chosen and environment.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP1 is not supported; set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml")
-    if environment.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp8":
-        raise ValueError("mixed_precision fp8 is not supported; expected no, fp16 or bf16")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "")
+    if precision and precision not in get_args(Precision):
+        raise ValueError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported; expected no, fp16 or bf16")
+    # accelerate would scale gradients before they are clipped, or compile the whole model.
+    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "") not in ("", "1"):
+        raise ValueError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is not read; set train.gradient_accumulation_steps instead"
+        )
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "").lower() not in ("", "no"):
+        raise ValueError("ACCELERATE_DYNAMO_BACKEND is not read; set train.torch_compile instead")
+    if "ACCELERATE_USE_PARALLELISM_CONFIG" in chosen:
+        raise ValueError("accelerate's parallelism_config is not supported; recipes/accelerate/ has DDP and FSDP2")
 
 
 def effective_precision(mixed_precision: str, device: torch.device) -> Precision:
@@ -101,7 +148,14 @@ def should_compile(
         state: State of the checkpoint to resume from; None for a new run.
         accelerator: Of the run.
         log: Receives a line if compilation would be used but fails here.
+
+    Raises:
+        ValueError: if the recipe asks for it, and it does not work here.
     """
+    if train.torch_compile:
+        problem = compiler_problem(accelerator.device)
+        if problem:
+            raise ValueError(f"train.torch_compile true: {problem}; install a compiler, or give false")
     if train.torch_compile is not None:
         return train.torch_compile
     # Compiled code rounds differently: a resumed run keeps what it started with, so that its bits stay the same.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,8 +22,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..config import Config
-from ..runs import FORMAT_VERSION, OPTIMIZER_GROUPS, OPTIMIZER_STATE, STATE, WEIGHTS, RunFolder, read_state
-from ..storage import new_folder, read_manifest, write_manifest, write_text
+from ..runs import (
+    FORMAT_VERSION,
+    LOG,
+    OPTIMIZER_GROUPS,
+    OPTIMIZER_STATE,
+    STATE,
+    WEIGHTS,
+    RunFolder,
+    read_state,
+    read_tensors,
+)
+from ..storage import new_folder, read_json, read_manifest, remove_folder, write_manifest, write_text
 from .ema import EMA
 
 # Unsharded and on the CPU: checkpoints are the same files for any number of ranks.
@@ -85,17 +95,17 @@ class TrainingTensors:
         # EMAs first: each is loaded through the model's own weights, which are overwritten last.
         for name, ema in self.emas.items():
             with ema.swapped_in():
-                set_model_state_dict(self.model, {**load_file(folder / f"{name}.safetensors")}, options=options)
-        set_model_state_dict(self.model, {**load_file(folder / WEIGHTS)}, options=options)
+                set_model_state_dict(self.model, {**read_tensors(folder / f"{name}.safetensors")}, options=options)
+        set_model_state_dict(self.model, {**read_tensors(folder / WEIGHTS)}, options=options)
 
         # The optimizer's moments, from `<weight>/<moment>` back to one dict a weight.
         state: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(folder / OPTIMIZER_STATE).items():
+        for key, value in read_tensors(folder / OPTIMIZER_STATE).items():
             weight, _, name = key.rpartition("/")
             state.setdefault(weight, {})[name] = value
 
         # Version 0.1.0 kept apex's step count in the group; every version since keeps one for each weight, as torch.
-        saved = json.loads((folder / OPTIMIZER_GROUPS).read_text(encoding="utf-8"))["param_groups"]
+        saved = read_json(folder / OPTIMIZER_GROUPS, keys=["param_groups"])["param_groups"]
         for group in saved:
             if "step" in group:
                 for weight in group["params"]:
@@ -128,9 +138,14 @@ def check_disk_space(run: Path, needed: int) -> None:
 
 
 def save_checkpoint(
-    run: Path, state: dict[str, Any], contents: dict[str, dict[str, Any]], total_limit: int, best_limit: int
+    run: Path,
+    state: dict[str, Any],
+    contents: dict[str, dict[str, Any]],
+    total_limit: int,
+    best_limit: int,
+    log: Path | None = None,
 ) -> Path:
-    """Write `checkpoint-<state["step"]>` with `contents` into `run`, then remove superseded checkpoints.
+    """Write `checkpoint-<state["step"]>` with `contents` and the `log` into `run`, then remove superseded checkpoints.
 
     The newest `total_limit` stay, and the `best_limit` with the lowest `state["validation_loss"]`. Checkpoints of
     later steps, left by a run that resumed from an earlier one, are removed too: `latest` must be this one.
@@ -141,11 +156,13 @@ def save_checkpoint(
     # The folder appears under its name only when all files and the manifest are written and synced.
     folder = RunFolder(run).checkpoint(state["step"])
     with new_folder(folder) as partial:
+        if log is not None and log.is_file():  # somebody may have deleted it
+            shutil.copyfile(log, partial / LOG)
         for name, content in {**contents, STATE: {"format": FORMAT_VERSION, **state}}.items():
             if name.endswith(".safetensors"):
                 save_file({key: value.contiguous() for key, value in content.items()}, partial / name)
             else:
-                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                (partial / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         write_manifest(partial)
 
     # Remove old ones only now, when the new one is good. Those of later steps are no candidates for the best.
@@ -154,7 +171,7 @@ def save_checkpoint(
     newest = checkpoints[max(0, count - total_limit) : count]
     best = [run / entry["checkpoint"] for entry in _validated(checkpoints[:count])[:best_limit]]
     for superseded in {*checkpoints} - {*newest, *best}:
-        shutil.rmtree(superseded)
+        remove_folder(superseded)
     write_best(run, best_limit)
     return folder
 
@@ -176,16 +193,26 @@ def write_best(run: Path, limit: int) -> None:
 
 
 def _validated(folders: list[Path]) -> list[dict[str, Any]]:
-    """Summaries of those checkpoints that were validated, best first."""
-    entries = []
+    """Summaries of those checkpoints that were validated, best first.
+
+    Only losses of as many images as the newest one's are compared: others say nothing about which is better.
+    """
+    states = []
     for folder in folders:
         try:
-            state = read_state(folder)
+            states.append((folder, read_state(folder)))
         except (OSError, ValueError):  # a damaged checkpoint is not a good one; resuming from it reports the damage
             continue
-        if state.get("validation_loss") is not None:
-            names = ("step", "validation_loss", "validation_loss_by_noise_level")
-            entries.append({"checkpoint": folder.name, **{name: state[name] for name in names}})
+    validated = [(folder, state) for folder, state in states if state.get("validation_loss") is not None]
+    if not validated:
+        return []
+    images = validated[-1][1].get("validation_images")
+    names = ("step", "validation_loss", "validation_loss_by_noise_level")
+    entries = [
+        {"checkpoint": folder.name, **{name: state[name] for name in names}}
+        for folder, state in validated
+        if images is None or state.get("validation_images", images) == images
+    ]
     return sorted(entries, key=lambda entry: entry["validation_loss"])
 
 
@@ -203,10 +230,10 @@ def find_checkpoint(run: Path, name: str, log: Callable[[str], None] = print) ->
     Raises:
         ValueError: if the named checkpoint is missing or damaged, or with `latest` all are damaged.
     """
-    # A name may be given with its folder, as the shell completes it.
     if name != "latest":
-        read_manifest(run / Path(name).name, hashes=True)
-        return run / Path(name).name
+        folder = _named_checkpoint(run, name)
+        read_manifest(folder, hashes=True)
+        return folder
 
     problems = []
     for folder in reversed(RunFolder(run).checkpoints()):
@@ -222,6 +249,27 @@ def find_checkpoint(run: Path, name: str, log: Callable[[str], None] = print) ->
     if problems:
         raise ValueError(f"no usable checkpoint: {'; '.join(problems)}")
     return None
+
+
+def _named_checkpoint(run: Path, name: str) -> Path:
+    """Return the checkpoint of `run` that `name` names, which may be given with its folder, as a shell completes it.
+
+    Raises:
+        ValueError: if it is another run's, or no checkpoint's name.
+    """
+    path, own = Path(name), RunFolder(run).checkpoints()
+    if len(path.parts) > 1 and path.resolve().parent != run.resolve():
+        raise ValueError(
+            f"train.resume_from_checkpoint {name} is not in train.output_dir {run}; --model.init_from {name} starts a "
+            "new run from its weights"
+        )
+    if path.name not in [checkpoint.name for checkpoint in own]:
+        there = ", ".join(checkpoint.name for checkpoint in own[-5:]) or "none"
+        raise ValueError(
+            f"train.resume_from_checkpoint {name}: expected latest or the name of a checkpoint in {run} "
+            f"(there: {there})"
+        )
+    return run / path.name
 
 
 def agreed_checkpoint(run: Path, name: str, log: Callable[[str], None] = print) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ..image_grid import make_grid, save_grid
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..runs import RunFolder, training_summary
-from ..storage import new_folder, write_text
+from ..runs import RunFolder, check_exported_pipeline, read_export, training_summary
+from ..storage import MANIFEST, new_folder, sha256, write_manifest, write_text
 from .log import plot_loss_curve
 
 GRID_SIZE = 16
@@ -67,10 +68,16 @@ def export(
     # An export that was interrupted is completed; one of another step or sampling is replaced, and counts as missing
     # until its last file is written.
     sampling = {name: getattr(config.train, name) for name in ("guidance_scale", "num_inference_steps")}
-    before = json.loads(folder.export.read_text()) if folder.export.is_file() else {}
+    before = _readable_export(run)
     only_missing = (before.get("step"), before.get("sampling")) == (steps, sampling)
     if not only_missing:
         folder.export.unlink(missing_ok=True)
+
+    # A damaged pipeline is written again.
+    try:
+        check_exported_pipeline(run)
+    except ValueError:
+        shutil.rmtree(folder.pipeline, ignore_errors=True)
 
     # In this order: the card shows the sample grid and the loss curve.
     grid = folder.sample_grid(steps)
@@ -88,12 +95,24 @@ def export(
             write()
 
     # Last of all: with this file the run is finished.
-    write_text(folder.export, json.dumps({"step": steps, "sampling": sampling, "training": training}, indent=2) + "\n")
+    content = {"step": steps, "sampling": sampling, "training": training}
+    if (folder.pipeline / MANIFEST).is_file():  # not of version 0.1.0
+        content["pipeline_sha256"] = sha256(folder.pipeline / MANIFEST)
+    write_text(folder.export, json.dumps(content, indent=2) + "\n")
+
+
+def _readable_export(run: Path) -> dict[str, Any]:
+    """Return the content of `export.json`; {} if it is missing or damaged, so that the run is exported again."""
+    try:
+        return read_export(run)
+    except ValueError:
+        return {}
 
 
 def _save_pretrained(saved: LatentDiTPipeline | LatentDiTTransformer2DModel, folder: Path) -> None:
     with new_folder(folder) as partial:
         saved.save_pretrained(partial)
+        write_manifest(partial)
 
 
 def share(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
-from ..runs import RunFolder, read_log
-from ..storage import new_file, write_text
+from ..runs import LOG, RunFolder, checkpoint_step, read_log
+from ..storage import new_file, same_content, write_text
 from .health import check_health
 from .objective import NOISE_LEVELS
 from .optimizer import learning_rate
@@ -37,24 +38,89 @@ def print_once(line: str) -> None:
     _printed.add(line)
 
 
-def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
-    """Start `training_log.csv`, or cut it and the sample grids back to `step`, where the run resumes.
+def print_again() -> None:
+    """Forget what was printed, where another run of the same process begins."""
+    _printed.clear()
 
-    Its columns are `columns`, and after them those of earlier rows that are no longer measured.
+
+def start_log(run: Path, step: int, columns: Sequence[str] = COLUMNS, checkpoint: Path | None = None) -> None:
+    """Start the log of a run, or restore it as it was after `step` steps, where the run resumes.
+
+    A run that goes back to an earlier checkpoint writes its log and sample grids into `branch` at first: what came
+    after that checkpoint stays until there is a new one (see [`finish_branch`]).
+
+    Args:
+        run: The run's folder.
+        step: Steps done.
+        columns: What is measured. Columns of earlier rows that are no longer measured come after these.
+        checkpoint: The checkpoint that the run resumes from, which holds the log; those of earlier versions do not.
     """
-    # A run that goes back to an earlier checkpoint shows nothing of what came after it.
-    for grid_step, grid in RunFolder(run).sample_grids().items():
-        if grid_step > step:
-            grid.unlink()
+    folder = RunFolder(run)
+    kept = checkpoint / LOG if checkpoint is not None else None
+    if folder.branch.is_dir():
+        # The first checkpoint of a branch stands if it holds the branch's log.
+        branch_log = RunFolder(folder.branch).log
+        if kept is not None and kept.is_file() and branch_log.is_file() and same_content(kept, branch_log):
+            finish_branch(run, step)
+        shutil.rmtree(folder.branch, ignore_errors=True)
 
-    # Written anew as a whole, since a row that a kill cut short must not stay and the columns may have changed.
-    rows = [row for row in read_log(run) if int(row["step"]) <= step]
+    if kept is not None and kept.is_file():
+        _set_unreadable_aside(run)
+        rows = read_log(kept.parent)
+    else:
+        rows = [row for row in read_log(run) if int(row["step"]) <= step]
+        if step and not any(int(row["step"]) == step for row in rows):
+            before = f"step {rows[-1]['step']}" if rows else "its beginning"
+            print_once(f"{folder.log} has no rows from {before} to step {step}: they are missing from now on")
     columns = list(dict.fromkeys([*columns, *(rows[0] if rows else [])]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(RunFolder(run).log, text.getvalue())
+    place = live_folder(run, step)
+    place.path.mkdir(exist_ok=True)
+    write_text(place.log, text.getvalue())
+    if place == folder:
+        _remove_grids(folder, step)
+
+
+def live_folder(run: Path, step: int) -> RunFolder:
+    """Return where a run that resumes at `step` writes log and grids: `branch` if there are later checkpoints."""
+    folder = RunFolder(run)
+    later = [checkpoint for checkpoint in folder.checkpoints() if checkpoint_step(checkpoint) > step]
+    return RunFolder(folder.branch) if later else folder
+
+
+def finish_branch(run: Path, step: int) -> None:
+    """Make the log and sample grids of `branch` the run's own, once its checkpoint of `step` stands.
+
+    It can be called again if it was interrupted.
+    """
+    folder, branch = RunFolder(run), RunFolder(RunFolder(run).branch)
+    _remove_grids(folder, step)
+    for grid_step, grid in branch.sample_grids().items():
+        folder.sample_grid(grid_step).parent.mkdir(exist_ok=True)
+        grid.replace(folder.sample_grid(grid_step))
+    _set_unreadable_aside(run)
+    write_text(folder.log, branch.log.read_text(encoding="utf-8"))
+    shutil.rmtree(branch.path)
+
+
+def _remove_grids(folder: RunFolder, step: int) -> None:
+    for grid_step, grid in folder.sample_grids().items():
+        if grid_step > step:
+            grid.unlink()
+
+
+def _set_unreadable_aside(run: Path) -> None:
+    """Rename a log that a spreadsheet, say, has changed beyond reading."""
+    log = RunFolder(run).log
+    try:
+        read_log(run)
+    except ValueError:
+        aside = log.with_name(f"{log.stem}-unread{log.suffix}")
+        log.replace(aside)
+        print_once(f"{log} could not be read and is now {aside.name}; the rows come from the checkpoint")
 
 
 def measure(step: TrainingStep, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed) -> dict[str, Any]:
@@ -95,13 +161,20 @@ def measure(step: TrainingStep, run: Path, done: int, grad_norm: torch.Tensor, s
     return row | {f"loss_level_{i}": value / n if n else None for i, (value, n) in enumerate(by_level)}
 
 
-def append_log(run: Path, row: dict[str, Any]) -> None:
-    """Append one row to `training_log.csv`, which `start_log` has started; values that are None stay empty."""
-    with open(RunFolder(run).log, "r+", newline="", encoding="utf-8") as file:
+def append_log(log: Path, row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
+    """Append one row to a log and sync it; values that are None stay empty. A deleted log begins anew."""
+    is_new = not log.is_file()
+    with open(log, "w" if is_new else "r+", newline="", encoding="utf-8") as file:
         # The file's own header decides the order of the columns: an earlier version may have written another one.
-        columns = next(csv.reader(file))
+        header = columns if is_new else next(csv.reader(file), columns)
         file.seek(0, os.SEEK_END)
-        csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        # A checkpoint that follows must not be on the disk before the row.
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def plot_loss_curve(run: Path) -> None:

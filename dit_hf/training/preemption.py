@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGTERM and SIGINT: the step is finished, the run saved, and the exit code is 75."""
+"""Graceful shutdown on SIGTERM, SIGINT, SIGHUP and SIGUSR1: the step is finished, the run saved, the exit code 75."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ EXIT_CODE = 75
 # One shutdown often sends two signals at once, to the process group and through the launcher. A second signal within
 # this time is taken for that and ignored.
 ECHO_SECONDS = 1.0
+# Of launchers and Ctrl-C, of a terminal that closes, and of schedulers that warn.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Preempted(SystemExit):
@@ -28,7 +30,7 @@ class Preempted(SystemExit):
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT; a second signal, more than a second later, ends the process at once.
+    """Remembers a signal to stop; a second signal, more than a second later, ends the process at once.
 
     To be created on all ranks.
     """
@@ -46,7 +48,9 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        # One that the starter had ignored (by `nohup`, or a script's `&`) stays so: it is meant for others.
+        numbers = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
             yield
         finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import PartialState, init_empty_weights
+from accelerate import init_empty_weights
 
 from ..config import Config
 from ..devices import memory_errors
@@ -19,8 +20,8 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..progress import ProgressBar
 from ..runs import RunFolder, build_pipeline, read_state
-from ..storage import disk_errors, folder_taken, locked, write_text
-from .accelerator import build_accelerator, should_compile, use_deterministic_kernels
+from ..storage import disk_errors, locked, write_text
+from .accelerator import build_accelerator, on_first_rank, should_compile, start_ranks, use_deterministic_kernels
 from .announce import announce, summary
 from .checkpoint import (
     TrainingTensors,
@@ -32,16 +33,26 @@ from .checkpoint import (
     write_best,
 )
 from .export import export, save_sample_grid, share
+from .folder import check_run_folder
 from .health import check_health
 from .initialize import build_transformer
-from .log import COLUMNS, append_log, measure, print_once, start_log
+from .log import (
+    COLUMNS,
+    append_log,
+    finish_branch,
+    live_folder,
+    measure,
+    print_again,
+    print_once,
+    start_log,
+)
 from .objective import NOISE_LEVELS
 from .preemption import Preempted, StopSignal
 from .recipe import resolved_config, resolved_recipe, resumed_recipe
 from .sample_quality import SampleQuality
 from .step import TrainingStep
 from .throughput import Speed
-from .trackers import choose_tracker, log_sample_grid, start_tracker
+from .trackers import choose_tracker, end_trackers, log_row, log_sample_grid, start_tracker
 from .validation import choose_validation
 
 # Optimizer steps after which the time of the run is estimated.
@@ -60,20 +71,15 @@ def train(config: Config, dry_run: bool = False) -> Path:
 
     Raises:
         ValueError: if the recipe cannot work, or the checkpoint belongs to another one.
-        FileExistsError: if the folder holds a run or checkpoints, and `train.resume_from_checkpoint` is not set.
+        FileExistsError: if the folder holds a run, and `train.resume_from_checkpoint` is not set, or files that no run
+            has written where this one will write.
         OSError: if the disk is full or not writable, or the GPU's memory is too small.
     """
     config.check()
     run = Path(config.train.output_dir)
-
     place = f"train.output_dir {run}"
-
-    # Refuse to overwrite before anything is loaded. The first message names the usual case, a run started twice.
-    if not config.train.resume_from_checkpoint and RunFolder(run).config.exists():
-        advice = "or resume it with --train.resume_from_checkpoint latest"
-        raise FileExistsError(f"{folder_taken(place, 'holds a run')}, {advice}")
-    if not config.train.resume_from_checkpoint and RunFolder(run).checkpoints():
-        raise FileExistsError(folder_taken(place, "holds checkpoints of something else"))
+    # Refuse to overwrite before anything is loaded.
+    check_run_folder(run, resumed=bool(config.train.resume_from_checkpoint))
 
     advice = (
         "a larger train.gradient_accumulation_steps, or train.gradient_checkpointing true, needs less; "
@@ -102,6 +108,7 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         train = config.train
+        print_again()
 
         # Process-wide settings come first: cuBLAS reads its own at its first call.
         if train.deterministic:
@@ -110,7 +117,7 @@ class Trainer:
         # On a machine without a GPU accelerate 1.15 finds torchrun's ranks only with `cpu=True`. The first state that
         # is created decides for the whole process.
         cpu = not torch.accelerator.is_available()
-        PartialState(cpu=cpu)
+        start_ranks(cpu)
 
         # Data: read before the accelerator and the model are built, so that a wrong option fails within a second.
         self.reader = _open_reader(config)
@@ -140,13 +147,16 @@ class Trainer:
             else None
         )
         self.validation = choose_validation(config, self.reader, self.step, print_once)
+        self.live = RunFolder(Path(train.output_dir))  # where log and sample grids are written, see `live_folder`
         self.quality = SampleQuality(config, self.reader, self.accelerator) if train.evaluation_steps else None
 
-    def exclusive(self, run: Path) -> contextlib.AbstractContextManager[None]:
-        """Return a lock that keeps other processes from writing the run (see `locked`); call it on all ranks."""
+    @contextlib.contextmanager
+    def exclusive(self, run: Path) -> Iterator[None]:
+        """Keep other processes from writing the run (see `locked`); call it on all ranks."""
         # The ranks of one run share its folder, so only the first holds the lock.
-        main = self.accelerator.is_main_process
-        return locked(RunFolder(run).lock, f"train.output_dir {run}") if main else contextlib.nullcontext()
+        with contextlib.ExitStack() as held:
+            on_first_rank(lambda: held.enter_context(locked(RunFolder(run).lock, f"train.output_dir {run}")))
+            yield
 
     def fit(self, run: Path) -> None:
         """Train until `max_train_steps`, from the checkpoint if there is one, and export.
@@ -159,9 +169,12 @@ class Trainer:
         total = self.config.train.max_train_steps
         # Resuming comes first: it refuses a checkpoint beyond `total` before any file of the run is touched.
         start = self._resume()
-        self._prepare_folder(run, start)
+        on_first_rank(lambda: self._prepare_folder(run, start))
         if start < total:
-            start_tracker(self.accelerator, run, self.tracker, self.tracker_options, self.recipe)
+            if self.tracker is not None:
+                start_tracker(
+                    self.accelerator, run, self.tracker, self.tracker_options, self.recipe, start, print_once
+                )
             self._print(f"training {run} on {self.device}, steps {start:,} to {total:,}")
 
         stop, speed = StopSignal(), Speed()
@@ -188,7 +201,7 @@ class Trainer:
 
         self._print("exporting the pipeline")
         self._export(run)
-        self.accelerator.end_training()
+        end_trackers(self.accelerator, print_once)
         self._print(*summary(run))
 
     def announce(self, run: Path) -> None:
@@ -237,18 +250,15 @@ class Trainer:
             )
 
     def _prepare_folder(self, run: Path, start: int) -> None:
-        """Write the recipe, cut the log back to step `start`, and make sure that a checkpoint fits on the disk."""
-        if self.accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-            write_text(RunFolder(run).config, resolved_config(self.config, self.accelerator, self.compiled).to_yaml())
-            start_log(run, start, self._columns())
-            if start < self.config.train.max_train_steps:
-                # The export of an earlier end of the run is out of date from now on.
-                RunFolder(run).export.unlink(missing_ok=True)
-                # Remove leftovers first: they may be what fills the disk.
-                remove_partial_checkpoints(run)
-                check_disk_space(run, self.tensors.bytes())
-        self.accelerator.wait_for_everyone()
+        """Write the recipe, restore the log of step `start`, and make sure that a checkpoint fits on the disk."""
+        run.mkdir(parents=True, exist_ok=True)
+        # Leftovers may be what fills the disk.
+        remove_partial_checkpoints(run)
+        start_log(run, start, self._columns(), self.checkpoint)
+        self.live = live_folder(run, start)
+        write_text(RunFolder(run).config, resolved_config(self.config, self.accelerator, self.compiled).to_yaml())
+        if start < self.config.train.max_train_steps:
+            check_disk_space(run, self.tensors.bytes())
 
     def _report_and_save(self, run: Path, done: int, grad_norm: torch.Tensor, speed: Speed, bar: ProgressBar) -> bool:
         """Log, validate, sample and save what is due after `done` steps; return whether a checkpoint was saved."""
@@ -282,14 +292,13 @@ class Trainer:
 
             # The row is complete now. It is written before the checkpoint: a run killed in between resumes from an
             # earlier checkpoint and cuts the row off again, whereas a missing row would never be written.
-            if row and self.accelerator.is_main_process:
-                append_log(run, row)
             if row:
-                self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=done)
+                on_first_rank(lambda: append_log(self.live.log, row, self._columns()))
+                log_row(self.accelerator, row, print_once)
 
             if samples_due:
                 with bar.doing("generating a sample grid"):
-                    self._save_samples(run, done)
+                    self._save_samples(done)
             if checkpoint_due:
                 with bar.doing("saving a checkpoint"):
                     self._save(run, done, row)
@@ -298,6 +307,8 @@ class Trainer:
                     bar.write(f"step {done:,}: validation loss {loss:.4f}{best}")
             if push_due:
                 self._push(run, done, self.pipeline())
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # `peak_memory_gib` is of training, not of what came between
         return checkpoint_due
 
     def _stop_early(self, run: Path, done: int, saved: bool) -> NoReturn:
@@ -311,7 +322,7 @@ class Trainer:
             check_health(self.step, done, run)
             self._save(run, done, {})
         self._print(f"\npreempted: checkpoint-{done} is saved; resume with --train.resume_from_checkpoint latest")
-        self.accelerator.end_training()
+        end_trackers(self.accelerator, print_once)
         raise Preempted
 
     def _columns(self) -> list[str]:
@@ -364,13 +375,22 @@ class Trainer:
             "loss_scale": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "windows": accelerator.gather(self.step.window[None]).tolist(),
             "validation_loss": row.get("validation_loss"),
+            "validation_images": self.validation.count if self.validation else None,
             "validation_loss_by_noise_level": levels,
         }
         # All ranks gather, the first one writes, and the others wait for it.
         contents = self.tensors.gather()
-        if accelerator.is_main_process:
-            save_checkpoint(run, state, contents, train.checkpoints_total_limit, train.best_checkpoints_limit)
-        accelerator.wait_for_everyone()
+
+        def write() -> None:
+            limits = train.checkpoints_total_limit, train.best_checkpoints_limit
+            save_checkpoint(run, state, contents, *limits, self.live.log)
+            # An export, and what a run that went back had left, are out of date only now.
+            RunFolder(run).export.unlink(missing_ok=True)
+            if self.live != RunFolder(run):
+                finish_branch(run, done)
+                self.live = RunFolder(run)
+
+        on_first_rank(write)
 
     def _transformer_with(self, weights: dict[str, torch.Tensor]) -> LatentDiTTransformer2DModel:
         """Build a transformer like the one in training, with other weights, on the device."""
@@ -380,13 +400,17 @@ class Trainer:
         transformer.load_state_dict(weights, assign=True)
         return transformer.to(self.device).eval()
 
-    def _save_samples(self, run: Path, done: int) -> None:
+    def _save_samples(self, done: int) -> None:
         """Save a sample grid of the EMA weights and send it to the trackers."""
-        pipeline, path = self.pipeline(), RunFolder(run).sample_grid(done)
-        if pipeline is not None:
+        pipeline = self.pipeline()
+
+        def save() -> None:
+            assert pipeline is not None  # on the first rank
+            path = self.live.sample_grid(done)
             save_sample_grid(pipeline, self.reader, self.config.train.num_inference_steps, path)
-            log_sample_grid(self.accelerator.trackers, path, done)
-        self.accelerator.wait_for_everyone()
+            log_sample_grid(self.accelerator, path, done, print_once)
+
+        on_first_rank(save)
 
     def _evaluate(self, quality: SampleQuality) -> dict[str, float]:
         """Measure the Fréchet distance of the EMA weights' samples; all ranks generate."""
@@ -400,11 +424,14 @@ class Trainer:
         # Collective operations first, on all ranks.
         pipeline = self.pipeline()
         extra = {name: self.tensors.ema_weights(name) for name in self.step.emas if name != "ema"}
-        if pipeline is not None:
+
+        def write() -> None:
+            assert pipeline is not None  # on the first rank
             write_best(run, train.best_checkpoints_limit)
             transformers = {name: self._transformer_with(weights) for name, weights in extra.items()}
             export(run, self.config, self.reader, pipeline, transformers, self.recipe)
-        self.accelerator.wait_for_everyone()
+
+        on_first_rank(write)
 
         # No barrier after the push, which may take longer than the ranks' timeout. The push before it must have ended,
         # since `begin` skips a push while another is on its way.

@@ -46,9 +46,9 @@ class Validation:
         timesteps = (torch.arange(NOISE_LEVELS)[:, None] + fractions) * num_train_timesteps / NOISE_LEVELS
         self.timesteps = timesteps.floor().flatten()  # [NOISE_LEVELS * count]
 
-    def validate_emas(self, step: TrainingStep, accelerator: Accelerator) -> dict[str, float]:
+    def validate_emas(self, step: TrainingStep, accelerator: Accelerator) -> dict[str, float | None]:
         """Return the losses of all EMAs by the name of their column in the log; call it on all ranks."""
-        columns = {}
+        columns: dict[str, float | None] = {}
         for name, ema in step.emas.items():
             with ema.swapped_in():
                 sums = self.losses(step.losses, accelerator.process_index, accelerator.num_processes)
@@ -58,7 +58,9 @@ class Validation:
             suffix = name.removeprefix("ema")
             columns[f"validation_loss{suffix}"] = (total.sum() / count.sum()).item()
             if not suffix:
-                columns |= {f"validation_loss_level_{i}": value for i, value in enumerate((total / count).tolist())}
+                # Few timesteps leave some tenths of them without any.
+                by_level = [value / n if n else None for value, n in zip(total.tolist(), count.tolist(), strict=True)]
+                columns |= {f"validation_loss_level_{i}": value for i, value in enumerate(by_level)}
         return columns
 
     @torch.no_grad()

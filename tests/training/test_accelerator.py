@@ -68,6 +68,10 @@ def test_shipped_accelerate_recipes_are_read_by_accelerate(name):
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported; set fsdp_version: 2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported; expected no, fp16 or bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "float16"}, "ACCELERATE_MIXED_PRECISION=float16 is not supported"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "set train.gradient_accumulation_steps instead"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "set train.torch_compile instead"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config is not supported"),
     ],
 )
 def test_settings_of_accelerate_that_are_not_supported_are_refused(tmp_path, monkeypatch, variables, message):

@@ -14,12 +14,12 @@ def row(step):
 def test_log_is_cut_back_to_where_the_run_resumes(tmp_path):
     start_log(tmp_path, 0)
     for step in (10, 20, 30):
-        append_log(tmp_path, row(step))
+        append_log(tmp_path / "training_log.csv", row(step))
     with open(tmp_path / "training_log.csv", "a") as file:
         file.write("40,1.0,3")  # cut short by a kill
     assert [r["step"] for r in read_log(tmp_path)] == ["10", "20", "30"]
     start_log(tmp_path, 20)
-    append_log(tmp_path, row(21))
+    append_log(tmp_path / "training_log.csv", row(21))
     assert [r["step"] for r in read_log(tmp_path)] == ["10", "20", "21"]
     plot_loss_curve(tmp_path)
     Image.open(tmp_path / "loss_curve.png").verify()
@@ -27,9 +27,9 @@ def test_log_is_cut_back_to_where_the_run_resumes(tmp_path):
 
 def test_a_log_keeps_columns_that_are_no_longer_measured(tmp_path):
     start_log(tmp_path, 0, [*COLUMNS, "FD-a-2k"])
-    append_log(tmp_path, row(10) | {"FD-a-2k": 5.0})
+    append_log(tmp_path / "training_log.csv", row(10) | {"FD-a-2k": 5.0})
     start_log(tmp_path, 10, [*COLUMNS, "FD-b-1k"])
-    append_log(tmp_path, row(20) | {"FD-b-1k": 7.0})
+    append_log(tmp_path / "training_log.csv", row(20) | {"FD-b-1k": 7.0})
     assert [(r["FD-a-2k"], r["FD-b-1k"]) for r in read_log(tmp_path)] == [("5.0", ""), ("", "7.0")]
 
 

@@ -1,9 +1,12 @@
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from dit_hf.training.preemption import StopSignal
 
 # Prints when it listens; the step under way never ends.
 STUCK = """
@@ -21,7 +24,7 @@ with stop.listening():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_ends_the_process_at_once_and_an_echo_of_the_first_does_not(number):
     with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "listening\n"
@@ -32,3 +35,17 @@ def test_a_second_signal_ends_the_process_at_once_and_an_echo_of_the_first_does_
         assert process.poll() is None
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number
+
+
+def test_schedulers_and_closed_terminals_stop_it_and_an_ignored_signal_does_not():
+    """By the starter: nohup ignores SIGHUP, a script's & SIGINT."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for number, stops in [(signal.SIGHUP, False), (signal.SIGUSR1, True), (signal.SIGINT, True)]:
+            stop = StopSignal()
+            with stop.listening():
+                os.kill(os.getpid(), number)
+                assert stop.is_set() == stops
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -168,7 +168,7 @@ def test_the_reference_objective_trains_too(config):
         ({"objective": {"condition_dropout": 0.7}}, ValueError, "condition_dropout=0.7 must be between 0 and 0.5"),
         ({"objective": {"condition_dropout": 0.0}}, ValueError, "condition_dropout=0 never learns"),
         ({"train": {"seed": -1}}, ValueError, "train.seed=-1 must be between 0"),
-        ({"objective": {"snr_gamma": 0.0}}, ValueError, "snr_gamma must be above 0"),
+        ({"objective": {"snr_gamma": 0.0}}, ValueError, "snr_gamma=0 must be above 0"),
         ({"train": {"num_inference_steps": 501}}, ValueError, "num_inference_steps"),
         ({"optim": {"max_grad_norm": -1.0}}, ValueError, "max_grad_norm=-1 must be at least 0"),
         ({"model": {"attention_head_dim": 7}}, ValueError, "the width 14 .* is not divisible by 4"),

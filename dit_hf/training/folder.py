@@ -1,0 +1,65 @@
+"""Where a run may write: a new folder, a run's own, or one in which nothing is in its way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..recipe_file import read_recipe
+from ..runs import RunFolder, read_log
+from ..storage import folder_taken
+
+
+def check_run_folder(run: Path, resumed: bool) -> None:
+    """Refuse a folder with files of others where a run writes, and, unless `resumed`, one that holds a run.
+
+    A start that failed before the first row of the log leaves nothing that would be lost, and blocks no other.
+
+    Raises:
+        FileExistsError: naming what is in the way.
+    """
+    folder, place = RunFolder(run), f"train.output_dir {run}"
+    if run.is_symlink() and not run.exists():
+        raise FileExistsError(f"{place} is a link that leads nowhere; name a new folder")
+    if run.exists() and not run.is_dir():
+        raise FileExistsError(folder_taken(place, "is a file"))
+    is_run = folder.config.is_file() and _is_recipe(folder.config)
+    has_checkpoints = bool(folder.checkpoints())
+    if not resumed and is_run and (has_checkpoints or _has_rows(run)):
+        advice = "or resume it with --train.resume_from_checkpoint latest"
+        raise FileExistsError(f"{folder_taken(place, 'holds a run')}, {advice}")
+    if not resumed and has_checkpoints:
+        raise FileExistsError(folder_taken(place, "holds checkpoints of something else"))
+    if has_checkpoints or (is_run and _has_rows(run)):
+        return
+
+    # Nothing was trained here. What a run writes must be free; its recipe may stand there already.
+    results = [folder.best, folder.pipeline, folder.export, folder.card, folder.loss_curve]
+    taken = [path for path in (*results, *folder.sample_grids().values()) if path.exists()]
+    if folder.config.exists() and not is_run:
+        taken.append(folder.config)
+    if folder.log.exists() and not _has_no_rows(run):
+        taken.append(folder.log)
+    if taken:
+        names = ", ".join(str(path.relative_to(run)) for path in taken[:3])
+        raise FileExistsError(folder_taken(place, f"holds {names}, which no run has written"))
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        return bool(read_recipe(path))
+    except (ValueError, OSError):
+        return False
+
+
+def _has_rows(run: Path) -> bool:
+    try:
+        return bool(read_log(run))
+    except ValueError:
+        return False
+
+
+def _has_no_rows(run: Path) -> bool:
+    try:
+        return not read_log(run)
+    except ValueError:
+        return False
