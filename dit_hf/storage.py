@@ -233,6 +233,12 @@ def locked(lock: Path, place: str) -> Iterator[None]:
         held.release()
 
 
+def locked_beside(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Lock other processes out of a folder that is written as a whole (see `new_folder`), by a file beside it."""
+    final = folder.resolve()
+    return locked(final.with_name(f".{final.name}.lock"), f"output_dir {folder}")
+
+
 @contextlib.contextmanager
 def disk_errors(place: str) -> Iterator[None]:
     """Turn disk errors raised while `place` is written into one line that says what to do.

@@ -1,9 +1,22 @@
-import json
+import errno
+import fcntl
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from dit_hf.storage import folder_taken, is_missing_or_empty, new_folder, read_manifest, write_manifest, write_text
+from dit_hf.storage import (
+    folder_taken,
+    is_missing_or_empty,
+    locked,
+    new_folder,
+    read_json,
+    read_manifest,
+    remove_folder,
+    write_manifest,
+    write_text,
+)
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):
@@ -56,9 +69,55 @@ def test_the_manifest_names_damaged_files(tmp_path):
     (tmp_path / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"a\.txt is missing"):
         read_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({})[:-1])
-    with pytest.raises(ValueError, match="incomplete"):
-        read_manifest(tmp_path)
+    for text in ("", "{", "[]", "null", "{}", '{"files": []}', '{"files": {"a.txt": 5}}', '{"files": {"a.txt": {}}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"is incomplete: no readable manifest\.json"):
+            read_manifest(tmp_path)
+    write_manifest(tmp_path)
+    (tmp_path / "b.txt").write_text("edited")
+    read_manifest(tmp_path, hashes=True, editable=["b.txt"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"5", b"\xff", b"[" * 100_000, b'{"a": 1}'])
+def test_a_damaged_json_file_is_named_with_the_way_out(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json is damaged \(.*\); delete it$"):
+        read_json(tmp_path / "x.json", "delete it", keys=["b"])
+
+
+def test_a_folder_is_removed_under_another_name_and_of_a_link_the_link_alone(tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed
+        remove_folder(tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == [".made.replaced"]
+    (tmp_path / "link").symlink_to(tmp_path / ".made.replaced")
+    remove_folder(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == [".made.replaced"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSYS, None), (errno.ENOLCK, "run a: No locks available on its disk; name a folder")],
+)
+def test_a_disk_without_locks(tmp_path, monkeypatch, number, message):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    lock = tmp_path / ".lock"
+    if message:
+        with pytest.raises(OSError, match=message), locked(lock, "run a"):
+            pass
+    else:
+        with locked(lock, "run a"):
+            # Another machine's lock file may be a dead process'.
+            lock.write_text("1\nelsewhere\n")
+            with (
+                pytest.raises(FileExistsError, match=r"delete .*\.lock only if there is no such"),
+                locked(lock, "run a"),
+            ):
+                pass
 
 
 def test_a_taken_folder_is_refused_in_one_sentence(tmp_path):

@@ -19,7 +19,7 @@ from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
-from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, new_folder
+from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
@@ -90,15 +90,16 @@ def convert(
     """
     folder = Path(output_dir)
     place = f"output_dir {folder}"
-    if not is_missing_or_empty(folder):
-        raise FileExistsError(folder_taken(place, "is not empty"))
-    if Path(source).is_file():
-        objective: tuple[PredictionType, BetaSchedule] = (prediction_type, beta_schedule)
-        pipeline = from_checkpoint(Path(source), vae, num_attention_heads, num_classes, *objective)
-    else:
-        pipeline = from_diffusers(source)
-    with disk_errors(place), new_folder(folder) as partial:
-        pipeline.save_pretrained(partial)
+    with disk_errors(place), locked_beside(folder):
+        if not is_missing_or_empty(folder):
+            raise FileExistsError(folder_taken(place, "is not empty"))
+        if Path(source).is_file():
+            objective: tuple[PredictionType, BetaSchedule] = (prediction_type, beta_schedule)
+            pipeline = from_checkpoint(Path(source), vae, num_attention_heads, num_classes, *objective)
+        else:
+            pipeline = from_diffusers(source)
+        with new_folder(folder) as partial:
+            pipeline.save_pretrained(partial)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"{folder} is the pipeline: {parameters:,} parameters, {pipeline.transformer.config.conditions}", flush=True)
 

@@ -37,7 +37,7 @@ from ..runs import (
     load_pipeline,
 )
 from ..sampling.generate import generate_images
-from ..storage import disk_errors, folder_taken, new_folder, write_text
+from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_text
 from ..upload import upload_folder
 from .card import example_attributes, write_card
 from .to_diffusers import BuiltinExport, to_builtin
@@ -100,18 +100,21 @@ def push(
     if attributes is not None and not builtin:
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
     folder = Path(output_dir) if output_dir is not None else None
-    if folder is not None and folder.exists():
-        _check_folder(folder, overwrite)
-
-    pipeline = load_pipeline(model, "cpu")
-    card_options: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
-    if is_checkpoint(model):
-        card_options["training"] = checkpoint_summary(Path(model))
 
     with contextlib.ExitStack() as stack:
-        # A push to the Hub alone is written to a temporary folder.
-        if folder is None:
+        if folder is not None:
+            # Checked under the lock, since another push may be about to fill the folder.
+            stack.enter_context(disk_errors(str(folder)))
+            stack.enter_context(locked_beside(folder))
+            if folder.exists():
+                _check_folder(folder, overwrite)
+        else:  # a push to the Hub alone is written to a temporary folder
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
+
+        pipeline = load_pipeline(model, "cpu")
+        card_options: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
+        if is_checkpoint(model):
+            card_options["training"] = checkpoint_summary(Path(model))
         with disk_errors(str(folder)), new_folder(folder) as partial:
             name = (repo_id or str(folder)).rsplit("/", 1)[-1]
             export = to_builtin(pipeline, attributes) if builtin else None
@@ -217,7 +220,7 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
             shutil.copyfile(path, RunFolder(folder).evaluation / name)
     report = RunFolder(folder).evaluation / EVALUATION_REPORT
     if report.is_file():
-        content = without_paths(json.loads(report.read_text(encoding="utf-8")))
+        content = without_paths(read_json(report, "delete it, or evaluate again"))
         write_text(report, json.dumps(content, indent=2) + "\n")
     return {option: _CARD_IMAGES[option] for option in images}
 

@@ -79,13 +79,28 @@ def start_ranks(cpu: bool) -> None:
         OSError: if the port is taken.
     """
     try:
-        PartialState(cpu=cpu)
+        PartialState(cpu=cpu, **_rendezvous())
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(
             f"the ranks cannot meet at {address} (MASTER_ADDR:MASTER_PORT): {first_line(error)}; if another job uses "
             "this port, set another MASTER_PORT"
         ) from error
+
+
+def _rendezvous() -> dict[str, Any]:
+    """Return options of `init_process_group` with which ranks that torchrun has restarted meet.
+
+    torchrun keeps one store over all attempts, without a prefix for each (read in torch 2.13): a restarted rank may
+    read the address of a dead one there, and wait for it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, False)
+    prefixed = torch.distributed.PrefixStore(f"dit_hf/attempt-{attempt}", store)
+    return {"store": prefixed, "rank": rank, "world_size": ranks}
 
 
 def on_first_rank(work: Callable[[], Any]) -> None:

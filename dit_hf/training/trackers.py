@@ -132,9 +132,8 @@ def _never_fatal(accelerator: Accelerator, log: Log) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each tracker has its own
-        log(
-            f"{type(error).__name__} of the tracker ({first_line(error)}): the run is logged to {LOG} only from now on"
-        )
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        log(f"the tracker failed ({reason}): the run is logged to {LOG} only from now on")
         accelerator.trackers = []
 
 

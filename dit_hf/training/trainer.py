@@ -238,6 +238,12 @@ class Trainer:
         # Compile after checkpointing is enabled, so that the compiled blocks contain it.
         if config.train.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        warmup, steps = config.optim.lr_warmup_steps, config.train.max_train_steps
+        if warmup > steps:
+            print_once(
+                f"optim.lr_warmup_steps={warmup} is longer than the run: after its {steps} steps the learning rate "
+                f"has reached {steps / warmup:.1%} of optim.learning_rate"
+            )
         self.compiled = should_compile(config.train, state, self.accelerator, print_once)
         if self.compiled:
             transformer.compile_repeated_blocks(fullgraph=True)

@@ -23,6 +23,7 @@ from dit_hf.hub.push import without_paths
 from dit_hf.latents.vae import weights_sha256
 from dit_hf.recipe_file import read_config
 from dit_hf.runs import load_pipeline
+from dit_hf.storage import locked_beside
 from dit_hf.training.trainer import train
 
 SETTINGS = {"num_inference_steps": 2, "output_type": "np"}
@@ -241,3 +242,12 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
                 with safe_open(tmp_path / "weights", "pt") as weights:
                     assert weights.metadata() == {"format": "pt"}
     shutil.rmtree(tmp_path)
+
+
+def test_two_pushes_do_not_write_one_folder(folder, tmp_path, capsys):
+    with locked_beside(tmp_path / "out"):
+        for verb, source in (("push", folder), ("convert", "facebook/DiT-XL-2-256")):
+            assert main([verb, str(source), "--output_dir", str(tmp_path / "out")]) == 1
+            assert "out is being written by another process; wait for it" in capsys.readouterr().err
+    assert main(["push", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "out"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -191,3 +192,67 @@ def test_sharded_muon_takes_the_steps_of_one_rank(config, tmp_path):
     for launcher, steps in ((SHARDED, 20), (PYTHON, 32), (SHARDED, 40)):
         subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
     assert_same_images(whole, run)
+
+
+def faulty(tmp_path, whole, *fault):
+    """Train with a fault on one rank, and return the errors of the ranks and how long they took to end."""
+    script = str(Path(__file__).with_name("faulty_rank.py"))
+    options = ["--train.sampling_steps", "4", "--train.logging_steps", "4"]
+    began = time.monotonic()
+    done = subprocess.run(
+        command([*TWO_RANKS, script, *fault], whole, tmp_path / "faulty", *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 1, done.stdout
+    errors = re.findall(r"dit-hf train(?: \(rank 1\))?: error: (.*)", done.stdout)
+    return errors, time.monotonic() - began
+
+
+@pytest.mark.parametrize("sharded", [(), ("sharded",)], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_weight_that_is_not_finite_on_one_rank_ends_all(config, tmp_path, sharded, rank):
+    whole = train(changed(config, train={"max_train_steps": 4}))
+    errors, _ = faulty(tmp_path, whole, *sharded, "nan", rank)
+    named = "a weight is not finite at step 4; first not finite: weight transformer_blocks.1.ff.net.2.weight; "
+    assert len(errors) == 2
+    assert all(error.startswith(named) for error in errors)
+
+
+@pytest.mark.parametrize(
+    "fault", ["locked", "start_log", "append_log", "save_checkpoint", "save_sample_grid", "export"]
+)
+def test_what_fails_on_the_first_rank_ends_all_with_the_same_sentence(config, tmp_path, fault):
+    whole = train(changed(config, train={"max_train_steps": 4}))
+    errors, _ = faulty(tmp_path, whole, fault, "0")
+    sentence = f"train.output_dir {tmp_path / 'faulty'}: No space left on device; make room and call again: what is"
+    assert len(errors) == 2
+    assert all(error.startswith(sentence) for error in errors)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_torchrun_restarts_recover(config, tmp_path, rank):
+    """One rank is killed; torchrun stops the other, starts both anew, and they resume from the last checkpoint."""
+    config = changed(config, train={"max_train_steps": 200, "logging_steps": 7, "checkpointing_steps": 20})
+    whole, run = train(config), tmp_path / "restarted"
+    process = begin(command([*TWO_RANKS, "--max_restarts", "3", SCRIPT], whole, run), run, row=4)
+    ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == rank]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    assert process.wait(timeout=240) == 0
+    assert_same_images(whole, run)
+
+
+def test_a_port_that_is_taken_is_one_line(config, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        options = ["--data.latents", config.data.latents, "--train.output_dir", str(tmp_path / "run")]
+        done = subprocess.run(
+            [*PYTHON, *options], env={**os.environ, **address}, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    assert f"the ranks cannot meet at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT)" in done.stderr
+    assert "Traceback" not in done.stderr
