@@ -1,4 +1,4 @@
-"""`torchrun faulty_rank.py FAULT RANK ...` is `scripts/train.py` with a fault on one rank; `sharded` before it: FSDP2."""
+"""`torchrun faulty_rank.py [sharded] FAULT RANK ...` is `scripts/train.py` (under FSDP2) with a fault on one rank."""
 
 import os
 import sys
