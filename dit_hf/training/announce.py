@@ -56,12 +56,13 @@ def announce(
 
 def summary(run: Path) -> list[str]:
     """Describe a finished run: figures, and what can be done with it."""
-    row = read_log(run)[-1]
-    figures = [f"loss {float(row['loss']):.4f}"]
-    if row["validation_loss"]:
-        figures.append(f"validation loss {float(row['validation_loss']):.4f}")
+    figures = ""
+    for row in read_log(run)[-1:]:  # none if somebody has deleted the log
+        figures = f", {int(row['step']):,} steps, loss {float(row['loss']):.4f}"
+        if row["validation_loss"]:
+            figures += f", validation loss {float(row['validation_loss']):.4f}"
     return [
-        f"finished: {run}, {int(row['step']):,} steps, {', '.join(figures)}",
+        f"finished: {run}{figures}",
         f"next: dit-hf sample {run} --output_dir samples | dit-hf evaluate {run} | dit-hf app {run} | "
         f"dit-hf push {run} OWNER/NAME",
     ]
