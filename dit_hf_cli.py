@@ -15,18 +15,15 @@ HELP = Path(__file__).parent / "dit_hf" / "help"
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one verb and return the exit code, see `dit_hf.cli.main`."""
+    """Answer a question about the command, or run a verb; return the exit code.
+
+    Args:
+        args: The command line without the program's name; None is `sys.argv[1:]`.
+
+    Returns:
+        2 for an unknown verb, and as `dit_hf.cli.run`.
+    """
     args = sys.argv[1:] if args is None else args
-    code = quick_answer(args)
-    if code is None:
-        from dit_hf.cli import main as run
-
-        return run(args)
-    return code
-
-
-def quick_answer(args: list[str]) -> int | None:
-    """Answer a question about the command itself and return the exit code, or None if there is a verb to run."""
     verb = args[0] if args else "--help"
     verbs = sorted(path.stem for path in HELP.glob("*.txt") if path.stem != "dit-hf")
     if verb == "--version":
@@ -41,7 +38,9 @@ def quick_answer(args: list[str]) -> int | None:
     elif "-h" in args or "--help" in args:
         print(help_text(verb), end="")
     else:
-        return None
+        from dit_hf.cli import run
+
+        return run(verb, args[1:])
     return 0
 
 

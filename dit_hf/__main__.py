@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from dit_hf_cli import main
 
 sys.exit(main())

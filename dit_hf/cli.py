@@ -13,8 +13,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dit_hf_cli import quick_answer
-
 from .config import Config
 from .devices import memory_errors
 from .options import OneLineParser, named_options
@@ -36,22 +34,18 @@ VERBS = {
 }
 
 
-def main(args: list[str] | None = None) -> int:
+def run(verb: str, args: list[str]) -> int:
     """Run one verb and return the exit code.
 
     Args:
-        args: The command line without the program's name; None is `sys.argv[1:]`.
+        verb: A key of `VERBS`.
+        args: The command line after the verb.
 
     Returns:
-        0 on success, 1 if the verb failed, 2 for an unknown verb, 130 after Ctrl-C, or the exit code of a process that
+        0 on success, 1 if the verb failed, 2 for `train` alone, 130 after Ctrl-C, or the exit code of a process that
         the verb started. Wrong options exit with 2 through `SystemExit`, as argparse does.
     """
-    args = sys.argv[1:] if args is None else args
-    code = quick_answer(args)
-    if code is not None:
-        return code
-    verb = args[0]
-    if args == ["train"]:
+    if verb == "train" and not args:
         print(
             f"dit-hf train: error: which recipe? {', '.join(recipe_names())}, or a file of your own", file=sys.stderr
         )
@@ -62,7 +56,7 @@ def main(args: list[str] | None = None) -> int:
     module, name, *_ = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
     parser = build_parser(verb, function)
-    options = named_options(args[1:], parser)
+    options = named_options(args, parser)
     if verb == "train":
         options = _take_recipes(parser, options)
     return _run(verb, function, parser, parser.parse_args(options))
@@ -133,8 +127,8 @@ def _take_recipes(parser: OneLineParser, options: list[str]) -> list[str]:
 def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -> None:
     options = parser.instantiate(options)
     if verb == "train":
-        sections = ("data", "model", "objective", "optim", "train")
-        function(Config(**{section: _with_home(options[section]) for section in sections}), options.dry_run)
+        sections = {field.name: _with_home(options[field.name]) for field in dataclasses.fields(Config)}
+        function(Config(**sections), options.dry_run)
     else:
         function(**{name: _with_home(value) for name, value in options.as_dict().items()})
 
@@ -144,7 +138,3 @@ def _with_home(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{name: _with_home(entry) for name, entry in vars(value).items()})
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import inspect
 import textwrap
-import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ import docstring_parser
 
 from .cli import VERBS
 from .config import Config
-from .recipe_file import recipe_names
+from .recipe_file import members, recipe_names
 
 FOLDER = Path(__file__).parent / "help"
 WIDTH, INDENT = 80, 24
@@ -124,6 +123,7 @@ NAMES = {
 
 
 def main() -> None:
+    """Write all help texts to `dit_hf/help`."""
     FOLDER.mkdir(exist_ok=True)
     for name, text in help_texts().items():
         (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -135,6 +135,7 @@ def help_texts() -> dict[str, str]:
 
 
 def command_help() -> str:
+    """Return the help of the whole command."""
     verbs = [f"  {verb:18} {SUMMARIES[verb]}" for verb in VERBS]
     return "\n".join(
         [
@@ -184,7 +185,7 @@ class Option:
     @property
     def value(self) -> str:
         """The placeholder of its value."""
-        types_ = [part for part in _parts(self.type) if part is not type(None)]
+        types_ = [part for part in members(self.type) if part is not type(None)]
         if choices := [str(c) for part in types_ if typing.get_origin(part) is Literal for c in typing.get_args(part)]:
             return "{" + ",".join(choices) + "}"
         if bool in types_:
@@ -257,6 +258,7 @@ def completion_parser() -> argparse.ArgumentParser:
 
 
 def verb_function(verb: str) -> Any:
+    """Import and return the function of a verb."""
     module, name, *_ = VERBS[verb]
     return getattr(importlib.import_module(module), name)
 
@@ -268,11 +270,6 @@ def _position(verb: str, name: str) -> str:
 
 def _summary(described: Any) -> str:
     return " ".join((inspect.getdoc(described) or "").split("\n\n")[0].split())
-
-
-def _parts(type_: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type alone."""
-    return typing.get_args(type_) if typing.get_origin(type_) in (typing.Union, types.UnionType) else (type_,)
 
 
 def _entry(name: str, text: str, indent: int) -> str:

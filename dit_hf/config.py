@@ -31,18 +31,14 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def number(
-    default: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> Any:
+_UNBOUNDED = {"low": -math.inf, "high": math.inf, "above": -math.inf, "below": math.inf}
+
+
+def number(default: Any, **bounds: float) -> Any:
     """Declare a field of numbers from `low` to `high`, or strictly `above` one or `below` one.
 
     Of a list each entry is checked; None always passes.
     """
-    bounds = {"low": low, "high": high, "above": above, "below": below}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=bounds)
     return field(default=default, metadata=bounds)
@@ -249,7 +245,8 @@ class Config:
             raise ValueError(f"model.preset={self.model.preset!r} is unknown; the presets are {', '.join(PRESETS)}")
         for section, options in vars(self).items():
             for option in dataclasses.fields(options):
-                _check_bounds(f"{section}.{option.name}", getattr(options, option.name), **option.metadata)
+                bounds = {**_UNBOUNDED, **option.metadata}
+                _check_bounds(f"{section}.{option.name}", getattr(options, option.name), **bounds)
         if self.train.num_inference_steps > self.objective.num_train_timesteps:
             raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
         for key, value in (("train.output_dir", self.train.output_dir), ("data.latents", self.data.latents)):
@@ -273,14 +270,7 @@ class Config:
         return keys
 
 
-def _check_bounds(
-    key: str,
-    value: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> None:
+def _check_bounds(key: str, value: Any, low: float, high: float, above: float, below: float) -> None:
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, int | float):
             continue

@@ -5,13 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-import types
-import typing
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from .recipe_file import recipe_path
+from .recipe_file import in_words, recipe_path
 
 
 class OneLineParser(ArgumentParser):
@@ -19,11 +17,9 @@ class OneLineParser(ArgumentParser):
 
     Attributes:
         positions: The options that may be given by position, in order.
-        recipe: The recipe that `--config` names.
     """
 
     positions: tuple[str, ...] = ()
-    recipe: str | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         print(f"{self.prog}: error: {self._one_line(str(message))}", file=sys.stderr)
@@ -59,12 +55,7 @@ class OneLineParser(ArgumentParser):
         if match := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
             return self._unknown(match[1])
         lines = [line.strip() for line in message.splitlines() if line.strip()] or ["wrong options"]
-        text = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-        if self.recipe and re.search("(is not accepted|does not accept)", text):
-            text = f"{self.recipe}: {text}"
-        key = re.search(r"'([\w.]+)'[^']*$", text)  # an unknown key of a recipe is what the message ends with
-        near = self._nearest(key[1]) if key else None
-        return f"{text}; did you mean {near!r}?" if near else text
+        return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
     def _unknown(self, argument: str) -> str:
         if not argument.startswith("-"):
@@ -117,23 +108,8 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
             parser.error(f"unrecognized arguments: {argument}")
         if name == "config" and equals:
             try:
-                value = parser.recipe = str(recipe_path(value))
+                value = str(recipe_path(value))
             except FileNotFoundError as error:
                 parser.error(str(error))
         options.append(f"--{name}{equals}{value}")
     return options
-
-
-def in_words(type_: Any) -> str:
-    """Describe the type of an option: `int | None` is "a whole number or null"."""
-    origin, parts = typing.get_origin(type_), typing.get_args(type_)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_words(part) for part in parts))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
-    if origin is list:
-        return f"a list [{in_words(parts[0])}, ...]"
-    if origin is dict:
-        return "a JSON object"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(type_, "another value")

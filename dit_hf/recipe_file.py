@@ -102,10 +102,14 @@ def _entries(node: yaml.MappingNode, path: str, valid: dict[str, Any], prefix: s
     return entries
 
 
+def members(type_: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type alone."""
+    return typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, typing.Union) else (type_,)
+
+
 def _value(node: yaml.Node, hint: Any, path: Path, key: str) -> Any:
     """Return the value of a node as the type `hint` of its field."""
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    options = typing.get_args(hint) if is_union else (hint,)
+    options = members(hint)
     if isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org,2002:"):
         if type(None) in options and not node.style and node.value.lower() in _NULLS:
             return None
@@ -121,7 +125,7 @@ def _value(node: yaml.Node, hint: Any, path: Path, key: str) -> Any:
         if entry_hint is not None:
             return [_value(entry, entry_hint, path, key) for entry in node.value]
     got = repr(node.value) if isinstance(node, yaml.ScalarNode) else "several values"
-    raise ValueError(f"{_at(path, node)}: {key}: expected {_expected(options)}, got {got}")
+    raise ValueError(f"{_at(path, node)}: {key}: expected {in_words(hint)}, got {got}")
 
 
 def _scalar(text: str, hint: Any) -> Any:
@@ -143,15 +147,22 @@ def _scalar(text: str, hint: Any) -> Any:
     raise ValueError(text)
 
 
-def _expected(options: tuple[Any, ...]) -> str:
-    """Describe types for an error, such as "a whole number or null"."""
+def in_words(type_: Any) -> str:
+    """Describe the type of a value for an error: `int | None` is "a whole number or null"."""
     names = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
-    described: list[str] = []
+    options, described = members(type_), list[str]()
     for option in options:
-        if typing.get_origin(option) is Literal:
-            described += typing.get_args(option)
-        elif typing.get_origin(option) is list:
-            described.append("a list such as [a, b]" if typing.get_args(option)[0] is str else "a list of numbers")
+        origin, parts = typing.get_origin(option), typing.get_args(option)
+        if origin is Literal and len(options) == 1 and len(parts) > 1:
+            described.append(f"one of {', '.join(parts)}")
+        elif origin is Literal:
+            described += parts
+        elif origin is list:
+            entries = typing.get_origin(parts[0]) or parts[0]
+            kinds = {str: "a list such as [a, b]", dict: "a list of JSON objects"}
+            described.append(kinds.get(entries, "a list of numbers"))
+        elif origin is dict:
+            described.append("a JSON object")
         else:
             described.append(names[option])
     return " or ".join(described)

@@ -282,8 +282,6 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     finished = run.pipeline.is_dir() and run.export.is_file()
     if not exported and not finished and find_run(model) == run.path:
         raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
-    if (run.path / CACHE_INFO).is_file():
-        raise ValueError(f"{model} is a latent cache, which models are trained on; name a run or a pipeline")
     if not exported:
         check_exported_pipeline(run.path)
 

@@ -118,16 +118,15 @@ def cats_and_owls(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.fixture
-def config(training_latents, tmp_path) -> Config:
-    """A run of 8 steps that takes a second."""
+def short_run(latents: Path, folder: Path) -> Config:
+    """The recipe of a run of 8 steps that takes a second."""
     return Config(
-        data=DataConfig(latents=str(training_latents)),
+        data=DataConfig(latents=str(latents)),
         model=ModelConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=12),
         objective=ObjectiveConfig(),
         optim=OptimConfig(learning_rate=1e-3, lr_warmup_steps=2, ema_decay=0.9),
         train=TrainConfig(
-            output_dir=str(tmp_path / "run"),
+            output_dir=str(folder / "run"),
             max_train_steps=8,
             global_batch_size=8,
             checkpointing_steps=4,
@@ -138,6 +137,12 @@ def config(training_latents, tmp_path) -> Config:
             report_to="none",
         ),
     )
+
+
+@pytest.fixture
+def config(training_latents, tmp_path) -> Config:
+    """The recipe of a short run that has not been trained."""
+    return short_run(training_latents, tmp_path)
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from dit_hf.cli import VERBS, build_parser, main
+from dit_hf.cli import VERBS, build_parser
 from dit_hf.command_help import command_help, verb_help
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.options import named_options
 from dit_hf.recipe_file import read_config, recipe_path
 from dit_hf.runs import check_model
-from dit_hf_cli import help_text
+from dit_hf_cli import help_text, main
 
 
 def run(capsys, *args):

@@ -235,14 +235,7 @@ def _call_options(pipeline: LatentDiTPipeline, settings: dict[str, Any]) -> dict
     # 1. `--options` takes all arguments of the call, except those that have an option or are decided here.
     names = ("strength", "edit_strength", "num_inference_steps", "guidance_scale", "eta")
     managed = {"self", "image", "mask_image", "attributes", "edit", "generator", "latents", "batch_size", *names}
-    managed |= {
-        "input_range",
-        "num_images_per_prompt",
-        "output_type",
-        "return_dict",
-        "guidance_options",
-        "guidance_transformer",
-    }
+    managed |= {"num_images_per_prompt", "output_type", "return_dict", "guidance_options", "guidance_transformer"}
     managed |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "input_range"}
     arguments = inspect.signature(type(pipeline).__call__).parameters
     valid = (arguments.keys() | GuidanceOptions.__annotations__) - managed

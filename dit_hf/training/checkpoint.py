@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import nn
@@ -34,6 +33,7 @@ from ..runs import (
     read_tensors,
 )
 from ..storage import new_folder, read_json, read_manifest, remove_folder, write_manifest, write_text
+from .accelerator import on_first_rank
 from .ema import EMA
 
 # Unsharded and on the CPU: checkpoints are the same files for any number of ranks.
@@ -179,7 +179,7 @@ def save_checkpoint(
 def is_best(run: Path, step: int) -> bool:
     """Whether the checkpoint of `step` has the lowest validation loss of those that `best.json` lists."""
     path = RunFolder(run).best
-    listed = json.loads(path.read_text(encoding="utf-8"))["checkpoints"] if path.is_file() else []
+    listed = read_json(path, keys=["checkpoints"])["checkpoints"] if path.is_file() else []
     return bool(listed) and listed[0]["checkpoint"] == RunFolder(run).checkpoint(step).name
 
 
@@ -279,16 +279,14 @@ def agreed_checkpoint(run: Path, name: str, log: Callable[[str], None] = print) 
         ValueError: on all ranks, if the first finds no usable checkpoint, or another rank does not see the same one.
         OSError: on all ranks, if the first cannot read one.
     """
-    # Only the first rank reads every byte to check the hashes. Its error travels too: the others would wait forever.
-    choice: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            choice = [find_checkpoint(run, name, log)]
-        except (ValueError, OSError) as error:
-            choice = [error]
+    # Only the first rank reads every byte to check the hashes.
+    choice: list[Path | None] = [None]
+
+    def choose() -> None:
+        choice[0] = find_checkpoint(run, name, log)
+
+    on_first_rank(choose)
     (chosen,) = broadcast_object_list(choice)
-    if isinstance(chosen, Exception):
-        raise chosen
     if chosen is None:
         return None
 

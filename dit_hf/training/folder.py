@@ -23,13 +23,13 @@ def check_run_folder(run: Path, resumed: bool) -> None:
     if run.exists() and not run.is_dir():
         raise FileExistsError(folder_taken(place, "is a file"))
     is_run = folder.config.is_file() and _is_recipe(folder.config)
-    has_checkpoints = bool(folder.checkpoints())
-    if not resumed and is_run and (has_checkpoints or _has_rows(run)):
+    has_checkpoints, rows = bool(folder.checkpoints()), _readable_rows(run)
+    if not resumed and is_run and (has_checkpoints or rows):
         advice = "or resume it with --train.resume_from_checkpoint latest"
         raise FileExistsError(f"{folder_taken(place, 'holds a run')}, {advice}")
     if not resumed and has_checkpoints:
         raise FileExistsError(folder_taken(place, "holds checkpoints of something else"))
-    if has_checkpoints or (is_run and _has_rows(run)):
+    if has_checkpoints or (is_run and rows):
         return
 
     # Nothing was trained here. What a run writes must be free; its recipe may stand there already.
@@ -37,7 +37,7 @@ def check_run_folder(run: Path, resumed: bool) -> None:
     taken = [path for path in (*results, *folder.sample_grids().values()) if path.exists()]
     if folder.config.exists() and not is_run:
         taken.append(folder.config)
-    if folder.log.exists() and not _has_no_rows(run):
+    if folder.log.exists() and rows != []:
         taken.append(folder.log)
     if taken:
         names = ", ".join(str(path.relative_to(run)) for path in taken[:3])
@@ -51,15 +51,9 @@ def _is_recipe(path: Path) -> bool:
         return False
 
 
-def _has_rows(run: Path) -> bool:
+def _readable_rows(run: Path) -> list[dict[str, str]] | None:
+    """Return the rows of a run's log, or None if it cannot be read."""
     try:
-        return bool(read_log(run))
+        return read_log(run)
     except ValueError:
-        return False
-
-
-def _has_no_rows(run: Path) -> bool:
-    try:
-        return not read_log(run)
-    except ValueError:
-        return False
+        return None

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dit_hf.app.app import app
-from dit_hf.cli import main
+from dit_hf_cli import main
 
 
 def test_a_model_that_cannot_be_served_is_one_line(capsys, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def watch(event, args):
 
 sys.addaudithook(watch)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells disable it for what they start with &
-from dit_hf.cli import main
+from dit_hf_cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

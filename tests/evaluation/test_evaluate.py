@@ -14,7 +14,6 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from dit_hf.cli import main
 from dit_hf.evaluation.evaluate import evaluate
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
@@ -22,6 +21,7 @@ from dit_hf.evaluation.reference import load_reference, reference
 from dit_hf.runs import load_pipeline
 from dit_hf.sampling.generate import generate_images
 from dit_hf.training.trainer import train
+from dit_hf_cli import main
 
 OPTIONS = {"num_samples": 40, "batch_size": 8, "num_inference_steps": 2}
 

@@ -8,10 +8,10 @@ from celeba import save_image
 from PIL import Image
 
 from dit_hf import open_images
-from dit_hf.cli import main
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import load_reference, reference
+from dit_hf_cli import main
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ from safetensors.torch import load_file
 
 # All that is used of dit_hf, beside the files that it writes: `CHECKPOINT` and `read_losses` say which.
 from dit_hf import LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTPipeline
-from dit_hf.cli import main as run_cli
 from dit_hf.latents.cache import open_latents
+from dit_hf_cli import main as run_cli
 
 GOLDEN = Path(__file__).parent
 RECIPES = ("avatars", "celeba-l1")

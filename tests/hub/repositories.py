@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from dit_hf.cli import main
+from dit_hf_cli import main
 
 # Code that makes `import dit_hf` fail in a process, even if it is installed.
 HIDE_DIT_HF = """

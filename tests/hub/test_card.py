@@ -12,12 +12,12 @@ from PIL import Image
 from repositories import read_snippets
 
 from dit_hf import LatentDiTPipeline
-from dit_hf.cli import main
 from dit_hf.hub.card import card_data, example_attributes, is_hub_id, write_card, write_run_card
 from dit_hf.hub.push import write_repository
 from dit_hf.latents.vae import weights_sha256
 from dit_hf.runs import exported_summary, load_pipeline
 from dit_hf.training.trainer import train
+from dit_hf_cli import main
 
 # The keys that the Hub's documentation allows (hub-docs: modelcard.md, repositories-licenses.md, model-cards.md).
 KEYS = {

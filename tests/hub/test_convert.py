@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeli
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from dit_hf.cli import main
+from dit_hf_cli import main
 
 WIDTH, LAYERS, HEADS, PATCH, SIZE, CLASSES = 24, 2, 2, 2, 8, 5
 

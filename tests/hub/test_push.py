@@ -18,13 +18,13 @@ from repositories import HIDE_DIT_HF, assert_no_leaks, push, read_snippets
 from safetensors import safe_open
 from training_runs import changed
 
-from dit_hf.cli import main
 from dit_hf.hub.push import without_paths
 from dit_hf.latents.vae import weights_sha256
 from dit_hf.recipe_file import read_config
 from dit_hf.runs import load_pipeline
 from dit_hf.storage import locked_beside
 from dit_hf.training.trainer import train
+from dit_hf_cli import main
 
 SETTINGS = {"num_inference_steps": 2, "output_type": "np"}
 
@@ -176,7 +176,7 @@ def test_other_content_is_not_overwritten_by_default(hub, folder, tmp_path, caps
 
 def test_a_full_disk_is_one_line(folder, tmp_path):
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))"
-    code = f"{limit}; from dit_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"{limit}; from dit_hf_cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "push", str(folder), "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -203,7 +203,7 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        code = "import sys; from dit_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from dit_hf_cli import main; sys.exit(main(sys.argv[1:]))"
         python(code, tmp_path / "push", "push", run, "you/faces")
         python(code, tmp_path / "push", "push", run, "you/own", "--builtin", "--attributes", json.dumps(row))
         cards = {name: files["README.md"].decode() for name, files in hub.repositories.items()}

@@ -12,7 +12,6 @@ from filelock import FileLock
 from PIL import Image
 
 from dit_hf import open_images
-from dit_hf.cli import main
 from dit_hf.data.avatars import ATTRIBUTES
 from dit_hf.latents import shards
 from dit_hf.latents.cache import open_latents
@@ -20,6 +19,7 @@ from dit_hf.latents.encode import ShardEncoder
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.vae import load_vae
 from dit_hf.storage import sha256
+from dit_hf_cli import main
 
 
 def test_statistics_are_those_of_posterior_samples(latents):
@@ -191,7 +191,7 @@ def test_two_builds_of_one_cache_are_locked_out(tmp_path, vae_folder):
 
 def run_limited(limit: str, *options: str) -> subprocess.CompletedProcess:
     """Build a cache in a process that runs `limit` first."""
-    code = f"import resource, sys; {limit}; from dit_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import resource, sys; {limit}; from dit_hf_cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "prepare-latents", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -8,11 +8,11 @@ import pytest
 from datasets import ClassLabel, Features, List, Value, load_from_disk
 from diffusers import AutoencoderKL
 
-from dit_hf.cli import main
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.shards import RECORD_BATCH_ROWS, ShardWriter, latent_array, open_shards, plan_sizes, spell_features
 from dit_hf.latents.vae import latent_shape
+from dit_hf_cli import main
 
 
 def spelled(path) -> dict:

@@ -13,11 +13,11 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from dit_hf import LatentDiTPipeline, open_images
-from dit_hf.cli import main
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.vae import encode, load_vae
 from dit_hf.training.trainer import train
+from dit_hf_cli import main
 
 
 def other_vaes():

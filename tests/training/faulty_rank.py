@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from dit_hf.cli import main
 from dit_hf.training import trainer
 from dit_hf.training.step import TrainingStep
+from dit_hf_cli import main
 
 WEIGHT = "transformer_blocks.1.ff.net.2.weight"
 

@@ -12,7 +12,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from dit_hf.cli import main
+from dit_hf_cli import main
 
 SETTINGS = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
 

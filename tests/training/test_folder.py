@@ -7,9 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import short_run
 from training_runs import changed, comparable, rows
 
-from dit_hf.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from dit_hf.config import Config
 from dit_hf.hub.push import push
 from dit_hf.runs import load_pipeline, read_run_config
 from dit_hf.storage import sha256
@@ -22,22 +23,11 @@ BACK = {"resume_from_checkpoint": "checkpoint-4", "max_train_steps": 10}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, training_latents) -> Config:
     """The recipe of a finished run of 8 steps whose learning rate depends on its length. Not to be written to."""
-    config = Config(
-        data=DataConfig(latents=str(training_latents)),
-        model=ModelConfig(preset="tiny", num_layers=1, num_attention_heads=2, attention_head_dim=12),
-        optim=OptimConfig(learning_rate=1e-3, ema_decay=0.9, lr_scheduler="linear", lr_decay_ratio=1.0),
-        train=TrainConfig(
-            output_dir=str(tmp_path_factory.mktemp("finished") / "run"),
-            max_train_steps=8,
-            global_batch_size=8,
-            checkpointing_steps=4,
-            checkpoints_total_limit=3,
-            logging_steps=2,
-            sampling_steps=2,
-            num_inference_steps=2,
-            validation_images=4,
-            report_to="none",
-        ),
+    config = changed(
+        short_run(training_latents, tmp_path_factory.mktemp("finished")),
+        model={"num_layers": 1},
+        optim={"lr_warmup_steps": 0, "lr_scheduler": "linear", "lr_decay_ratio": 1.0},
+        train={"logging_steps": 2, "sampling_steps": 2, "validation_images": 4},
     )
     train(config)
     return config
