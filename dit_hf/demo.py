@@ -46,7 +46,7 @@ CAPTIONS = (
 )
 
 NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU helps):
-  dit-hf prepare-latents --source celeba --crop celeba-178 --resolution 256 --flip --output_dir runs/celeba/latents
+  dit-hf prepare-latents celeba --crop celeba-178 --resolution 256 --flip --output_dir runs/celeba/latents
   dit-hf train --config recipes/celeba.yaml
   dit-hf sample runs/celeba-dit --output_dir faces
 And with this model, in a browser:
