@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dit_hf-tests-")
@@ -29,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """What the tests expect is computed on the CPU: CUDA is hidden, but from exactly `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # `nohup` and a script's `&` have these signals ignored, and so would the processes that tests send them to.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def tiny_transformer(seed: int = 0, **options) -> LatentDiTTransformer2DModel:
