@@ -16,7 +16,7 @@ from dit_hf.latents.reader import LatentReader
 from dit_hf.storage import sha256
 
 pytestmark = pytest.mark.slow
-OPTIONS = ["--source", "avatars", "--num_images", "4000", "--vae", "avatar", "--resolution", "64"]
+OPTIONS = ["--source", "avatars", "--num_images", "1600", "--vae", "avatar", "--resolution", "64"]
 
 
 def command(folder: Path) -> list[str]:
@@ -31,7 +31,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def whole(tmp_path_factory) -> tuple[Path, float]:
     """Build a cache without interruption; return its folder and the seconds it took."""
     folder = tmp_path_factory.mktemp("whole") / "latents"
-    subprocess.run([*command(folder.with_name("first")), "--num_images", "4000"], check=True)  # renders the avatars
+    subprocess.run([*command(folder.with_name("first")), "--num_images", "1600"], check=True)  # renders the avatars
     started = time.monotonic()
     subprocess.run(command(folder), check=True)
     return folder, time.monotonic() - started

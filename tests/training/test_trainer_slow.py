@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -15,10 +14,12 @@ import psutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from faulty_rank import errors_of_ranks
 from safetensors.torch import load_file
 from training_runs import assert_same_bits, changed, comparable, rows
 
 from dit_hf.training.trainer import train
+from dit_hf_cli import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -46,10 +47,22 @@ CONFIG = ["--config_file", str(ROOT / "accelerate_config.yaml")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", *CONFIG, SCRIPT]
 
 
-def command(launcher, whole, run, *options):
-    """Return the command of a run by the recipe of another, which resumes it if it was started."""
+def options(whole, run, *others):
+    """Return the options of a run by the recipe of another, which resume it if it was started."""
     resume = ["--train.resume_from_checkpoint", "latest"]
-    return [*launcher, "--config", str(whole / "config.yaml"), "--train.output_dir", str(run), *resume, *options]
+    return ["--config", str(whole / "config.yaml"), "--train.output_dir", str(run), *resume, *others]
+
+
+def command(launcher, whole, run, *others):
+    return [*launcher, *options(whole, run, *others)]
+
+
+def run_all(launcher, whole, run, *others):
+    """Run to the end; by one process, in this one, which has imported everything."""
+    if launcher is PYTHON:
+        assert main(["train", *options(whole, run, *others)]) == 0
+    else:
+        subprocess.run(command(launcher, whole, run, *others), check=True)
 
 
 def begin(command, run, row=1):
@@ -103,7 +116,7 @@ def test_a_preempted_run_saves_and_resumes_with_the_same_bits(config, tmp_path, 
     (stopped,) = run.glob("checkpoint-*")
     assert f"preempted: {stopped.name} is saved" in output
     assert int(stopped.name.split("-")[1]) not in (150, 300)
-    subprocess.run(command(launcher, whole, run), check=True)
+    run_all(launcher, whole, run)
     if launcher in (TORCHRUN, SRUN):
         assert_same_images(whole, run)
     else:
@@ -114,7 +127,7 @@ def test_a_preempted_run_saves_and_resumes_with_the_same_bits(config, tmp_path, 
 def test_two_ranks_see_what_one_sees(config, tmp_path):
     config = changed(config, train={"max_train_steps": 50, "logging_steps": 1, "checkpointing_steps": 25})
     one, two = train(config), tmp_path / "two"
-    subprocess.run(command(TORCHRUN, one, two), check=True)
+    run_all(TORCHRUN, one, two)
     assert_same_images(one, two)
 
 
@@ -125,7 +138,7 @@ def test_a_run_killed_on_some_ranks_resumes_on_others_with_the_same_images(confi
     process = begin(command(first, whole, run), run, row=4)  # the first checkpoint stands
     kill(process)
     assert not (run / "pipeline").exists()
-    subprocess.run(command(second, whole, run), check=True)
+    run_all(second, whole, run)
     assert_same_images(whole, run)
 
 
@@ -134,28 +147,11 @@ def test_ranks_that_do_not_see_the_same_checkpoint_stop_before_any_work(config, 
     whole = train(config)
     shutil.copytree(whole, tmp_path / "rank-0")
     before = (tmp_path / "rank-0" / "training_log.csv").read_text()
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            command(PYTHON, whole, tmp_path / f"rank-{rank}", "--train.max_train_steps", "12"),
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 1
+    each = [options(whole, tmp_path / f"rank-{rank}", "--train.max_train_steps", "12") for rank in range(2)]
+    for error in errors_of_ranks(tmp_path, each):
         assert "checkpoint-8 differs on rank 1; train.output_dir must be a folder that every machine" in error
     assert (tmp_path / "rank-0" / "training_log.csv").read_text() == before
     assert not list(tmp_path.glob("rank-1/checkpoint-*"))
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_a_run_sharded_by_fsdp2_trains_saves_resumes_elsewhere_and_exports(config, tmp_path):
@@ -171,7 +167,7 @@ def test_a_run_sharded_by_fsdp2_trains_saves_resumes_elsewhere_and_exports(confi
     kill(process)
     assert not (run / "pipeline").exists()
     for launcher, steps in ((SHARDED, 200), (PYTHON, 220), (SHARDED, 240)):
-        subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
+        run_all(launcher, whole, run, "--train.max_train_steps", str(steps))
     assert_same_images(whole, run)
     for name, weights in load_file(whole / "checkpoint-240" / "ema-0.5.safetensors").items():
         torch.testing.assert_close(
@@ -190,32 +186,16 @@ def test_sharded_muon_takes_the_steps_of_one_rank(config, tmp_path):
     )
     whole, run = train(config), tmp_path / "sharded"
     for launcher, steps in ((SHARDED, 20), (PYTHON, 32), (SHARDED, 40)):
-        subprocess.run(command(launcher, whole, run, "--train.max_train_steps", str(steps)), check=True)
+        run_all(launcher, whole, run, "--train.max_train_steps", str(steps))
     assert_same_images(whole, run)
 
 
-def faulty(tmp_path, whole, *fault):
-    """Train with a fault on one rank, and return the errors of the ranks."""
-    script = str(Path(__file__).with_name("faulty_rank.py"))
-    options = ["--train.sampling_steps", "4", "--train.logging_steps", "4"]
-    done = subprocess.run(
-        command([*TWO_RANKS, script, *fault], whole, tmp_path / "faulty", *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 1, done.stdout
-    return re.findall(r"dit-hf train(?: \(rank 1\))?: error: (.*)", done.stdout)
-
-
-@pytest.mark.parametrize("sharded", [(), ("sharded",)], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_weight_that_is_not_finite_on_one_rank_ends_all(config, tmp_path, sharded, rank):
     whole = train(changed(config, train={"max_train_steps": 4}))
-    errors = faulty(tmp_path, whole, *sharded, "nan", rank)
+    errors = errors_of_ranks(tmp_path, [options(whole, tmp_path / "faulty")] * 2, "nan", rank, sharded)
     named = "a weight is not finite at step 3; first not finite: weight transformer_blocks.1.ff.net.2.weight; "
-    assert len(errors) == 2
     assert all(error.startswith(named) for error in errors)
 
 
@@ -224,10 +204,9 @@ def test_a_weight_that_is_not_finite_on_one_rank_ends_all(config, tmp_path, shar
 )
 def test_what_fails_on_the_first_rank_ends_all_with_the_same_sentence(config, tmp_path, fault):
     whole = train(changed(config, train={"max_train_steps": 4}))
-    errors = faulty(tmp_path, whole, fault, "0")
+    each = options(whole, tmp_path / "faulty", "--train.sampling_steps", "4", "--train.logging_steps", "4")
     sentence = f"train.output_dir {tmp_path / 'faulty'}: No space left on device; make room and call again: what is"
-    assert len(errors) == 2
-    assert all(error.startswith(sentence) for error in errors)
+    assert all(error.startswith(sentence) for error in errors_of_ranks(tmp_path, [each] * 2, fault))
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -247,10 +226,8 @@ def test_a_port_that_is_taken_is_one_line(config, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-        options = ["--data.latents", config.data.latents, "--train.output_dir", str(tmp_path / "run")]
-        done = subprocess.run(
-            [*PYTHON, *options], env={**os.environ, **address}, capture_output=True, text=True, timeout=120
-        )
+        run = [*PYTHON, "--data.latents", config.data.latents, "--train.output_dir", str(tmp_path / "run")]
+        done = subprocess.run(run, env={**os.environ, **address}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert f"the ranks cannot meet at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT)" in done.stderr
     assert "Traceback" not in done.stderr
