@@ -1,5 +1,8 @@
 """dit_hf: train, sample and share latent Diffusion Transformers in the Hugging Face ecosystem."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import diffusers
 
 from .data.images import describe_source, open_images
@@ -10,6 +13,11 @@ from .pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from .pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
 
+if TYPE_CHECKING:
+    from .evaluation.evaluate import evaluate
+    from .latents.prepare import prepare_latents
+    from .training.trainer import train
+
 __version__ = "0.1.0"
 __all__ = [
     "CosineLatentScheduler",
@@ -19,8 +27,20 @@ __all__ = [
     "LatentDiTPipeline",
     "LatentDiTTransformer2DModel",
     "describe_source",
+    "evaluate",
     "open_images",
+    "prepare_latents",
+    "train",
 ]
+# What only some programs need and takes seconds to import.
+_LAZY = {"evaluate": ".evaluation.evaluate", "prepare_latents": ".latents.prepare", "train": ".training.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dit_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)
+
 
 # diffusers looks up the classes of a saved pipeline in its own module: with ours there, `from_pretrained` finds them.
 for _class in (
