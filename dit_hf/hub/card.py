@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -55,7 +56,9 @@ def write_card(
         "example": _literal(example_attributes(pipeline)),
         "guidance_scale": pipeline.config.guidance_scale,
         "training": training,
-        "results": [(r.metric_name or r.metric_type, r.metric_value, _protocol(r)) for r in results],
+        "results": [(result.metric_name or result.metric_type, result.metric_value) for result in results],
+        "protocol": _protocol(results[0]) if results else None,
+        **_project(),
         "celeba": CELEBA if is_celeba(training) else None,
         "avatars": training.get("source") == AVATARS,
         # The template tests these, so they must be defined.
@@ -179,6 +182,17 @@ def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]
     return {}
 
 
+def _project() -> dict[str, str]:
+    """Return dit_hf as a link and the command that installs it, by the address in its metadata if it has one."""
+    urls = importlib.metadata.metadata("dit_hf").get_all("Project-URL") or []
+    address = next(
+        (url.partition(", ")[2] for url in urls if url.lower().startswith(("repository,", "source,"))), None
+    )
+    if address is None:
+        return {"project": "dit_hf", "install": "in a clone of it: `pip install .`"}
+    return {"project": f"[dit_hf]({address})", "install": f"`pip install git+{address}`"}
+
+
 def _literal(attributes: dict[str, AttributeValue]) -> str:
     """Return attributes as Python code; '' if there are none."""
     items = [f"{json.dumps(k)}: {json.dumps(v) if isinstance(v, str) else v}" for k, v in attributes.items()]
@@ -186,7 +200,7 @@ def _literal(attributes: dict[str, AttributeValue]) -> str:
 
 
 def _protocol(result: EvalResult) -> str:
-    """Return the protocol of a figure in one line."""
+    """Return the protocol of a figure, which is that of all, in one line."""
     args = dict(result.metric_args or {})
     floor = {f"floor ({name})": value and f"{value:.4g}" for name, value in args.pop("floor", {}).items()}
     reference = args.pop("reference_sha256", None)

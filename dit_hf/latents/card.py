@@ -80,6 +80,8 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
     reasons = Counter(reason for _, reason in left_out).most_common(10)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    # The size that was raced on such latents.
+    recipe = "celeba" if height * width >= 32 * 32 else "avatars"
     word, source = quality(info["psnr"]), "\n".join(plan)
     text = f"""---
 tags:
@@ -123,7 +125,7 @@ latents = load_from_disk("latents")  # this folder
 
 ```sh
 hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
-dit-hf train --config recipes/celeba.yaml --data.latents latents
+dit-hf train {recipe} --data.latents latents --train.output_dir runs/mine
 ```
 
 Made by `dit-hf prepare-latents`. The terms of use of the images are those of their source.
