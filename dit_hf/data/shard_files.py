@@ -1,0 +1,117 @@
+"""Load the parquet, webdataset and Arrow shards of a folder, by the splits that their names and folders name."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, DatasetDict, Features, load_dataset
+
+from ..storage import first_line, is_lfs_pointer
+from .contents import Contents, SourceOptions, counted, shortened
+from .files import Skipped, walk
+from .splits import split_named
+from .webdataset import load_archives
+
+LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # names of them in `datasets`
+
+
+def load_shards(path: Path, options: SourceOptions, contents: Contents) -> DatasetDict:
+    """Load the shards of a file or folder; of several kinds, webdataset archives count more than the tables beside.
+
+    Raises:
+        ValueError: if a shard cannot be read, or the shards can be read in two ways.
+    """
+    skipped = Skipped()
+    names = [""] if path.is_file() else [name for name, _ in walk(path, options, skipped)]
+    skipped.describe(contents)
+    by_suffix: dict[str, list[str]] = {}
+    for name in names:
+        by_suffix.setdefault(PurePosixPath(name or path.name).suffix.lower(), []).append(name)
+    suffix = next(kind for kind in (".tar", ".parquet", ".arrow") if kind in by_suffix)
+    contents.kind = {".tar": "webdataset", ".parquet": "parquet shards", ".arrow": "Arrow shards"}[suffix]
+    others = {kind or "without a suffix": len(files) for kind, files in by_suffix.items() if kind != suffix}
+    if others:
+        contents.unused["files"] = counted(others)
+    for name in by_suffix[suffix]:
+        if is_lfs_pointer(path / name):
+            raise ValueError(f"{path / name} is a pointer of git-lfs, not the shard: run git lfs pull")
+    files = _files_by_split(by_suffix[suffix], options, contents)
+    if suffix == ".tar":
+        archives = {split: [path / name for name in group] for split, group in files.items()}
+        return DatasetDict({split: load_archives(paths, options) for split, paths in archives.items()})
+    parts = {}
+    try:
+        # Each split for itself: `datasets` would read the classes of all splits by the names that the first one gives.
+        for split, group in files.items():
+            paths = [path / name for name in group]
+            _check_same_classes(paths)
+            parts[split] = load_dataset(LOADERS[suffix], data_files={split: [*map(str, paths)]})[split]
+    except Exception as error:  # of many classes
+        raise ValueError(f"source {path}: {first_line(error)}") from error
+    return DatasetDict(parts)
+
+
+def _check_same_classes(paths: list[Path]) -> None:
+    """Refuse shards of one split that number their classes differently.
+
+    Raises:
+        ValueError: naming the shards and the column.
+    """
+    first: dict[str, tuple[list[str], Path]] = {}
+    known = set()
+    for path in paths:
+        if path.suffix.lower() == ".parquet":
+            schema = pq.read_schema(path)
+        else:
+            with pa.memory_map(str(path)) as file:
+                schema = pa.ipc.open_stream(file).schema
+        if (described := str(schema.metadata)) in known:  # cheaper than the features
+            continue
+        known.add(described)
+        for column, feature in Features.from_arrow_schema(schema).items():
+            if isinstance(feature, ClassLabel):
+                names, earlier = first.setdefault(column, (feature.names, path))
+                if names != feature.names:
+                    raise ValueError(f"{earlier.name} and {path.name} have different classes in column {column}")
+
+
+def _files_by_split(names: list[str], options: SourceOptions, contents: Contents) -> dict[str, list[str]]:
+    """Return the shards of each split, which their names or folders name; all are `train` if none does.
+
+    Raises:
+        ValueError: if only some of them name a split, or one names two, and no option says what they are.
+    """
+    named = {name: _split_of_path(name, options) for name in names}
+    if options.split_from == "none" or not any(named.values()):
+        return {"train": names}
+    unnamed = [name for name, split in named.items() if split is None]
+    if unnamed and options.split_from is None:
+        example = next(name for name, split in named.items() if split)
+        raise ValueError(
+            f"{example} is named like the {named[example]} split, {shortened(unnamed)} are named like none: "
+            "--split_from files reads the latter as training images, --split_from none all of them"
+        )
+    contents.split_origin = "by file name"
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(named[name] or "train", []).append(name)
+    return {split: files[split] for split in ("train", "validation", "test") if split in files}
+
+
+def _split_of_path(name: str, options: SourceOptions) -> str | None:
+    """Return the split that a file's name or, from the inside, one of its folders names.
+
+    Raises:
+        ValueError: if the two name different splits, and no option chooses.
+    """
+    path = PurePosixPath(name)
+    by_name = split_named(path.stem)
+    by_folder = next((split for part in reversed(path.parts[:-1]) if (split := split_named(part))), None)
+    if by_name and by_folder and by_name != by_folder and options.split_from is None:
+        raise ValueError(
+            f"{name} is named like the {by_name} split and in a folder named like {by_folder}: --split_from files or "
+            "folders chooses"
+        )
+    return (by_folder or by_name) if options.split_from == "folders" else (by_name or by_folder)
