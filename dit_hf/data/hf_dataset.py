@@ -15,7 +15,7 @@ from datasets import (
     Value,
     concatenate_datasets,
     get_dataset_config_names,
-    load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 
@@ -25,7 +25,7 @@ from .celeba import CELEBA_LISTS
 from .contents import Column, Contents, SourceOptions, short_names
 from .files import Skipped, walk
 from .metadata import METADATA
-from .shard_files import LOADERS, load_shards
+from .shard_files import LOADERS, load_shards, with_stored_classes
 from .splits import split_named
 from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
@@ -142,7 +142,9 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
             loaded = load_from_disk(source)
         else:
             contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
-            loaded = load_dataset(source, options.dataset_config_name)
+            builder = load_dataset_builder(source, options.dataset_config_name)
+            builder.download_and_prepare()
+            loaded = with_stored_classes(builder.as_dataset(), builder.config.data_files or {})
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
         raise ValueError(f"source {source}: {_load_problem(source, error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})

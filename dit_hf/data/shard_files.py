@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, DatasetDict, Features, load_dataset
@@ -46,35 +48,57 @@ def load_shards(path: Path, options: SourceOptions, contents: Contents) -> Datas
         # Each split for itself: `datasets` would read the classes of all splits by the names that the first one gives.
         for split, group in files.items():
             paths = [path / name for name in group]
-            _check_same_classes(paths)
+            _stored_classes(paths)  # refuses shards that differ
             parts[split] = load_dataset(LOADERS[suffix], data_files={split: [*map(str, paths)]})[split]
     except Exception as error:  # of many classes
         raise ValueError(f"source {path}: {first_line(error)}") from error
     return DatasetDict(parts)
 
 
-def _check_same_classes(paths: list[Path]) -> None:
-    """Refuse shards of one split that number their classes differently.
+def with_stored_classes(loaded: DatasetDict, data_files: Mapping[str, list[str]]) -> DatasetDict:
+    """Return the splits of a repository with the names of classes that their own shards have.
+
+    `datasets` gives all splits the names of the first one, although a split may have numbered its classes by itself.
+
+    Args:
+        loaded: The splits, as `datasets` loaded them.
+        data_files: Paths or URLs of the files of each split; only parquet and Arrow shards store names of classes.
 
     Raises:
-        ValueError: naming the shards and the column.
+        ValueError: if the shards of a split differ in their classes.
     """
-    first: dict[str, tuple[list[str], Path]] = {}
+    has_classes = any(isinstance(f, ClassLabel) for part in loaded.values() for f in part.features.values())
+    if len(loaded) > 1 and has_classes:
+        for split, files in data_files.items():
+            # Of shards elsewhere the first one of a split, because each costs a request.
+            shards = [file for file in files if PurePosixPath(file).suffix in (".parquet", ".arrow")]
+            for column, names in _stored_classes(shards[:1] if "://" in "".join(shards[:1]) else shards).items():
+                if getattr(loaded[split].features.get(column), "names", names) != names:
+                    loaded[split] = loaded[split].cast_column(column, ClassLabel(names=names))
+    return loaded
+
+
+def _stored_classes(shards: Sequence[str | Path]) -> dict[str, list[str]]:
+    """Return the names of the classes in the shards of one split, by column.
+
+    Raises:
+        ValueError: naming two shards that number their classes differently, and the column.
+    """
+    first: dict[str, tuple[list[str], str]] = {}
     known = set()
-    for path in paths:
-        if path.suffix.lower() == ".parquet":
-            schema = pq.read_schema(path)
-        else:
-            with pa.memory_map(str(path)) as file:
-                schema = pa.ipc.open_stream(file).schema
+    for shard in map(str, shards):
+        with fsspec.open(shard) as file:
+            schema = pq.read_schema(file) if shard.lower().endswith(".parquet") else pa.ipc.open_stream(file).schema
         if (described := str(schema.metadata)) in known:  # cheaper than the features
             continue
         known.add(described)
         for column, feature in Features.from_arrow_schema(schema).items():
             if isinstance(feature, ClassLabel):
-                names, earlier = first.setdefault(column, (feature.names, path))
+                names, earlier = first.setdefault(column, (feature.names, shard))
                 if names != feature.names:
-                    raise ValueError(f"{earlier.name} and {path.name} have different classes in column {column}")
+                    both = f"{PurePosixPath(earlier).name} and {PurePosixPath(shard).name}"
+                    raise ValueError(f"{both} have different classes in column {column}")
+    return {column: names for column, (names, _) in first.items()}
 
 
 def _files_by_split(names: list[str], options: SourceOptions, contents: Contents) -> dict[str, list[str]]:
