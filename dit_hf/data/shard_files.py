@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, DatasetDict, Features, load_dataset
 
+from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line, is_lfs_pointer
-from .contents import Contents, SourceOptions, counted, shortened
+from .contents import Contents, SourceOptions, counted, image_count, shortened
 from .files import Skipped, walk
 from .splits import split_named
 from .webdataset import load_archives
@@ -34,6 +35,9 @@ def load_shards(path: Path, options: SourceOptions, contents: Contents) -> Datas
     suffix = next(kind for kind in (".tar", ".parquet", ".arrow") if kind in by_suffix)
     contents.kind = {".tar": "webdataset", ".parquet": "parquet shards", ".arrow": "Arrow shards"}[suffix]
     others = {kind or "without a suffix": len(files) for kind, files in by_suffix.items() if kind != suffix}
+    images = sum(others.pop(kind, 0) for kind in IMAGE_SUFFIXES)
+    if images:
+        contents.unused[f"{image_count(images)} beside the shards"] = "previews (name their folder to read them)"
     if others:
         contents.unused["files"] = counted(others)
     for name in by_suffix[suffix]:

@@ -35,7 +35,7 @@ def test_metadata(tmp_path, name):
     assert "caption" not in source.rows.column_names
     assert source.plan.contents.unused == {
         "column age": "2 different texts in 3 rows",  # too few to be classes
-        "column caption": "3 different texts in 3 rows",
+        "column caption": "3 different texts (--conditions reads them as classes)",
     }
     left_out = dict(source.left_out)
     assert left_out["images/2.png"].startswith("duplicate row: 4")

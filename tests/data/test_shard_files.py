@@ -29,6 +29,9 @@ def test_images_beside_shards_can_be_excluded(tmp_path):
     with pytest.raises(ValueError, match=r"12 images .* and 1 shards .* or --exclude the others"):
         open_source(str(tmp_path))
     assert len(open_source(str(tmp_path), SourceOptions(exclude=["assets"])).rows) == 4
+    # Up to ten are previews.
+    previews = open_source(str(tmp_path), SourceOptions(exclude=["assets/1*.png"])).plan.contents.unused
+    assert previews["9 images beside the shards"] == "previews (name their folder to read them)"
 
 
 def test_shards_whose_splits_number_their_classes_each_by_itself(tmp_path):
