@@ -20,12 +20,11 @@ from datasets import (
 )
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
-from ..storage import first_line
 from .celeba import CELEBA_LISTS
 from .contents import Column, Contents, SourceOptions, short_names
 from .files import Skipped, walk
 from .metadata import METADATA
-from .shard_files import LOADERS, load_shards, with_stored_classes
+from .shard_files import LOADERS, cause_of, load_shards, with_stored_classes
 from .splits import split_named
 from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
@@ -162,7 +161,7 @@ def _has_own_card(folder: Path) -> bool:
 
 
 def _load_problem(source: str, error: Exception) -> str:
-    reason = first_line(error)
+    reason = cause_of(error)
     # The text of an error of datasets 5.2, which lists the configurations as Python code.
     if reason == "Config name is missing":
         reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from .conditions import describe_condition
 from .contents import Contents, shortened
@@ -55,9 +55,19 @@ class Plan:
         for name in rows.column_names:
             if name in ("id", "image", "split"):
                 continue
+            if isinstance(features[name], ClassLabel):
+                self._note_similar(name, features[name].names)
             origin = self.contents.columns[name].origin
             text = describe_condition(rows[name][:], features[name])
             self.conditions[name] = f"{text} ({origin})" if origin else text
+
+    def _note_similar(self, name: str, labels: list[str]) -> None:
+        """Note classes whose names differ only in case, spaces or hyphens, which may be meant as one."""
+        first: dict[str, str] = {}
+        pairs = [(other, label) for label in labels if (other := first.setdefault(_folded(label), label)) != label]
+        if pairs:
+            others = f" ({len(pairs):,} such pairs)" if len(pairs) > 1 else ""
+            self.contents.choices.append(f"{name}: {' and '.join(pairs[0])} are two classes{others}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole plan for `latents.json` and [`dit_hf.describe_source`]."""
@@ -118,6 +128,11 @@ def _has_image(rows: Dataset) -> np.ndarray:
         data, path = (pc.struct_field(batch["image"], name) for name in ("bytes", "path"))
         found.append(pc.or_(pc.is_valid(data), pc.is_valid(path)).to_numpy())
     return np.concatenate([*found, np.zeros(0, bool)])
+
+
+def _folded(label: str) -> str:
+    """Return a class's name without what may be spelled in several ways."""
+    return re.sub(r"[-_ ]+", " ", label.strip()).casefold()
 
 
 def _general(reason: str) -> str:

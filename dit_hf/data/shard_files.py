@@ -9,6 +9,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, DatasetDict, Features, load_dataset
+from datasets.table import CastError
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line, is_lfs_pointer
@@ -55,8 +56,20 @@ def load_shards(path: Path, options: SourceOptions, contents: Contents) -> Datas
             _stored_classes(paths)  # refuses shards that differ
             parts[split] = load_dataset(LOADERS[suffix], data_files={split: [*map(str, paths)]})[split]
     except Exception as error:  # of many classes
-        raise ValueError(f"source {path}: {first_line(error)}") from error
+        raise ValueError(f"source {path}: {cause_of(error)}") from error
     return DatasetDict(parts)
+
+
+def cause_of(error: Exception) -> str:
+    """Return as one line what an error of `datasets` is about, which wraps those of its readers."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, CastError):
+        columns, expected = set(cause.table_column_names), set(cause.requested_column_names)
+        if columns != expected:
+            return (
+                f"its shards differ in their columns ({', '.join(sorted(columns ^ expected))}): name one as the source"
+            )
+    return first_line(cause)
 
 
 def with_stored_classes(loaded: DatasetDict, data_files: Mapping[str, list[str]]) -> DatasetDict:

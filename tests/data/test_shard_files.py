@@ -71,3 +71,10 @@ def test_a_repository_whose_splits_number_their_classes_each_by_itself(tmp_path,
         parts = with_stored_classes(loaded, urls).values()
         found = [part.features["bird"].names[value] for part in parts for value in part["bird"]]
     assert found == ["crow", "owl", "wren"] * 2 + ["owl", "wren"] * 3
+
+
+def test_shards_of_other_columns_are_one_line(tmp_path):
+    data_set(2).to_parquet(tmp_path / "a.parquet")
+    data_set(2).rename_column("Smiling", "Male").to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"its shards differ in their columns \(Male, Smiling\): name one as"):
+        open_source(str(tmp_path))
