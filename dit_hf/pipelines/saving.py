@@ -1,4 +1,4 @@
-"""What of a pipeline is saved: its parts, its index, its code for loading without dit_hf, and its card on the Hub."""
+"""What of a pipeline is saved: its parts, its index and its code for loading without dit_hf."""
 
 from __future__ import annotations
 
@@ -7,30 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..short_card import PIPELINE_CARD, ShortCardMixin
 from .standalone import CODE_FILE, NOTICE, standalone_source
 
-_CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
----
 
-# {repo_id}
-
-A latent Diffusion Transformer, pushed from Python by dit_hf. This loads it by the code in the repository:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="pipeline", trust_remote_code=True)
-```
-
-With dit_hf installed, `import dit_hf` and `DiffusionPipeline.from_pretrained("{repo_id}")` are enough.
-"""
-
-
-class LatentDiTSavingMixin:
+class LatentDiTSavingMixin(ShortCardMixin):
     """diffusers' saving of a pipeline, as one that loads with and without dit_hf; others' files are kept."""
 
+    _card = PIPELINE_CARD
     transformer: Any
 
     @property
@@ -97,11 +81,6 @@ class LatentDiTSavingMixin:
         """Return the class that an instance of it, or of a subclass, is saved as: the one that has this mixin."""
         return next(kind for kind in type(self).__mro__ if LatentDiTSavingMixin in kind.__bases__)
 
-    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **options: Any) -> Any:
-        """Upload a saved pipeline, by diffusers' private method of 0.42.1, with a card that says how to load it."""
-        _write_short_card(Path(working_dir), repo_id)
-        return super()._upload_folder(working_dir, repo_id, **options)  # type: ignore[misc]
-
 
 def _check_target(folder: Path, with_card: bool) -> None:
     """Check that a pipeline saved to `folder`, `with_card` or without, replaces nothing but a pipeline of ours.
@@ -116,10 +95,3 @@ def _check_target(folder: Path, with_card: bool) -> None:
         raise FileExistsError(f"{folder} holds another pipeline ({index.name}); name a new folder")
     if with_card and (folder / "README.md").is_file() and not index.is_file():
         raise FileExistsError(f"{folder} holds a README.md, which the card would replace; name a new folder")
-
-
-def _write_short_card(folder: Path, repo_id: str) -> None:
-    """Replace the empty card that diffusers writes for a repository by one that says how to load it."""
-    card = folder / "README.md"
-    if card.is_file() and "This model card has been automatically generated" in card.read_text(encoding="utf-8"):
-        card.write_text(_CARD.format(repo_id=repo_id), encoding="utf-8")
