@@ -54,6 +54,8 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
             if not isinstance(file_name, str) or not file_name:
                 left_out.append((f"{name}:{number}", "a row without file_name"))
                 continue
+            if "\\" in file_name and not (folder / name).with_name(file_name).exists():  # written on Windows
+                file_name = file_name.replace("\\", "/")
             key = os.path.normpath(PurePosixPath(name).parent / file_name).replace(os.sep, "/")
             if files.setdefault(key, name) != name:
                 raise ValueError(

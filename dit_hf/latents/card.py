@@ -28,6 +28,15 @@ def quality(psnr: float) -> str:
     return word if word != "poor" else "poor: a model trained on these latents cannot generate better images than this"
 
 
+def describe_copies(info: dict[str, Any]) -> list[str]:
+    """Return a sentence for each held-out split that holds training images; caches of earlier versions have none."""
+    return [
+        f"{found['count']:,} of {info['counts'][split]:,} {split} images are training images too, by content (first "
+        f"{found['first'][0]} is {found['first'][1]}): what is measured on them is too good"
+        for split, found in info.get("copies", {}).items()
+    ]
+
+
 def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
     """Save a grid of images, evenly spread over the cache, beside the reconstructions from their stored latents.
 
@@ -83,6 +92,7 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     # The size that was raced on such latents.
     recipe = "celeba" if height * width >= 32 * 32 else "avatars"
     word, source = quality(info["psnr"]), "\n".join(plan)
+    copies = "".join(f"\n| copies | {sentence} |" for sentence in describe_copies(info))
     text = f"""---
 tags:
 - dit_hf
@@ -99,7 +109,7 @@ configs:
 | | |
 |---|---|
 | images | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
-| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |
+| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |{copies}
 | geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
 | VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the grid, {word} |
 | latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |

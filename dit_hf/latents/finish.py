@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, load_from_disk
 
@@ -84,8 +85,28 @@ def _cache_info(
         "scaling_factor": spec.vae.config.get("scaling_factor") or 1.0,
         "shift_factor": spec.vae.config.get("shift_factor") or 0.0,
         "vae_sha256": weights_sha256(spec.vae),
+        "copies": _copies(cache),
         "counts": {name: splits.count(name) for name in ("train", "validation", "test")} | {"left_out": num_left_out},
     }
+
+
+def _copies(cache: Dataset) -> dict[str, dict[str, Any]]:
+    """Return, by held-out split, the number of images that are training images too, by content, and the first pair."""
+    if IMAGE_SHA256 not in cache.column_names:
+        return {}
+    copies = {}
+    table = cache.select_columns(["id", "split", IMAGE_SHA256]).with_format("arrow")[:]
+    train = table.filter(pc.equal(table["split"], "train"))
+    for split in ("validation", "test"):
+        held_out = table.filter(pc.equal(table["split"], split))
+        found = pc.index_in(train[IMAGE_SHA256], pc.unique(held_out[IMAGE_SHA256]))
+        first = train.filter(pc.is_valid(found))
+        if len(first):
+            of_training = held_out.filter(pc.is_in(held_out[IMAGE_SHA256], first[IMAGE_SHA256].combine_chunks()))
+            sha256, image_id = of_training[IMAGE_SHA256][0], of_training["id"][0].as_py()
+            trained = first["id"][pc.index(first[IMAGE_SHA256], sha256).as_py()].as_py()
+            copies[split] = {"count": len(of_training), "first": [image_id, trained]}
+    return copies
 
 
 def _content_sha256(identity: dict[str, Any], cache: Dataset) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..devices import memory_errors
 from ..storage import disk_errors, read_manifest
 from .build import build, is_finished, plan_job
 from .cache import CARD, CacheSpec, cache_identity, push_latents
-from .card import quality
+from .card import describe_copies, quality
 from .progress import LeftOut
 from .vae import load_vae
 
@@ -163,4 +163,6 @@ def _report(folder: Path, was_there: bool) -> None:
     counts = info["counts"]
     text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
     print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out", flush=True)
+    for sentence in describe_copies(info):
+        print(f"warning: {sentence}", flush=True)
     print(f"reconstructions.png: PSNR {info['psnr']:.1f} dB, {quality(info['psnr'])}", flush=True)

@@ -21,6 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..short_card import TRANSFORMER_CARD, ShortCardMixin
 from .adapters import LatentDiTAdapterMixin
 
 
@@ -178,7 +179,7 @@ class LatentDiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(modulated)  # [batch, tokens, dim]
 
 
-class LatentDiTTransformer2DModel(LatentDiTAdapterMixin, ModelMixin, ConfigMixin, CacheMixin):
+class LatentDiTTransformer2DModel(ShortCardMixin, LatentDiTAdapterMixin, ModelMixin, ConfigMixin, CacheMixin):
     r"""
     A Diffusion Transformer on latents, conditioned on any number of categorical labels, or on none.
 
@@ -212,6 +213,7 @@ class LatentDiTTransformer2DModel(LatentDiTAdapterMixin, ModelMixin, ConfigMixin
     """
 
     # The names from which ModelMixin of diffusers 0.42.1 reads what a model supports.
+    _card = TRANSFORMER_CARD
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LatentDiTTransformerBlock"]
     _repeated_blocks = ["LatentDiTTransformerBlock"]
