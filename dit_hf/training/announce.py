@@ -15,6 +15,8 @@ from .step import TrainingStep
 # with `recipes/celeba.yaml`, 39 with compiled blocks (batches of 67 to 255 images). In float32 twice as many.
 ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES = 46, 39
 
+PRECISIONS = {"no": "float32", "fp16": "fp16 mixed precision", "bf16": "bf16 mixed precision"}
+
 
 def announce(
     step: TrainingStep, run: Path, checkpoint_bytes: int, grids_go_to: str | None, compiled: bool
@@ -40,7 +42,7 @@ def announce(
     disk = (kept + 1) * checkpoint_bytes / 1e9  # a new checkpoint stands before an old one goes
     place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
     lines = [
-        f"model      {parameters / 1e6:,.1f} million parameters, {accelerator.mixed_precision or 'no'} precision, "
+        f"model      {parameters / 1e6:,.1f} million parameters, {PRECISIONS[accelerator.mixed_precision]}, "
         f"{step.optimizer_name}",
         f"images     {len(step.reader):,}; {epoch:,.0f} steps are an epoch, {train.max_train_steps:,} steps are "
         f"{train.max_train_steps / epoch:,.1f} epochs",
@@ -58,13 +60,15 @@ def summary(run: Path) -> list[str]:
     """Describe a finished run: figures, and what can be done with it."""
     figures = ""
     for row in read_log(run)[-1:]:  # none if somebody has deleted the log
-        figures = f", {int(row['step']):,} steps, loss {float(row['loss']):.4f}"
+        figures = f": {int(row['step']):,} steps, loss {float(row['loss']):.4f}"
         if row["validation_loss"]:
             figures += f", validation loss {float(row['validation_loss']):.4f}"
     return [
-        f"finished: {run}{figures}",
-        f"next: dit-hf sample {run} --output_dir samples | dit-hf evaluate {run} | dit-hf app {run} | "
-        f"dit-hf push {run} OWNER/NAME",
+        f"finished   {run}{figures}",
+        f"next       dit-hf sample {run} --output_dir samples",
+        f"           dit-hf evaluate {run}",
+        f"           dit-hf app {run}",
+        f"           dit-hf push {run} OWNER/NAME",
     ]
 
 
@@ -84,7 +88,7 @@ def memory_lines(
     place, free = free_memory(step.device)
     if free is None:
         return []
-    line = f"memory     about {(fixed + images) / 2**30:.1f} GiB of {free / 2**30:.1f} GiB of {place} (an estimate)"
+    line = f"memory     about {(fixed + images) / 2**30:.1f} GiB of {place} needed, {free / 2**30:.1f} GiB free (an estimate)"
     if fixed > free:
         raise OSError(
             f"weights, gradients, optimizer and EMA alone need {fixed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
@@ -96,7 +100,7 @@ def memory_lines(
         of_a_rank = train.global_batch_size // step.accelerator.num_processes
         parts = [n for n in range(1, of_a_rank + 1) if of_a_rank % n == 0 and of_a_rank / n <= most]
         fits = f"--train.gradient_accumulation_steps {parts[0]} would fit" if parts else "a smaller model would fit"
-        line += f": too little, probably; {fits}"
+        line += f": probably too little; {fits}"
     return [line]
 
 

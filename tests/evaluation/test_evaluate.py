@@ -148,13 +148,22 @@ def test_a_run_is_evaluated_without_options(config, net, capsys):
         Image.open(folder / name).verify()
     assert len(list((folder / "images" / "guidance-1-steps-2").glob("*/*.png"))) == 40
 
+    card = ModelCard.load(run / "README.md")
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results[report["name"]] == pytest.approx(report["figures"]["frechet_distance"], rel=1e-5)
+    assert f"| {report['name']} | {results[report['name']]} | reference avatars" in card.text
+    assert f"floor (vae) {report['floor']['vae']['frechet_distance']:.4g}" in card.text
+
     # What is compared and the time come first; the figure and its floor last; the protocol is in the file alone.
     table, protocol = (folder / "evaluation.md").read_text().split("\n\n## Protocol")
     lines = (printed := capsys.readouterr().out).splitlines()
     first = lines.index("samples    40 with guidance 1 and 2 steps, guidance 3 and 2 steps")
     assert lines[first + 1] == "reference  200 images (avatars)"
-    assert re.fullmatch(r"time       about [\d:]+ \(reference [\d:]+, samples [\d:]+, reconstructions [\d:]+\)", lines[first + 2])
+    assert re.fullmatch(
+        r"time       about [\d:]+ \(reference [\d:]+, samples [\d:]+, reconstructions [\d:]+\)", lines[first + 2]
+    )
     assert table in printed
+    assert f"| {report['name']} | {report['figures']['frechet_distance']:.4g} ±" in table
     assert "sha256" in protocol
     assert "sha256" not in printed
     figures, floor = report["figures"]["frechet_distance"], report["floor"]["vae"]["frechet_distance"]
@@ -174,12 +183,6 @@ def test_few_samples_are_compared_with_a_part_of_the_training_images(config, net
     assert "time       short: earlier calls have computed all features" in capsys.readouterr().out
     evaluate(str(run), **options, num_images=200)
     assert "spread_over" not in report_of(run / "evaluation")["protocol"]["reference"]
-    assert f"| {report['name']} | {report['figures']['frechet_distance']:.4g} ±" in table
-    card = ModelCard.load(run / "README.md")
-    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert results[report["name"]] == pytest.approx(report["figures"]["frechet_distance"], rel=1e-5)
-    assert f"| {report['name']} | {results[report['name']]} | reference avatars" in card.text
-    assert f"floor (vae) {report['floor']['vae']['frechet_distance']:.4g}" in card.text
 
 
 @pytest.mark.parametrize(
