@@ -35,8 +35,8 @@ def describe_reference(summary: Mapping[str, Any]) -> str:
     if whole is None:
         return f"reference  {count:,} images ({source})"
     return (
-        f"reference  {count:,} of {whole:,} images ({source}), evenly spread: {REFERENCE_PER_SAMPLE} per sample add only "
-        f"a tenth to the bias of few samples; --num_images {whole} takes all"
+        f"reference  {count:,} of {whole:,} images ({source}), evenly spread: {REFERENCE_PER_SAMPLE} per sample add "
+        f"only a tenth to the bias of few samples; --num_images {whole} takes all"
     )
 
 

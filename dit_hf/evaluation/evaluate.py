@@ -10,8 +10,8 @@ import torch
 
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..hub.card import write_run_card
-from ..runs import RunFolder, exported_summary, load_pipeline
-from ..storage import disk_errors, hash_json
+from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
+from ..storage import disk_errors, folder_taken, hash_json, is_missing_or_empty
 from .announce import (
     RECONSTRUCTIONS,
     REFERENCE,
@@ -101,6 +101,7 @@ def evaluate(
     net = load_features(features, feature_weights, device)
     pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))
     folder = _report_folder(model, output_dir)
+    _check_folder(folder)
     resolution = "x".join(map(str, pipeline.resolution))  # HxW in pixels
     options = SourceOptions(
         split=split,
@@ -184,6 +185,15 @@ def _report_folder(model: str, output_dir: str | None) -> Path:
     if not RunFolder(Path(model)).pipeline.is_dir():
         raise ValueError(f"{model} is not a run's folder; give --output_dir, the report's folder")
     return RunFolder(Path(model)).evaluation
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no evaluation, finished or killed, but something else."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(folder_taken(f"output_dir {folder}", "is a file"))
+    ours = (EVALUATION_REPORT, "features", "reference-*", ".reference-*")
+    if not is_missing_or_empty(folder) and not any(any(folder.glob(name)) for name in ours):
+        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=EVALUATION_REPORT))
 
 
 def _open_images(

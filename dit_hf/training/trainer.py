@@ -83,7 +83,7 @@ def train(config: Config, dry_run: bool = False) -> Path:
 
     advice = (
         "a larger train.gradient_accumulation_steps, or train.gradient_checkpointing true, needs less; "
-        f"checkpoints in {run} are good"
+        f"checkpoints in {run}, if there are any, are intact"
     )
     with memory_errors(advice):
         trainer = Trainer(config)

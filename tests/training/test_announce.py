@@ -27,7 +27,7 @@ def said(config, capsys, **options):
 def test_batch_steps_and_disk_are_computed(config, capsys):
     text = said(config, capsys, global_batch_size=8, gradient_accumulation_steps=2, max_train_steps=49)
     assert "batch      8 = 1 rank x 2 micro-batches x 4 images" in text
-    assert "images     196; 24 steps are an epoch, 49 steps are 2.0 epochs" in text
+    assert "images     196; an epoch is 24.5 steps, the run is 49 steps or 2 epochs" in text
     # 4 checkpoints are kept and one more is written before the oldest goes.
     size, whole = (float(number) for number in re.search(r"checkpoints of ([\d.]+) GB, ([\d.]+) GB", text).groups())
     assert whole == pytest.approx(5 * size, abs=0.1)
