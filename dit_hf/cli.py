@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from .config import Config
 from .devices import memory_errors
 from .options import OneLineParser, named_options
+from .progress import quiet_libraries
 from .recipe_file import read_recipe, recipe_names
 from .storage import first_line
 
@@ -52,6 +53,7 @@ def run(verb: str, args: list[str]) -> int:
         return 2
     # Processes that this one starts do not import what lies in the current folder, such as a json.py.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    quiet_libraries()
     # Only the module of this verb is imported: some of them take seconds.
     module, name, *_ = VERBS[verb]
     function = getattr(importlib.import_module(module), name)

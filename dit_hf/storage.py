@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import filecmp
 import hashlib
@@ -185,6 +186,13 @@ def sha256(path: Path) -> str:
 def same_content(one: Path, other: Path) -> bool:
     """Check whether two files have the same bytes."""
     return filecmp.cmp(one, other, shallow=False)
+
+
+def nearest_folder(path: Path) -> Path | None:
+    """Return the existing folder beside `path` whose name is most like its own, or None if none is like it."""
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    return path.parent / near[0] if near else None
 
 
 def hash_json(value: dict[str, Any]) -> str:

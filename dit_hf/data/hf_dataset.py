@@ -20,9 +20,10 @@ from datasets import (
 )
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
+from ..storage import nearest_folder
 from .celeba import CELEBA_LISTS
 from .contents import Column, Contents, SourceOptions, short_names
-from .files import Skipped, walk
+from .files import CACHE_INFO, Skipped, walk
 from .metadata import METADATA
 from .shard_files import LOADERS, cause_of, load_shards, with_stored_classes
 from .splits import split_named
@@ -130,7 +131,14 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
     """Load a source as its own splits, whatever their names."""
     path = Path(source)
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"source {source}: no such folder (a dataset on the Hub is spelled OWNER/NAME)")
+        near = nearest_folder(path)
+        hint = f"did you mean {near}?" if near else "a dataset on the Hub is spelled OWNER/NAME"
+        raise FileNotFoundError(f"source {source}: no such folder; {hint}")
+    if (path / CACHE_INFO).is_file():
+        raise ValueError(
+            f"source {source} is a latent cache, whose images are encoded already: "
+            f"dit-hf train celeba --data.latents {source} trains on it"
+        )
     if path.is_file() and path.suffix.lower() not in LOADERS:
         raise ValueError(f"source {source}: expected a {', '.join(LOADERS)} file, or the folder of the images")
     if path.exists() and not _is_saved(path) and not _has_own_card(path):

@@ -26,7 +26,7 @@ from ..storage import (
     read_manifest,
     write_manifest,
 )
-from .extract import Collected, collect, ranks
+from .extract import Collected, Extraction, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
 from .reference_images import ReferenceImages, check_left_out, open_reference_images
@@ -188,15 +188,15 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         # Features are collected beside the folder, so that it appears complete or not at all.
         parts = partial_folder(folder).with_name(f".{folder.name}.features")
         with disk_errors(place):
-            collected = collect(
+            collected = Extraction(
                 parts,
                 net,
                 images.read_intact,
                 range(images.count),
                 batch_size,
                 {"pictures": identity["pictures"]} | ({CONTENT: content} if content else {}),
-                "real images",
-            )
+                "reference",
+            ).collect()
             check_left_out(images, collected.rows)
             if state.is_main_process:
                 _write(folder, images, identity, collected, content)

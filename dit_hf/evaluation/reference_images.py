@@ -58,6 +58,20 @@ class ReferenceImages:
             hashes = pool.map(_hash_image, (row["image"] for row in self.files))
             return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+    def spread(self, most: int) -> ReferenceImages:
+        """Return at most `most` of the images, evenly spread: a cache may be sorted by class."""
+        if self.count <= most:
+            return self
+        chosen = np.arange(most) * self.count // most
+        return dataclasses.replace(
+            self,
+            count=most,
+            summary={**self.summary, "pictures": most, "spread_over": self.count},
+            conditions={name: np.array(ids)[chosen].tolist() for name, ids in self.conditions.items()},
+            read=lambda rows: self.read(chosen[np.array(rows)].tolist()),
+            files=self.files.select(chosen) if self.files is not None else None,
+        )
+
     def read_intact(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read those of `rows` that are not broken.
 
@@ -126,13 +140,14 @@ def open_reference_images(
     return ReferenceImages(len(rows), summary, conditions, labels, read, files)
 
 
-def open_training_images(model: str, resolution: str, options: SourceOptions) -> ReferenceImages:
+def open_training_images(model: str, resolution: str, options: SourceOptions, most: int) -> ReferenceImages:
     """Open the images that a run was trained on, from the latent cache that its recipe names.
 
     Args:
         model: The run's folder, or that of its pipeline or of a checkpoint.
         resolution: `HxW` pixels, of avatars only.
         options: `split` and `num_images` choose the first so many images of a split, by default of the training split.
+        most: How many images to take without `num_images`, evenly spread over all.
 
     Raises:
         ValueError: if there is no such cache.
@@ -146,8 +161,10 @@ def open_training_images(model: str, resolution: str, options: SourceOptions) ->
     if settings["source"] == AVATARS:
         count = options.num_images or settings["num_images"]
         avatars = dataclasses.replace(options, num_images=count, seed=settings["seed"])
-        return open_reference_images(AVATARS, resolution, options=avatars)
-    return _open_decoded(str(cache), options.split or "train", options.num_images)
+        images = open_reference_images(AVATARS, resolution, options=avatars)
+    else:
+        images = _open_decoded(str(cache), options.split or "train", options.num_images)
+    return images if options.num_images else images.spread(most)
 
 
 def reconstruction_reader(images: ReferenceImages, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -99,6 +100,8 @@ def push(
         raise ValueError("where to? Name a repository (dit-hf push MODEL OWNER/NAME) or a folder (--output_dir)")
     if attributes is not None and not builtin:
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
+    if not re.fullmatch(r"\d+ *[KMGT]B", max_shard_size.upper()):
+        raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as 500MB or 5GB")
     folder = Path(output_dir) if output_dir is not None else None
 
     with contextlib.ExitStack() as stack:

@@ -38,10 +38,8 @@ def read_cache_info(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not (folder / CACHE_INFO).is_file():
-        here = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        raise ValueError(
-            f"{folder} is not a latent cache (no {CACHE_INFO}{here}); make one with dit-hf prepare-latents"
-        )
+        there = f"no {CACHE_INFO} in it" if folder.is_dir() else f"no such folder in {Path.cwd()}"
+        raise ValueError(f"{folder} is not a latent cache ({there}); make one with dit-hf prepare-latents")
     info = read_manifest(folder, CACHE_INFO, editable=[CARD])
     version = info["identity"]["format"]
     if version not in (EARLIER_FORMAT, FORMAT_VERSION):
@@ -228,7 +226,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
         FileExistsError: listing every entry that differs, before and now.
     """
     differences = [
-        f"{name} {_describe(before.get(name))}, now {_describe(value)}"
+        f"{name} was {_describe(before.get(name))} and is {_describe(value)}"
         for name, value in now.items()
         if name != "labels" and _comparable(before.get(name)) != _comparable(value)
     ]
@@ -240,7 +238,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
         named = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
         differences = [f"other labels ({named}: values or names of classes have changed since)"]
     if differences:
-        raise FileExistsError(folder_taken(place, f"holds {contents} of {'; '.join(differences)}"))
+        raise FileExistsError(folder_taken(place, f"holds {contents} of other settings: {'; '.join(differences)}"))
 
 
 def _comparable(value: Any) -> Any:

@@ -107,7 +107,9 @@ def _read_rows(
         try:
             given = json.loads(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"--{option} {given}: neither JSON, nor a JSON file, nor a latent cache") from error
+            raise ValueError(
+                f"--{option} {given}: expected JSON such as '{{\"Smiling\": true}}', a JSON file or a latent cache"
+            ) from error
     rows = [given] if isinstance(given, dict) else given
     if rows is not None and not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ValueError(f'--{option} {given!r}: expected a dict like {{"Smiling": true}}, or a list of them')

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from ..image_grid import FILM, GRID, SETTINGS, make_grid, save_grid
+from ..progress import ProgressBar
 from ..storage import folder_taken, is_missing_or_empty, new_file, write_text
 from .generate import batches
 
@@ -67,9 +67,7 @@ def write_series(
     if not (folder / NPZ).is_file():
         own = batches(series.num_images, batch_size, state.process_index, state.num_processes)
         write_batch = _write_array if as_npz else _write_images
-        with tqdm(
-            total=sum(map(len, own)), desc="generating", unit="images", disable=not state.is_main_process
-        ) as progress:
+        with ProgressBar(sum(map(len, own)), "generating", "images", shown=state.is_main_process) as progress:
             for images in own:
                 write_batch(folder, series, images, settings)
                 progress.update(len(images))

@@ -334,4 +334,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
         and (section != "found" or (name in before[section] and name != "optimizer"))
     ]
     if different:
-        raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")
+        raise ValueError(
+            f"{folder} was trained with another recipe: {'; '.join(different)}; give its own values, or name a new "
+            "--train.output_dir"
+        )
