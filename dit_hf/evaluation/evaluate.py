@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
-from ..hub.card import write_run_card
+from ..hub.card import read_report, write_run_card
 from ..image_grid import save_grid
 from ..latents.vae import weights_sha256
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
 from ..sampling.generate import describe_model, generate_images
-from ..storage import disk_errors, folder_taken, hash_json
+from ..storage import disk_errors, folder_taken, hash_json, read_json
 from .attribute_probe import AttributeHead, train_head
 from .extract import IDENTITY, collect, ranks
 from .features import FeatureNet, load_features
@@ -219,7 +219,7 @@ class Evaluation:
         path = self.folder / EVALUATION_REPORT
         if not path.is_file():
             return
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous = read_report(path)
         previous_name = previous["model"].pop("name")
         same_precision = previous["protocol"]["dtype"] == self.dtype
         same_model = previous["model"] == identity if same_precision else previous_name == name
@@ -230,9 +230,12 @@ class Evaluation:
     def _remove_stale_features(self, identity: dict[str, Any]) -> None:
         """Remove the features of samples that other weights than `identity` generated in this precision."""
         for path in (self.folder / "features").glob(f"*/*/{IDENTITY}"):
-            metadata = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                metadata = read_json(path)
+            except ValueError:  # whose features these are is not known any more
+                metadata = {"dtype": self.dtype}
             # Reconstructions have no `dtype`: the VAE alone decides them.
-            if metadata.get("dtype") == self.dtype and metadata["model"] != identity:
+            if metadata.get("dtype") == self.dtype and metadata.get("model") != identity:
                 shutil.rmtree(path.parent)
 
     def _generate(
