@@ -69,6 +69,16 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def check_link(folder: Path, place: str) -> None:
+    """Refuse a link that leads nowhere, or to itself, as a folder to write.
+
+    Raises:
+        FileExistsError: naming `place`, the option.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(f"{place} {folder} is a link that leads nowhere; name a new folder")
+
+
 def is_missing_or_empty(folder: Path) -> bool:
     """Check whether `folder` is missing or empty, so that `new_folder` replaces nothing."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -165,6 +175,18 @@ def read_manifest(
     return manifest
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from anywhere.
+
+    Raises:
+        ValueError: if it is not JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_json(path: Path, remedy: str = "", keys: Collection[str] = ()) -> dict[str, Any]:
     """Read a JSON object that one of our commands wrote.
 
@@ -178,7 +200,7 @@ def read_json(path: Path, remedy: str = "", keys: Collection[str] = ()) -> dict[
         OSError: if it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
         digest = content.pop(_OWN_SHA256, None)
@@ -187,7 +209,7 @@ def read_json(path: Path, remedy: str = "", keys: Collection[str] = ()) -> dict[
         missing = [key for key in keys if key not in content]
         if missing:
             raise ValueError(f"no {', '.join(missing)}")
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise ValueErrors
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({first_line(error)}){f'; {remedy}' if remedy else ''}") from error
     return content
 

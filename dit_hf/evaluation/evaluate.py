@@ -25,7 +25,7 @@ from ..latents.vae import weights_sha256
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
-from ..sampling.generate import describe_model, generate_images
+from ..sampling.generate import MAX_IMAGES, describe_model, generate_images
 from ..storage import disk_errors, folder_taken, hash_json, read_json
 from .attribute_probe import AttributeHead, train_head
 from .extract import IDENTITY, collect, ranks
@@ -359,6 +359,8 @@ def _check_options(num_samples: int, batch_size: int, seed: int) -> None:
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
+    if num_samples > MAX_IMAGES:
+        raise ValueError(f"num_samples={num_samples} must be at most {MAX_IMAGES:,}")
     if importlib.util.find_spec("torchmetrics") is None:
         raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
 

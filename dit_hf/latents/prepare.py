@@ -18,6 +18,7 @@ from .build import build, is_finished, plan_job
 from .cache import CacheSpec, cache_identity, push_latents, read_cache_info
 from .card import quality
 from .progress import LeftOut
+from .shards import check_name
 from .vae import load_vae
 
 
@@ -104,6 +105,7 @@ def prepare_latents(
     if geometry.resolution is None:
         raise ValueError("resolution is needed: all latents of a cache have one shape")
     final = Path(output_dir)
+    check_name(final)
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
         split=split,

@@ -260,12 +260,23 @@ def open_shards(paths: list[Path]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def check_name(folder: Path) -> None:
+    """Refuse a folder that datasets cannot open: it takes `::` for a chain of file systems.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if "::" in str(folder.resolve()):
+        raise ValueError(f"{folder.resolve()}: datasets cannot open a folder with :: in its path; name another one")
+
+
 def load_rows(folder: Path) -> Dataset:
     """Open the rows of a cache, memory-mapped, whose manifest has been checked or is not written yet.
 
     Raises:
         ValueError: naming the folder, if its files are damaged.
     """
+    check_name(folder)
     try:
         return Dataset.load_from_disk(str(folder))
     except Exception as error:  # datasets and Arrow have an exception for each kind of damage
