@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .storage import new_file
+from .storage import new_file, read_json
 
 # What `dit-hf sample` writes beside the images of a series.
 SETTINGS, GRID, FILM = "settings.json", "sheet.png", "film.gif"
@@ -37,10 +36,9 @@ def grids_beside_images(folder: Path) -> set[str]:
 def _is_series(folder: Path) -> bool:
     """Check whether the settings in a folder are those of a series; many programs name a file so."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return bool(read_json(folder / SETTINGS, keys=("mode", "model_sha256")))
     except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and {"mode", "model_sha256"} <= settings.keys()
 
 
 def make_grid(

@@ -74,9 +74,8 @@ def recipe_path(name: str) -> Path:
         return path
     if path.stem in recipe_names() and str(path.parent) in (".", "recipes"):
         return shipped_file(f"recipes/{path.stem}.yaml")
-    raise FileNotFoundError(
-        f"{name!r}: {'a folder, not a recipe' if path.is_dir() else 'no such file'}; the recipes that come with dit_hf are {', '.join(recipe_names())}"
-    )
+    problem = "a folder, not a recipe" if path.is_dir() else "no such file"
+    raise FileNotFoundError(f"{name!r}: {problem}; the recipes that come with dit_hf are {', '.join(recipe_names())}")
 
 
 def recipe_names() -> list[str]:

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .config import Config, ObjectiveConfig
 from .data.files import CACHE_INFO
 from .devices import default_device
+from .latents.cache import load_cache_vae
 from .latents.reader import LatentReader
-from .latents.vae import load_vae
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .storage import MANIFEST, first_line, nearest_folder, read_json, read_manifest, sha256
+from .storage import MANIFEST, first_line, nearest_folder, read_json, read_manifest, read_tensors, sha256
 from .upload import hub_problem
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
@@ -243,18 +241,6 @@ def read_log(run: Path) -> list[dict[str, str]]:
     return whole
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file of a checkpoint, onto the CPU.
-
-    Raises:
-        ValueError: naming the file, if it is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}); name an earlier checkpoint") from error
-
-
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
     """Load a pipeline from a run's folder, a checkpoint, a pipeline's folder or the Hub.
 
@@ -348,7 +334,7 @@ def checkpoint_pipeline(checkpoint: Path) -> LatentDiTPipeline:
     read_manifest(checkpoint, hashes=True)
     config, state = read_run_config(checkpoint.parent), read_state(checkpoint)
     transformer = LatentDiTTransformer2DModel(**state["transformer"]).eval()
-    transformer.load_state_dict(read_tensors(checkpoint / EMA_WEIGHTS))
+    transformer.load_state_dict(read_tensors(checkpoint / EMA_WEIGHTS, "name an earlier checkpoint"))
     return build_pipeline(config, _open_reader(config), transformer, state["normalization"])
 
 
@@ -367,7 +353,7 @@ def build_pipeline(
     pipeline = LatentDiTPipeline(
         transformer=transformer,
         scheduler=build_scheduler(config.objective),
-        vae=load_vae(str(Path(config.data.latents) / "vae"), transformer.device),
+        vae=load_cache_vae(config.data.latents, transformer.device),
         latents_mean=mean,
         latents_std=std,
         guidance_scale=config.train.guidance_scale,

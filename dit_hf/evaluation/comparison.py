@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..hub.card import read_report
 from ..image_grid import save_grid
 from ..latents.vae import weights_sha256
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT
 from ..sampling.generate import describe_model, generate_images
-from ..storage import folder_taken, hash_json
+from ..storage import folder_taken, hash_json, read_json
 from .announce import RECONSTRUCTIONS, SAMPLES
 from .attribute_probe import AttributeHead, train_head
 from .extract import IDENTITY, Extraction, ranks
@@ -146,7 +147,7 @@ class Comparison:
         path = self.folder / EVALUATION_REPORT
         if not path.is_file():
             return
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        previous = read_report(path)
         previous_name = previous["model"].pop("name")
         same_precision = previous["protocol"]["dtype"] == self.dtype
         same_model = previous["model"] == self.identity if same_precision else previous_name == name
@@ -157,9 +158,12 @@ class Comparison:
     def _remove_stale_features(self) -> None:
         """Remove the features of samples that other weights generated in this precision."""
         for path in (self.folder / "features").glob(f"*/*/{IDENTITY}"):
-            metadata = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                metadata = read_json(path)
+            except ValueError:  # whose features these are is not known any more
+                metadata = {"dtype": self.dtype}
             # Reconstructions have no `dtype`: the VAE alone decides them.
-            if metadata.get("dtype") == self.dtype and metadata["model"] != self.identity:
+            if metadata.get("dtype") == self.dtype and metadata.get("model") != self.identity:
                 shutil.rmtree(path.parent)
 
     def _samples(self, setting: dict[str, Any]) -> Extraction:

@@ -11,6 +11,7 @@ import torch
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..hub.card import write_run_card
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
+from ..sampling.generate import MAX_IMAGES
 from ..storage import disk_errors, folder_taken, hash_json, is_missing_or_empty
 from .announce import (
     RECONSTRUCTIONS,
@@ -151,6 +152,8 @@ def _check_options(num_samples: int, batch_size: int, seed: int) -> None:
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
+    if num_samples > MAX_IMAGES:
+        raise ValueError(f"num_samples={num_samples} must be at most {MAX_IMAGES:,}")
     if importlib.util.find_spec("torchmetrics") is None:
         raise ValueError("evaluation needs torchmetrics, which computes the KID: pip install torchmetrics")
 

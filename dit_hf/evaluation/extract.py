@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..progress import ProgressBar
@@ -73,7 +73,7 @@ class Extraction:
 
     def missing(self) -> int:
         """Return the number of images whose features no earlier call has extracted."""
-        return sum(len(batch) for batch in batches(len(self.rows), self.batch_size) if not self._file(batch).is_file())
+        return sum(map(len, self._unfinished(batches(len(self.rows), self.batch_size))))
 
     def collect(self) -> Collected:
         """Extract what is missing and return all features; must be called on all ranks, which share the batches."""
@@ -86,7 +86,7 @@ class Extraction:
 
         # Extract this rank's unfinished batches.
         own_batches = batches(len(self.rows), self.batch_size, state.process_index, state.num_processes)
-        missing = [batch for batch in own_batches if not self._file(batch).is_file()]
+        missing = self._unfinished(own_batches)
         total = sum(map(len, own_batches))
         done = total - sum(map(len, missing))
         shown = state.is_main_process and bool(missing)
@@ -102,6 +102,9 @@ class Extraction:
         state.wait_for_everyone()
         return _join_batches([self._file(batch) for batch in batches(len(self.rows), self.batch_size)])
 
+    def _unfinished(self, all_batches: Sequence[range]) -> list[range]:
+        return [batch for batch in all_batches if _read_batch(self._file(batch)) is None]
+
     def _whole_identity(self) -> dict[str, Any]:
         size = {"batch_size": self.batch_size, "count": len(self.rows)}
         return {**self.identity, "features": self.net.identity(), **size}
@@ -116,15 +119,35 @@ class Extraction:
 
 
 def _save_batch(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> None:
+    rows = rows.astype(np.int64)
+    metadata = {"pixels_sha256": pixels_sha256, "sha256": _batch_sha256(features, rows, pixels_sha256)}
     with new_file(path) as partial:
-        save_file({"features": features, "rows": rows.astype(np.int64)}, partial, {"pixels_sha256": pixels_sha256})
+        save_file({"features": features, "rows": rows}, partial, metadata)
+
+
+def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray, str] | None:
+    """Return the features, rows and hash of the pixels of a batch; None if it is missing or damaged."""
+    try:
+        with safe_open(path, "numpy") as opened:
+            metadata = opened.metadata()
+            batch = opened.get_tensor("features"), opened.get_tensor("rows"), metadata["pixels_sha256"]
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None
+    # Batches of version 0.1.0 have no hash.
+    return batch if metadata.get("sha256") in (None, _batch_sha256(*batch)) else None
+
+
+def _batch_sha256(features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> str:
+    return hashlib.sha256(features.tobytes() + rows.tobytes() + pixels_sha256.encode()).hexdigest()
 
 
 def _join_batches(files: list[Path]) -> Collected:
     features, rows, pixels = [], [], hashlib.sha256()
     for file in files:
-        with safe_open(file, "numpy") as opened:
-            features.append(opened.get_tensor("features"))
-            rows.append(opened.get_tensor("rows"))
-            pixels.update(opened.metadata()["pixels_sha256"].encode())
+        batch = _read_batch(file)
+        if batch is None:  # its rank has just read or written it
+            raise ValueError(f"{file} was damaged or deleted while it was in use; evaluate again")
+        features.append(batch[0])
+        rows.append(batch[1])
+        pixels.update(batch[2].encode())
     return Collected(np.concatenate(features), np.concatenate(rows), pixels.hexdigest())

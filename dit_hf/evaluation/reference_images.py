@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from datasets import ClassLabel, Dataset
 
 from ..data.contents import SourceOptions
@@ -22,10 +21,10 @@ from ..data.files import CACHE_INFO
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..devices import available_cpus
-from ..latents.cache import content_sha256, open_latents, parse_identity
+from ..latents.cache import content_sha256, open_latents, parse_identity, read_cache_info
 from ..latents.reuse import read_image
 from ..latents.vae import VAE, decode, encode, load_vae
-from ..runs import RunFolder, find_run
+from ..runs import RunFolder, find_run, read_run_config
 
 
 @dataclass(frozen=True)
@@ -152,11 +151,11 @@ def open_training_images(model: str, resolution: str, options: SourceOptions, mo
     Raises:
         ValueError: if there is no such cache.
     """
-    config = RunFolder(find_run(model) or Path(model)).config
-    cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
+    run = find_run(model) or Path(model)
+    cache = Path(read_run_config(run).data.latents) if RunFolder(run).config.is_file() else None
     if cache is None or not (cache / CACHE_INFO).is_file():
         raise ValueError(f"{model}: its training images are not here; give --reference a source or statistics")
-    settings = open_latents(cache)[1]["settings"]
+    settings = read_cache_info(cache)["settings"]
     # Avatars can be rendered again; of any other source only the decoded latents are certain to be at hand.
     if settings["source"] == AVATARS:
         count = options.num_images or settings["num_images"]
@@ -197,7 +196,7 @@ def check_left_out(images: ReferenceImages, rows: np.ndarray) -> None:
 
 def _open_decoded(folder: str, split: str | None, num_images: int | None) -> ReferenceImages:
     """Open the latents of a cache as images, decoded with the cache's own VAE."""
-    cache, info = open_latents(folder)
+    cache, info = open_latents(folder, hashes=True)
     selected = np.array(cache["split"][:]) == split if split else np.ones(len(cache), bool)
     rows = cache.select(np.flatnonzero(selected)[:num_images])
     if not len(rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..runs import EVALUATION_PLOT, EVALUATION_REPORT, SETTINGS_PLOT
-from ..storage import new_file, write_text
+from ..storage import new_file, write_json, write_text
 from .memorization import Neighbours
 
 REPORT = "evaluation.md"
@@ -50,7 +49,7 @@ def write_report(folder: Path, report: dict[str, Any], neighbours: Neighbours) -
     (folder / SETTINGS_PLOT).unlink(missing_ok=True)
     if len(report["settings"]) > 1:
         _save(plot_settings(report), folder / SETTINGS_PLOT)
-    write_text(folder / EVALUATION_REPORT, json.dumps(report, indent=2) + "\n")
+    write_json(folder / EVALUATION_REPORT, report)
 
 
 def markdown(report: dict[str, Any]) -> str:

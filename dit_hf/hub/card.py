@@ -16,10 +16,17 @@ from ..latents.vae import weights_sha256
 from ..pipelines.attributes import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder
-from ..storage import shipped_file, write_text
+from ..storage import read_json, shipped_file, write_text
 
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
+# What is read of the report of an evaluation.
+_REPORT = {
+    "model": {"name", "transformer_sha256"},
+    "protocol": {"dtype", "features", "guidance_scale", "num_inference_steps", "reference", "seed"},
+    "figures": {"frechet_distance", "kid", "num_samples", "precision", "recall"},
+    "floor": {"real", "vae"},
+}
 CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
 
@@ -150,12 +157,26 @@ def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
     """Return the `model-index` entries of a report, or none if it is missing or belongs to other weights."""
     if not report.is_file():
         return []
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = read_report(report)
     # A model that was evaluated in half precision is compared in half precision.
     dtype = getattr(torch, content["protocol"]["dtype"])
     if content["model"]["transformer_sha256"] != weights_sha256(pipeline.transformer, dtype):
         return []
     return model_index(content)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read the report of an evaluation.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    remedy = "delete it, or evaluate again"
+    report = read_json(path, remedy, keys=("name", "attributes", *_REPORT))
+    for section, keys in _REPORT.items():
+        if not isinstance(report[section], dict) or not keys <= report[section].keys():
+            raise ValueError(f"{path} is damaged (no {section} with {', '.join(sorted(keys))}); {remedy}")
+    return report
 
 
 def is_celeba(training: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.transforms import decode_image
 from ..image_grid import make_grid, save_grid
-from .shards import Job
+from .shards import Job, load_rows
 from .vae import VAE, decode
 
 GRID_IMAGES = 16
@@ -85,7 +85,7 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     """
     settings, counts = info["settings"], info["counts"]
     channels, height, width = info["latent_shape"]
-    columns = [name for name in Dataset.load_from_disk(str(folder)).column_names if name.startswith("latent_")]
+    columns = [name for name in load_rows(folder).column_names if name.startswith("latent_")]
     size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
     reasons = Counter(reason for _, reason in left_out).most_common(10)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)

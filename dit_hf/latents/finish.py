@@ -14,11 +14,12 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset, load_from_disk
+from datasets import ClassLabel, Dataset
 
 from ..data.files import CACHE_INFO
 from ..storage import (
     hash_json,
+    read_json,
     write_manifest,
     write_text,
 )
@@ -31,7 +32,7 @@ from .cache import (
 from .card import save_reconstruction_grid, write_cache_card
 from .progress import LeftOut
 from .reuse import SOURCE_FILES, write_source_files
-from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, spell_features
+from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, load_rows, spell_features
 from .vae import weights_sha256
 
 
@@ -47,7 +48,7 @@ def finish(job: Job, spec: CacheSpec) -> None:
 
     # The dataset's own files, without which it cannot be opened.
     _write_index(job)
-    cache = load_from_disk(str(job.folder))
+    cache = load_rows(job.folder)
     if not len(cache):
         raise ValueError(f"no image of {spec.source.name} can be used: {': '.join(left_out.all()[0])}")
 
@@ -60,7 +61,7 @@ def finish(job: Job, spec: CacheSpec) -> None:
 
     # For the next call on this machine, after the manifest, which does not list it.
     if IMAGE_SHA256 in job.features:
-        stamps = [np.load(job.stamps_path(shard)) for shard in range(job.num_shards)]
+        stamps = [job.stamps(shard) for shard in range(job.num_shards)]
         write_source_files(job.folder / SOURCE_FILES, np.concatenate(stamps), notes)
 
 
@@ -124,11 +125,11 @@ def _write_index(job: Job) -> None:
     with _hidden_progress_bars():
         Dataset.from_dict({name: [] for name in job.features}, job.features).save_to_disk(str(empty))
     # The keys of state.json are private to datasets (read in 5.2).
-    state = json.loads((empty / "state.json").read_text(encoding="utf-8"))
+    state = read_json(empty / "state.json")
     state["_data_files"] = [{"filename": job.path(shard).name} for shard in range(job.num_shards)]
     state["_fingerprint"] = job.sha256[:16]
     write_text(job.folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
-    info = json.loads((empty / "dataset_info.json").read_text(encoding="utf-8"))
+    info = read_json(empty / "dataset_info.json")
     info["features"] = spell_features(job.features)
     write_text(job.folder / "dataset_info.json", json.dumps(info, indent=2))
     shutil.rmtree(empty)

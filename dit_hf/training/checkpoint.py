@@ -30,9 +30,16 @@ from ..runs import (
     WEIGHTS,
     RunFolder,
     read_state,
-    read_tensors,
 )
-from ..storage import new_folder, read_json, read_manifest, remove_folder, write_manifest, write_text
+from ..storage import (
+    new_folder,
+    read_json,
+    read_manifest,
+    read_tensors,
+    remove_folder,
+    write_manifest,
+    write_text,
+)
 from .accelerator import on_first_rank
 from .ema import EMA
 
