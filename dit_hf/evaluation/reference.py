@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,9 +23,11 @@ from ..storage import (
     is_missing_or_empty,
     new_folder,
     partial_folder,
+    read_json,
     read_manifest,
     read_tensors,
     write_manifest,
+    write_text,
 )
 from .extract import Collected, Extraction, ranks
 from .features import FeatureNet, load_features
@@ -35,6 +38,7 @@ INFO = "reference.json"
 STATISTICS = "statistics.safetensors"
 FORMAT_VERSION = 1
 _KEYS = ("format", "pictures", "features", "conditions", "asked")
+SOURCE_FILES = "source_files.json"
 CONTENT = "content_sha256"  # the key of the hash of the images' bytes, from version 0.2.0 on
 
 
@@ -184,7 +188,7 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         raise FileExistsError(folder_taken(place, missing=INFO))
     # All ranks must have looked at the folder before the main process writes to it.
     state.wait_for_everyone()
-    content = images.content_sha256
+    content = _content_sha256(folder, images)
     if not finished:
         # Features are collected beside the folder, so that it appears complete or not at all.
         parts = partial_folder(folder).with_name(f".{folder.name}.features")
@@ -204,6 +208,8 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
                 shutil.rmtree(parts)
         # The other ranks read the folder next.
         state.wait_for_everyone()
+    if state.is_main_process:
+        _note_files(folder, images, content)
     statistics = load_reference(folder)
     if statistics.info["asked"] != identity:
         raise FileExistsError(folder_taken(place, f"holds other statistics ({describe(statistics)})"))
@@ -214,6 +220,26 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         source = statistics.info["pictures"]["source"]
         raise FileExistsError(folder_taken(place, f"holds statistics of {source} before its images were changed"))
     return statistics
+
+
+def _content_sha256(folder: Path, images: ReferenceImages) -> str | None:
+    """Return the hash of all images, without reading them if their files are those that it was noted for."""
+    stamps = images.stamps_sha256  # before the images are read
+    try:
+        noted = read_json(folder / SOURCE_FILES, keys=("stamps_sha256", CONTENT))
+    except (OSError, ValueError):  # none were noted
+        return images.content_sha256
+    return noted[CONTENT] if noted["stamps_sha256"] == stamps else images.content_sha256
+
+
+def _note_files(folder: Path, images: ReferenceImages, content: str | None) -> None:
+    """Note for the next call on this machine of which files the hash of all images is; it is not in the manifest."""
+    if content and images.stamps_sha256:
+        text = json.dumps({"stamps_sha256": images.stamps_sha256, CONTENT: content})
+        path = folder / SOURCE_FILES
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
 
 
 def statistics_identity(images: ReferenceImages, net: FeatureNet) -> dict[str, Any]:

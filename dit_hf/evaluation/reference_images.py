@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..devices import available_cpus
 from ..latents.cache import content_sha256, open_latents, parse_identity, read_cache_info
-from ..latents.reuse import read_image
+from ..latents.reuse import file_stamp, read_image
 from ..latents.vae import VAE, decode, encode, load_vae
 from ..runs import RunFolder, find_run, read_run_config
 
@@ -70,6 +71,20 @@ class ReferenceImages:
             read=lambda rows: self.read(chosen[np.array(rows)].tolist()),
             files=self.files.select(chosen) if self.files is not None else None,
         )
+
+    @functools.cached_property
+    def stamps_sha256(self) -> str | None:
+        """The hash of size, time of modification and inode of all files; None if an image is no file, or missing."""
+        digest = hashlib.sha256()
+        for row in self.files or ():
+            stored = row["image"] or {}
+            if stored.get("bytes") is not None or not stored.get("path"):
+                return None
+            try:
+                digest.update(repr(file_stamp(os.stat(stored["path"]))).encode())
+            except OSError:
+                return None
+        return digest.hexdigest() if self.files else None
 
     def read_intact(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read those of `rows` that are not broken.

@@ -57,7 +57,7 @@ def read_image(stored: dict[str, Any] | None) -> tuple[bytes | None, Stamp]:
     if data is not None or not path:
         return data, NO_STAMP
     with open(path, "rb") as file:
-        return file.read(), _stamp(os.fstat(file.fileno()))
+        return file.read(), file_stamp(os.fstat(file.fileno()))
 
 
 def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.ndarray | None]) -> Comparison:
@@ -117,7 +117,7 @@ def _same_file(stored: dict[str, Any] | None, stamp: np.ndarray) -> bool:
     if not stored or stored["bytes"] is not None or not stored["path"]:
         return False
     try:
-        return _stamp(os.stat(stored["path"])) == tuple(stamp.tolist())
+        return file_stamp(os.stat(stored["path"])) == tuple(stamp.tolist())
     except OSError:
         return False
 
@@ -133,7 +133,8 @@ def _check(image_id: str, stored: dict[str, Any] | None, sha256: str | None, geo
     return stamp if sha256 is None or hashlib.sha256(data or b"").hexdigest() == sha256 else None
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def file_stamp(status: os.stat_result) -> Stamp:
+    """Return what tells a file that has not changed, of its status."""
     # Some file systems number inodes with 64 bits; 63 of them fit the column.
     return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
 

@@ -1,6 +1,7 @@
 """Reference statistics: those of the images, never replaced by others, and with the conditions of their rows."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from celeba import save_image
 from PIL import Image
 
 from dit_hf import open_images
+from dit_hf.evaluation import reference_images
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import load_reference, reference
@@ -60,6 +62,29 @@ def test_statistics_of_images_that_were_changed_are_not_reused(net, tmp_path, ca
     capsys.readouterr()
     reference(str(source), str(out), net, resolution="16")
     assert "compared by name and size alone" in capsys.readouterr().out
+
+
+def test_images_whose_files_have_not_changed_are_not_read_again(net, tmp_path, monkeypatch):
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(tmp_path / f"{i}.bmp")
+    source, out = tmp_path, tmp_path.parent / f"{tmp_path.name}-statistics"
+    reference(str(source), str(out), net, resolution="16")
+    reads = []
+    hash_image = reference_images._hash_image
+    monkeypatch.setattr(reference_images, "_hash_image", lambda stored: reads.append(stored) or hash_image(stored))
+    reference(str(source), str(out), net, resolution="16")
+    assert not reads
+    os.utime(source / "0.bmp")  # its content is the same, as in a copy
+    for expected in (4, 4):
+        reference(str(source), str(out), net, resolution="16")
+        assert len(reads) == expected
+    # Size and time are kept, the inode is not.
+    status = (source / "0.bmp").stat()
+    Image.new("RGB", (16, 16), "white").save(source / "new.bmp")
+    os.utime(source / "new.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(source / "new.bmp", source / "0.bmp")
+    with pytest.raises(FileExistsError, match="before its images were changed"):
+        reference(str(source), str(out), net, resolution="16")
 
 
 def test_a_folder_with_other_content_is_not_replaced(net, tmp_path):

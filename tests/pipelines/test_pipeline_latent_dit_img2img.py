@@ -133,7 +133,7 @@ def test_any_scheduler_begins_at_the_level_of_the_strength(pipeline, scheduler):
 
 
 @pytest.mark.parametrize(
-    ("strength", "steps", "begins"), [(0.6, 1, 1.0), (0.3, 3, 0.33), (0.49, 2, 0.5), (0.03, 25, 0.04)]
+    ("strength", "steps", "begins"), [(0.6, 1, 1.0), (0.99, 1, 1.0), (0.3, 3, 0.33), (0.49, 2, 0.5), (0.03, 25, 0.04)]
 )
 def test_a_strength_below_the_last_step_runs_it_and_is_reported(pipeline, caplog, strength, steps, begins):
     options = {"image": face(), "num_inference_steps": steps, "attributes": {"Smiling": True}}

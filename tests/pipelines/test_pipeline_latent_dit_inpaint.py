@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,13 @@ def test_stock_schedulers(pipeline, scheduler):
         run(pipeline, jump_n_sample=2)
 
 
+def test_a_strength_below_the_last_step_runs_it_and_is_reported(pipeline, caplog):
+    with caplog.at_level(logging.WARNING, "dit_hf"):
+        out, kept = (arrays(run(pipeline, mask_image=half(), strength=s, num_inference_steps=1)) for s in (0.6, 0.0))
+    assert "strength=0.6 is less than a step of num_inference_steps=1" in caplog.text
+    assert np.abs(out.astype(int) - kept)[:, :, :8].mean() > 2
+
+
 def test_each_step_is_done_four_times_by_default(pipeline):
     seen = []
     pipeline.transformer.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
@@ -157,6 +166,7 @@ def test_several_images_masks_and_outputs_for_each(pipeline):
         ({"image": None}, "an image is needed"),
         ({"mask_image": [half(), half()]}, "2 masks for 1 images"),
         ({"jump_length": 0}, "jump_length=0"),
+        ({"jump_n_sample": 2.5}, "jump_n_sample=2.5"),
     ],
 )
 def test_invalid_arguments_are_refused(pipeline, options, message):

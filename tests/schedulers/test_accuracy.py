@@ -38,7 +38,7 @@ def warnings(caplog):
     return lambda: [record.message for record in caplog.records if record.name.startswith("dit_hf")]
 
 
-@pytest.mark.parametrize("steps", [1, 25, 30, 61, 300, 500])
+@pytest.mark.parametrize("steps", [1, 25, 30, 61, 75, 125, 250, 300, 500])
 def test_ddim_is_ours_or_refused(steps):
     stock, ours = like(DDIMScheduler), like(CosineLatentScheduler, multistep=False)
     if 500 % steps:
