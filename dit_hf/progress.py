@@ -47,11 +47,13 @@ class ProgressBar:
 
     def update(self, count: int = 1) -> None:
         """Count `count` more."""
+        # A line is of the count before, which `report` has had time to print with its figures.
+        late = time.monotonic() - self._last_line > INTERVAL
+        if self._bar is None and self.shown and late and self._printed < self.done:
+            self._line("")
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self.shown and time.monotonic() - self._last_line > INTERVAL:
-            self._line("")
 
     def report(self, text: str) -> None:
         """Show figures of the work: beside the bar, or on a line of its own."""
