@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -103,4 +104,7 @@ def quiet_libraries() -> None:
 
 
 def _terminal() -> bool:
+    """Check whether stderr is a terminal with a width: tqdm draws nothing in one of no columns."""
+    with contextlib.suppress(OSError):  # it has no file descriptor
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return sys.stderr.isatty()
