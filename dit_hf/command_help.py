@@ -27,11 +27,11 @@ WIDTH, INDENT = 80, 24
 SUMMARIES = {
     "demo": "train a small model of drawn faces, offline, in minutes",
     "prepare-latents": "encode your images once, into a latent cache",
-    "train-autoencoder": "train a VAE of your own for that (optional)",
-    "train": "train a model on a latent cache by a recipe",
+    "train-autoencoder": "optional: train a VAE of your own for that step",
+    "train": "train a model on a latent cache",
     "sample": "generate, edit, inpaint and interpolate images",
-    "app": "the same on a page in the browser",
-    "reference": "compute statistics of real images, for evaluate",
+    "app": "generate, edit and inpaint in the browser",
+    "reference": "compute statistics of real images once, for evaluate",
     "evaluate": "measure how far samples are from real images (FID)",
     "push": "share a model on the Hub, with its card",
     "convert": "convert a DiT of another project",
@@ -59,7 +59,10 @@ EXAMPLES = {
     "push": ["dit-hf push runs/mine me/my-faces"],
     "convert": ["dit-hf convert facebook/DiT-XL-2-256 --output_dir converted"],
 }
-SOURCE = "dataset_config_name image_column conditions split split_from missing num_images max_left_out allow_partial"
+SOURCE = (
+    "dataset_config_name image_column conditions exclude split split_from missing num_images max_left_out "
+    "allow_partial"
+)
 SPEED = "num_proc batch_size dtype"
 # The options of a verb by purpose. Those that no group names come first, without a title.
 GROUPS = {
@@ -103,6 +106,7 @@ NAMES = {
     "vae": "VAE",
     "resolution": "N",
     "conditions": "NAMES",
+    "exclude": "PATTERNS",
     "attributes": "JSON",
     "edit": "JSON",
     "image": "PATH",

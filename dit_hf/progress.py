@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -47,11 +48,13 @@ class ProgressBar:
 
     def update(self, count: int = 1) -> None:
         """Count `count` more."""
+        # A line is of the count before, which `report` has had time to print with its figures.
+        late = time.monotonic() - self._last_line > INTERVAL
+        if self._bar is None and self.shown and late and self._printed < self.done:
+            self._line("")
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self.shown and time.monotonic() - self._last_line > INTERVAL:
-            self._line("")
 
     def report(self, text: str) -> None:
         """Show figures of the work: beside the bar, or on a line of its own."""
@@ -101,4 +104,7 @@ def quiet_libraries() -> None:
 
 
 def _terminal() -> bool:
+    """Check whether stderr is a terminal with a width: tqdm draws nothing in one of no columns."""
+    with contextlib.suppress(OSError):  # it has no file descriptor
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return sys.stderr.isatty()

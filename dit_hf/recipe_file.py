@@ -75,7 +75,8 @@ def recipe_path(name: str) -> Path:
     if path.stem in recipe_names() and str(path.parent) in (".", "recipes"):
         return shipped_file(f"recipes/{path.stem}.yaml")
     problem = "a folder, not a recipe" if path.is_dir() else "no such file"
-    raise FileNotFoundError(f"{name!r}: {problem}; the recipes that come with dit_hf are {', '.join(recipe_names())}")
+    names = ", ".join(recipe_names())
+    raise FileNotFoundError(f"{name!r}: {problem}; the recipes that come with dit_hf are {names}")
 
 
 def recipe_names() -> list[str]:
@@ -96,15 +97,19 @@ def _entries(node: yaml.MappingNode, path: str, valid: dict[str, Any], prefix: s
         if name in entries:
             raise ValueError(f"{_at(path, key)}: {prefix}{name} stands twice, first in line {lines[name]}")
         if name not in valid:
-            nearest = difflib.get_close_matches(name, valid, 1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid are {', '.join(valid)}"
-            # A key without its section, or in another one.
-            for section, fields in typing.get_type_hints(Config).items():
-                if name in typing.get_type_hints(fields):
-                    hint = f"it is a key of the section {section}"
-            raise ValueError(f"{_at(path, key)}: unknown {'key' if prefix else 'section'} {prefix}{name}; {hint}")
+            unknown = f"unknown {'key' if prefix else 'section'} {prefix}{name}"
+            raise ValueError(f"{_at(path, key)}: {unknown}; {_hint(name, valid, bool(prefix))}")
         entries[name], lines[name] = entry, key.start_mark.line + 1
     return entries
+
+
+def _hint(name: str, valid: dict[str, Any], is_key: bool) -> str:
+    """Say what an unknown name may stand for: one like it, or a key without its section or in another one."""
+    nearest = difflib.get_close_matches(name, valid, 1)
+    sections = [s for s, fields in typing.get_type_hints(Config).items() if name in typing.get_type_hints(fields)]
+    if sections and (is_key or not nearest):
+        return f"it is a key of the section {sections[0]}"
+    return f"did you mean {nearest[0]!r}?" if nearest else f"valid are {', '.join(valid)}"
 
 
 def members(type_: Any) -> tuple[Any, ...]:

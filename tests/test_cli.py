@@ -37,9 +37,13 @@ def run(capsys, *args):
             "--num_images: expected a whole number or null, got 'many'",
         ),
         (["prepare-latents", "x", "--output_dir"], 2, "--output_dir needs a value: text"),
+        (["prepare-latents", "x", "--output_dir", "--flip"], 2, "--output_dir needs a value: text"),
+        (["prepare-latents", "x", "--output_dir="], 2, "--output_dir needs a value: text"),
+        (["prepare-latents", "x", "-o", "y"], 2, "unknown option -o; options begin with two hyphens"),
+        (["prepare-latents", "x", "--vae", "avatars", "--output_dir", "y"], 1, "no such folder"),
         (["prepare-latents", "x", "--flip", "3", "--output_dir", "y"], 2, "'3' is one argument too many"),
         (["prepare-latents", "x", "--flip=3"], 2, "--flip: expected true or false, got '3'"),
-        (["prepare-latents", "x"], 2, "missing: --output_dir"),
+        (["prepare-latents", "x"], 2, "missing: --output_dir (dit-hf prepare-latents --help explains it)"),
         (["prepare-latents", "x", "y"], 2, "'y' is one argument too many"),
         (["prepare-latents", "x", "--source", "y"], 2, "source is given twice, by position and as --source"),
         (["sample", "--output_dir", "x"], 2, "missing: MODEL"),
@@ -65,7 +69,13 @@ def run(capsys, *args):
         (["train", "avatars", "--train.report_to", "null"], 2, "expected one of wandb, tensorboard, none, got 'null'"),
         (["train", "--data", "module.Class"], 2, "--data is a section: options are spelled --data.KEY VALUE"),
         (["prepare-latents", "x", "--output_dir", "y", "--max_left_out", "nan"], 2, "expected a number, got 'nan'"),
-        (["train", "--train.output_dir="], 1, "train.output_dir is empty"),
+        (["train", "--train.output_dir="], 2, "--train.output_dir needs a value: text"),
+        (["train", "avatars", "--print_config", "--train.seed"], 2, "--train.seed needs a value: a whole number"),
+        (["train", "avatars", "--train.mixed_precision", "fp32"], 2, "expected no, fp16, bf16 or null, got 'fp32'"),
+        (["reference", "avatars", "--features", "fid"], 1, "features fid: expected inception, inception-clean"),
+        (["push", "m", "--output_dir", "x", "--max_shard_size", "big"], 1, "expected a size such as 500MB or 5GB"),
+        (["convert", "nowhere.pt", "--output_dir", "x"], 1, "nowhere.pt: no such file or folder"),
+        (["app", "m", "--port", "80000"], 1, "port=80000 must be between 1 and 65535"),
         (["train", "--data.latents", "nowhere"], 1, "not a latent cache"),
         (["prepare-latents", "nowhere", "--vae", "avatar", "--output_dir", "x"], 1, "no such folder"),
         (["demo", "--minutes", "-1"], 1, "minutes=-1"),
@@ -117,6 +127,32 @@ def test_the_home_folder_is_meant_by_a_tilde(capsys, tmp_path, monkeypatch):
     assert f"{tmp_path}/from-a-recipe is not a latent cache" in run(capsys, "train", *recipe)[2]
     prepare = ["--output_dir", str(tmp_path / "x"), "--vae", "avatar"]
     assert f"source {tmp_path}/images" in run(capsys, "prepare-latents", "--source=~/images", *prepare)[2]
+
+
+def test_a_path_of_another_kind_is_named(capsys, tmp_path, monkeypatch, latents):
+    """Each of them is often taken for another."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_images").mkdir()
+    (tmp_path / "my_images" / "one.jpg").touch()
+    (tmp_path / "one.pt").write_text("no weights")
+    (tmp_path / "latents").symlink_to(latents)
+    for args, message in {
+        ("train", "latents"): "latents is a latent cache, not a recipe: dit-hf train celeba --data.latents latents",
+        ("train", "my_images"): "'my_images': a folder, not a recipe",
+        ("train", "--data.latents", "my_images"): "my_images is not a latent cache (no latents.json in it)",
+        ("prepare-latents", "latents"): "latents is a latent cache, whose images are encoded already",
+        ("prepare-latents", "my_image"): "source my_image: no such folder; did you mean my_images?",
+        ("sample", "my_images"): "neither of a run, nor of a checkpoint, nor of a pipeline",
+        ("sample", "one.pt"): "one.pt is a file; a model is the folder of a run",
+        ("convert", "my_images"): "my_images: a folder without model_index.json",
+        ("convert", "one.pt"): "one.pt: no weights can be read from it (not a file of tensors alone)",
+    }.items():
+        where = ["--output_dir", "x"] if args[0] != "train" else []
+        vae = ["--vae", "avatar"] if args[0] == "prepare-latents" else []
+        code, _, err = run(capsys, *args, *where, *vae)
+        assert code in (1, 2)
+        assert err.count("\n") == 1
+        assert message in err
 
 
 @pytest.mark.parametrize("name", ["dit-hf", *VERBS])

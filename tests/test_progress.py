@@ -12,12 +12,13 @@ def test_without_a_terminal_there_are_lines(monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
     with ProgressBar(1_000, "encoding", "images", initial=200) as bar:
         bar.update(400)
+        bar.update(100)
         bar.report("loss 0.1")
         bar.write("a note")
-        bar.update(400)
+        bar.update(300)
     lines = capsys.readouterr().err.split("\n")
     assert lines[0].startswith("encoding: 600 of 1,000 images, 0:00:0")
-    assert lines[1].startswith("encoding: 600 of 1,000 images, loss 0.1, 0:00:0")
+    assert lines[1].startswith("encoding: 700 of 1,000 images, loss 0.1, 0:00:0")
     assert lines[2] == "a note"
     assert lines[-2:] == ["encoding: 1,000 of 1,000 images", ""]
     assert not any("\r" in line for line in lines)

@@ -23,12 +23,16 @@ def read(tmp_path, text):
         ("optim: {0: 1}\n", r"line 1: unknown key optim\.0; valid are optimizer"),
         ("config: /etc/hostname\n", "line 1: unknown section config; "),
         ("optimizer: {}\n", "line 1: unknown section optimizer; did you mean 'optim'"),
+        ("learning_rate: 0.1\n", "line 1: unknown section learning_rate; it is a key of the section optim"),
+        ("train: {learning_rate: 0.1}\n", r"unknown key train\.learning_rate; it is a key of the section optim"),
+        ("train:\n\tseed: 1\n", "line 2: a tab; indent with spaces"),
+        ("train: {report_to: null}\n", "expected one of wandb, tensorboard, none, got 'null'"),
         ("train: {class_path: mod.D}\n", r"unknown key train\.class_path"),
         ("data: mod.D\n", r"line 1: data is a section: expected keys below it \(latents, "),
         ("train: !!python/object/apply:os.system [id]\n", "line 1: train is a section"),
         ("train: {seed: !!python/object/apply:os.getpid []}\n", "seed: expected a whole number, got several values"),
         ("train: {output_dir: !evil x}\n", r"train\.output_dir: expected text, got 'x'"),
-        ("train: {mixed_precision: float16}\n", "expected no or fp16 or bf16 or null, got 'float16'"),
+        ("train: {mixed_precision: float16}\n", "expected no, fp16, bf16 or null, got 'float16'"),
         ("data: {conditions: class}\n", r"data\.conditions: expected a list such as \[a, b\] or null, got 'class'"),
         ("optim: {learning_rate: fast}\n", "expected a number, got 'fast'"),
         ("optim: {learning_rate: .nan}\n", "expected a number, got '.nan'"),
@@ -89,3 +93,8 @@ def test_whatever_is_written_is_read_again(tmp_path):
     config.optim = dataclasses.replace(config.optim, learning_rate=1e-30, extra_ema_decays=[1e-8, 1.0])
     assert read(tmp_path, config.to_yaml()) == config
     assert read(tmp_path, b"\xef\xbb\xbf" + config.to_yaml().encode()) == config
+
+
+def test_words_that_yaml_reads_as_something_else_are_what_they_say(tmp_path):
+    train = read(tmp_path, "train: {mixed_precision: no, output_dir: no, hub_model_id: 12/1e3}\n").train
+    assert (train.mixed_precision, train.output_dir, train.hub_model_id) == ("no", "no", "12/1e3")

@@ -53,4 +53,13 @@ def test_a_hub_that_never_answers_is_one_line(hub, folder, capsys, monkeypatch):
         monkeypatch.setattr(upload, "ANSWER_SECONDS", 0.5)
         code, line = push(capsys, folder, "you/faces")
     assert code == 1
-    assert f"you/faces: {endpoint} does not answer; call again when it does" in line
+    assert f"you/faces: {endpoint} cannot be reached (" in line
+
+
+def test_without_a_network_nothing_is_tried_again(folder, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(upload, "_with_retries", lambda attempt: pytest.fail("would wait for a minute"))
+    code, line = push(capsys, folder, "you/faces")
+    assert code == 1
+    assert line.startswith("dit-hf push: error: you/faces: http://127.0.0.1:9 cannot be reached (")
+    assert line.endswith("nothing was changed there")

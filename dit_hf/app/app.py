@@ -9,7 +9,7 @@ from .studio import Studio
 
 
 def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
-    """Serve a page that generates images with `model`, and edits and inpaints given ones, until Ctrl-C.
+    """Serve a page that generates images with a model, and edits and inpaints given ones, until Ctrl-C.
 
     Args:
         model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.

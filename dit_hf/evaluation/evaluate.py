@@ -70,20 +70,21 @@ def evaluate(
             `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
         feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
         output_dir: the report's folder; by default `evaluation` in the run's folder.
-        guidance_scale: of the samples; by default the pipeline's own.
-        num_inference_steps: of the samples.
-        crop: of the reference's images: `celeba-178`, `celeba-140`, `center` or `none`.
+        guidance_scale: guidance of the samples, or a list of scales; by default the pipeline's own.
+        num_inference_steps: denoising steps of the samples, or a list of numbers.
+        crop: crop of the reference's images, as for prepare-latents.
         split: only this split of the reference, if it has several.
-        num_images: only the first so many images of the reference.
-        image_column: of the reference: the column of images, where a dataset has several.
-        conditions: of the reference: the columns that are conditions, separated by commas (`class` is the folder's
+        num_images: only so many images of the reference; by default all, or of the images that the run was trained on
+            ten for each sample, evenly spread.
+        image_column: the column of images, where a dataset has several.
+        conditions: the columns that are conditions, separated by commas (`class` is the folder's
             name), or `none`; by default all columns of yes and no, and of classes.
-        exclude: of the reference: patterns of files and folders that are not read, separated by commas, such as
+        exclude: patterns of files and folders that are not read, separated by commas, such as
             `masks,*_depth.png`; `none` reads images that look like masks too.
-        split_from: of the reference: where splits come from: `folders`, `files`, `column` or `none`.
+        split_from: where splits come from: `folders`, `files`, `column` or `none`.
         batch_size: images at once.
-        seed: of the samples; image i of a seed is always the same.
-        dtype: of the pipeline's weights.
+        seed: seed of the samples; image i of a seed is always the same.
+        dtype: precision of the pipeline's weights.
         save_images: keep the samples as PNG in `images/`, one folder for each set of options.
 
     Returns:

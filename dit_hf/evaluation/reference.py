@@ -126,17 +126,18 @@ def reference(
     Under `accelerate launch` or `torchrun` every rank does its part.
 
     Args:
-        source: a folder of images, parquet or webdataset shards, a data set of the Hub, `avatars` (see
+        source: a folder of images, parquet or webdataset shards, a dataset on the Hub, `avatars` (see
             prepare-latents), or a latent cache, whose latents are decoded.
         output_dir: the statistics' folder.
         features: `inception`, `inception-clean`, `legacy64`, `dinov2`, `efficientnet-lite0`,
             `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
         feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
         resolution: `N` or `HxW` pixels, those of the model that will be evaluated (a cache has its own).
-        crop: `celeba-178`, `celeba-140`, `center` or `none`.
+        crop: `center` (the largest centered box), `celeba-178` or `celeba-140` (squares of CelebA's aligned images),
+            or `none` (stretch the whole image).
         split: only this split of a source that has several.
         num_images: take so many images of the training split (or of `split`), spread over classes and folders.
-        seed: of the avatars and of the choice of `num_images`.
+        seed: seed of the avatars and of the choice of `num_images`.
         dataset_config_name: configuration of a dataset on the Hub.
         image_column: the column of images, where a dataset has several.
         conditions: the columns that are conditions, separated by commas (`class` is the folder's name), or `none`; by

@@ -61,7 +61,8 @@ def prepare_latents(
         vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder of a diffusers `AutoencoderKL`,
             `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
         resolution: `N` or `HxW` in pixels, divisible by twice the VAE's reduction of a side (patches are of 2).
-        crop: `celeba-178`, `celeba-140`, `center` or `none`.
+        crop: `center` (the largest centered box), `celeba-178` or `celeba-140` (squares of CelebA's aligned images),
+            or `none` (stretch the whole image).
         split: encode only this split (`train`, `validation` or `test`) of a source that has splits.
         flip: also encode each image mirrored (latents themselves are never mirrored).
         num_images: encode so many images of the training split (or of `split`), spread over classes and folders.

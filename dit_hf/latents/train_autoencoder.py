@@ -57,10 +57,11 @@ def train_autoencoder(
     standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
 
     Args:
-        source: any source of [`open_images`]; 2 % of it, chosen by the hash of the id, are held out.
+        source: any source of images (see prepare-latents); 2 % of them, chosen by the hash of the id, are held out.
         output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
         resolution: side of the square training images in pixels, divisible by 4; the trained VAE takes any size.
-        crop: see [`open_images`].
+        crop: `center` (the largest centered box), `celeba-178` or `celeba-140` (squares of CelebA's aligned images),
+            or `none` (stretch the whole image).
         num_images: take so many images of the training split (or of `split`), spread over classes and folders.
         split: only this split of the source.
         dataset_config_name: configuration of a dataset on the Hub.
@@ -71,7 +72,7 @@ def train_autoencoder(
         max_train_steps: optimizer steps.
         train_batch_size: images per step.
         learning_rate: AdamW's learning rate before the decay.
-        mixed_precision: `"no"` or `"bf16"`.
+        mixed_precision: `no` or `bf16`.
         seed: seed of the images (avatars), the initial weights and the order of the images.
 
     Returns:

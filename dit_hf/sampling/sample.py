@@ -93,7 +93,8 @@ def sample(
     Args:
         model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
         output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and for films `film.gif` go.
-        mode: `generate`, `img2img`, `inpaint`, `interpolate` or `edit`.
+        mode: `generate` new images, `img2img` (variations of given ones), `inpaint`, `interpolate` (a film between
+            noises or images) or `edit` (other attributes).
         num_images: Number of images (with `interpolate`, of noises); by default 16, or one for each image or edit.
         attributes: The requested attributes (with `edit`, those of the images), as JSON (`'{"Smiling": true}'` or a
             list of these), a JSON file, or a latent cache, whose rows are taken in order. Image i gets row i, starting
@@ -101,12 +102,13 @@ def sample(
         image: An image or a folder of them, sorted by name.
         mask_image: A mask (white is inpainted, transparent parts are kept), or a folder with one for each image, of
             the same name.
-        strength: How far from the image, 0 to 1; by default the pipeline's own.
+        strength: How far from the given image, 0 to 1; by default the pipeline's own.
         edit: The attributes to change, spelled like `attributes`.
         edit_strength: How much to change them, 1 being as much as the pipeline's guidance.
         num_frames: Frames from one noise or image to the next, both included; 16 by default.
         num_inference_steps: Denoising steps; by default the pipeline's own.
-        guidance_scale: By default the pipeline's own.
+        guidance_scale: How strongly the attributes are followed, 1 being without guidance; by default the pipeline's
+            own.
         guidance_model: A weaker model of the same conditions, from which guidance steers away (autoguidance).
         eta: 0 is deterministic, 1 as noisy as DDPM.
         options: Further options of the pipeline's call, as JSON: `guidance_rescale`, `attribute_weights`,

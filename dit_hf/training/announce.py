@@ -44,11 +44,12 @@ def announce(
     kept = train.checkpoints_total_limit + train.best_checkpoints_limit
     disk = (kept + 1) * checkpoint_bytes / 1e9  # a new checkpoint stands before an old one goes
     place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
+    steps = train.max_train_steps
     lines = [
         f"model      {parameters / 1e6:,.1f} million parameters, {PRECISIONS[accelerator.mixed_precision]}, "
         f"{step.optimizer_name}",
-        f"images     {len(step.reader):,}; an epoch is {_rounded(epoch)} steps, the run is {train.max_train_steps:,} "
-        f"steps or {_rounded(train.max_train_steps / epoch)} epochs",
+        f"images     {len(step.reader):,}; an epoch is {_rounded(epoch)} steps, the run is {steps:,} steps or "
+        f"{_rounded(steps / epoch)} epochs",
         f"batch      {train.global_batch_size} = {ranks} {'rank' if ranks == 1 else 'ranks'} x {parts} "
         f"{'micro-batch' if parts == 1 else 'micro-batches'} x {micro_batch} images",
         f"output     {run}: at most {kept} checkpoints of {checkpoint_bytes / 1e9:.2f} GB, {disk:.1f} GB in all "

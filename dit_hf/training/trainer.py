@@ -190,7 +190,8 @@ class Trainer:
                 speed.steps += 1
                 bar.update()
                 if done == start + ESTIMATED_AFTER < total and (left := bar.remaining()) is not None:
-                    bar.write(f"about {timedelta(seconds=round(left))} of training left")
+                    whole = timedelta(seconds=round(time.monotonic() - began + left))
+                    bar.write(f"the {total - start:,} steps will take about {whole}")
 
                 # Log, validate, sample and save where it is due.
                 saved = self._report_and_save(run, done, grad_norm, speed, bar)
@@ -199,7 +200,7 @@ class Trainer:
                 if stop.is_set() and done < total:
                     self._stop_early(run, done, saved)
 
-        self._print("exporting  the pipeline")
+        self._print("exporting the pipeline")
         self._export(run)
         end_trackers(self.accelerator, print_once)
         self._print(*summary(run))
@@ -283,7 +284,9 @@ class Trainer:
         row: dict[str, Any] = {}
         if checkpoint_due or quality or push_due or due(train.logging_steps):
             row = measure(self.step, run, done, grad_norm, speed)
-            bar.report(f"loss {row['loss']:.4f}, {row['images_per_second']:,.0f} images/s")
+            speed_now = row["images_per_second"]
+            digits = 0 if speed_now >= 10 else 2
+            bar.report(f"loss {row['loss']:.4f}, {speed_now:,.{digits}f} images/s")
         if not row and not samples_due:
             return False  # the usual case, in which nothing has waited for the device
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 from urllib.parse import urlsplit
 
 import pytest
@@ -152,3 +153,10 @@ def test_an_address_of_another_machine_is_one_line():
         check_address("192.0.2.1", None)
     check_address("127.0.0.1", None)
     check_address("localhost", None)
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(OSError, match=f"^port {port}: address already in use; give another --port"):
+            check_address("127.0.0.1", port)

@@ -197,6 +197,7 @@ def test_few_samples_are_compared_with_a_part_of_the_training_images(config, net
         ({"reference": None}, "give --reference"),
         ({"reference": "nowhere"}, "no such folder"),
         ({"output_dir": None, "model": "pipeline"}, "--output_dir"),
+        ({"output_dir": "taken"}, "holds something else (no evaluation.json); name a new folder"),
     ],
 )
 def test_invalid_options_are_one_line(run, statistics, net, tmp_path, capsys, change, message):
@@ -205,6 +206,9 @@ def test_invalid_options_are_one_line(run, statistics, net, tmp_path, capsys, ch
     options |= change
     if options["reference"] == "few":
         options["reference"] = str(reference("avatars", str(tmp_path / "few"), net, resolution="16", num_images=20))
+    if options["output_dir"] == "taken":
+        options["output_dir"] = str(tmp_path)
+        (tmp_path / "one.jpg").touch()
     if options["model"] == "pipeline":
         options["model"] = str(run / "pipeline")
     flags = [f"--{k}={v}" for k, v in options.items() if v is not None and k != "model"]

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from dit_hf import open_images
+from dit_hf.data.contents import SourceOptions
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.reference import load_reference, reference
+from dit_hf.evaluation.reference_images import open_reference_images
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.vae import decode, load_vae
 
@@ -33,3 +35,14 @@ def test_a_latent_cache_is_decoded(latents, net, tmp_path):
     decoded = decode(load_vae(str(latents / "vae")), torch.from_numpy(stored)).numpy()
     np.testing.assert_allclose(loaded.features[:16], load_features(net)(decoded), atol=1e-3)
     assert "decoded" in loaded.info["pictures"]["source"]
+
+
+def test_a_part_of_the_images_is_spread_over_all_of_them():
+    """A source may be sorted by class."""
+    images = open_reference_images("avatars", "16", options=SourceOptions(num_images=50))
+    part = images.spread(20)
+    rows = [0, 2, 5, 7, 10]
+    assert np.array_equal(part.read(range(5)), images.read(rows))
+    assert [part.conditions["Male"][row] for row in range(5)] == [images.conditions["Male"][row] for row in rows]
+    assert (part.count, part.summary["pictures"], part.summary["spread_over"]) == (20, 20, 50)
+    assert images.spread(50) is images

@@ -10,7 +10,13 @@ from diffusers import FirstBlockCacheConfig
 from PIL import Image
 from pipeline_calls import run
 
-from dit_hf import CosineLatentScheduler, LatentDiTEditPipeline, LatentDiTImg2ImgPipeline, LatentDiTPipeline
+from dit_hf import (
+    CosineLatentScheduler,
+    LatentDiTEditPipeline,
+    LatentDiTImg2ImgPipeline,
+    LatentDiTInpaintPipeline,
+    LatentDiTPipeline,
+)
 
 IN_USE = "is in use by another call.*a scheduler of its own"
 
@@ -83,3 +89,15 @@ def test_a_cache_belongs_to_one_call_too():
     _, second = during(pipeline, lambda: run(other))
     with pytest.raises(RuntimeError, match="LatentDiTTransformer2DModel is in use"):
         second.result()
+
+
+@pytest.mark.parametrize(
+    "kind", [LatentDiTPipeline, LatentDiTImg2ImgPipeline, LatentDiTInpaintPipeline, LatentDiTEditPipeline]
+)
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_prompt_is_refused_with_what_to_give_instead(kind, name):
+    pipeline = kind(**tiny_pipeline().components)
+    with pytest.raises(
+        TypeError, match=f"^{kind.__name__} reads no text and has no {name}; request attributes instead"
+    ):
+        pipeline(**{name: "a face"})
