@@ -4,16 +4,23 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from dit_hf import storage
 from dit_hf.storage import (
     folder_taken,
     is_missing_or_empty,
     locked,
     new_folder,
+    read_arrays,
     read_json,
     read_manifest,
+    read_tensors,
     remove_folder,
+    write_json,
     write_manifest,
     write_text,
 )
@@ -57,13 +64,17 @@ def test_a_link_keeps_its_place_and_a_mount_point_is_refused(tmp_path):
         pass
 
 
-def test_the_manifest_names_damaged_files(tmp_path):
+def test_the_manifest_names_damaged_files(tmp_path, monkeypatch):
     write_text(tmp_path / "a.txt", "abc")
     write_text(tmp_path / "b.txt", "abc")
     write_manifest(tmp_path, color="red")
     assert read_manifest(tmp_path, hashes=True)["color"] == "red"
     (tmp_path / "b.txt").write_text("abd")
+    with pytest.raises(ValueError, match=r"b\.txt has changed in content .*; call again$"):
+        read_manifest(tmp_path, remedy="call again")  # small files are always compared
+    monkeypatch.setattr(storage, "SMALL_FILE", 0)
     read_manifest(tmp_path)
+    read_manifest(tmp_path, hashes="b")  # a folder that is not there
     with pytest.raises(ValueError, match=r"b\.txt has changed in content"):
         read_manifest(tmp_path, hashes=True)
     (tmp_path / "a.txt").unlink()
@@ -83,6 +94,46 @@ def test_a_damaged_json_file_is_named_with_the_way_out(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.json is damaged \(.*\); delete it$"):
         read_json(tmp_path / "x.json", "delete it", keys=["b"])
+
+
+def test_a_manifest_does_not_list_its_own_interrupted_write(tmp_path):
+    (tmp_path / ".latents.json.partial").write_text("{")
+    write_manifest(tmp_path, "latents.json")
+    assert read_manifest(tmp_path, "latents.json", hashes=True) == {"files": {}}
+
+
+def test_every_flipped_bit_of_a_json_file_of_ours_is_noticed(tmp_path):
+    path, content = tmp_path / "x.json", {"statistics": {"mean": [0.125, -3.5]}, "name": "a"}
+    write_json(path, content)
+    assert read_json(path) == content
+    written = path.read_bytes()
+    for position in range(len(written)):
+        path.write_bytes(written[:position] + bytes([written[position] ^ 1]) + written[position + 1 :])
+        try:
+            read = read_json(path)
+        except ValueError:
+            continue
+        # White space, and the name of the key that holds the hash.
+        assert {name: read[name] for name in content} == content
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped", "[]"])
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_damaged_arrays_and_tensors_are_named_with_the_way_out(tmp_path, name, damage):
+    path = tmp_path / name
+    if name == "x.npz":
+        np.savez(path, a=np.arange(100))
+        assert read_arrays(path)["a"].tolist() == [*range(100)]
+    else:
+        save_file({"a": torch.arange(100)}, path)
+        assert read_tensors(path)["a"].tolist() == [*range(100)]
+    data = path.read_bytes()
+    # Of a safetensors file its header: hashes are for the rest.
+    position = 20 if name == "x.safetensors" else len(data) // 2
+    flipped = data[:position] + bytes([data[position] ^ 64]) + data[position + 1 :]
+    path.write_bytes({"half": data[: len(data) // 2], "empty": b"", "flipped": flipped, "[]": b"[]"}[damage])
+    with pytest.raises(ValueError, match=r"x\.\w+ is damaged \(.*\); delete it$"):
+        read_arrays(path, "delete it") if name == "x.npz" else read_tensors(path, "delete it")
 
 
 def test_a_folder_is_removed_under_another_name_and_of_a_link_the_link_alone(tmp_path, monkeypatch):

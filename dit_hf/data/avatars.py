@@ -12,16 +12,24 @@ import io
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import resvg_py
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, config
+from datasets.exceptions import DatasetGenerationError
 from dicebear import Avatar, Style
 from PIL import Image as PILImage
 from PIL import ImageOps
+
+from ..storage import first_line
+
+_MAX_AVATARS = 10_000_000
 
 # The parts of the artwork by the attribute that they show. Parts that no attribute of CelebA describes (hijab and
 # turban, an eye patch, crossed-out eyes) are left out. Order and repetitions decide which face a seed gives.
@@ -206,15 +214,41 @@ def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | No
     """Open avatars 0 … `num_images` - 1 of `seed` as a dataset: `id`, `image` (`resolution` px square), 22 attributes.
 
     They are rendered once, in `num_proc` processes, and then stay in the cache of `datasets`.
+
+    Raises:
+        ValueError: for more than ten million avatars, or if they cannot be rendered.
+        OSError: if that cache is damaged and cannot be removed, or cannot be written.
     """
+    if num_images > _MAX_AVATARS:
+        raise ValueError(f"num_images={num_images}: expected at most {_MAX_AVATARS:,} avatars")
     features = Features({"id": Value("string"), "image": Image()} | {name: Value("int8") for name in ATTRIBUTES})
-    return Dataset.from_generator(
-        _rows,
-        features=features,
-        gen_kwargs={"indices": list(range(num_images)), "resolution": resolution, "seed": seed},
-        num_proc=num_proc if num_proc and num_proc > 1 else None,
-        fingerprint=f"avatars-1-{seed}-{resolution}-{num_images}",
-    )
+    fingerprint = f"avatars-1-{seed}-{resolution}-{num_images}"
+
+    def rendered() -> Dataset:
+        return Dataset.from_generator(
+            _rows,
+            features=features,
+            gen_kwargs={"indices": list(range(num_images)), "resolution": resolution, "seed": seed},
+            num_proc=num_proc if num_proc and num_proc > 1 else None,
+            fingerprint=fingerprint,
+        )
+
+    # An Arrow file that cannot be opened was damaged since it was written, and is rendered again.
+    cached = Path(config.HF_DATASETS_CACHE) / "generator" / f"default-fingerprint={fingerprint}"
+    was_there = cached.is_dir()
+    try:
+        try:
+            return rendered()
+        except (pa.ArrowInvalid, FileNotFoundError):
+            if not was_there:
+                raise
+            shutil.rmtree(cached)
+            return rendered()
+    except PermissionError as error:
+        raise OSError(f"{config.HF_DATASETS_CACHE} cannot be written; set HF_HOME to a folder that can") from error
+    except DatasetGenerationError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise ValueError(f"avatars of {resolution} px cannot be rendered: {first_line(cause)}") from error
 
 
 def _rows(indices: list[int], resolution: int, seed: int) -> Iterator[dict[str, Any]]:

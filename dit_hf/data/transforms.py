@@ -15,6 +15,7 @@ from ..storage import first_line
 # Part of what identifies a cache, raised whenever the same file becomes other pixels. Version 1, of dit_hf 0.1.0,
 # ignored color profiles and read 32-bit integers as 16-bit ones.
 DECODING_VERSION = 2
+_MAX_SIDE = 32_768
 CROPS = ("celeba-178", "celeba-140", "center", "none")
 
 
@@ -84,6 +85,8 @@ def parse_resolution(resolution: int | str | tuple[int, int] | None) -> tuple[in
         sizes = [int(part) for part in parts]
     except ValueError:
         sizes = []
+    if len(sizes) in (1, 2) and max(sizes) > _MAX_SIDE:
+        raise ValueError(f"resolution={resolution!r}: expected sides of at most {_MAX_SIDE:,} pixels")
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise ValueError(f"resolution={resolution!r} is not a size; write 256 or 256x192 (height x width)")
     return sizes[0], sizes[-1]

@@ -82,7 +82,8 @@ def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
                 else:
                     sample.excluded.append(pattern)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} cannot be read as a tar archive: {error}") from error
+        reason = first_line(error).removesuffix(":")
+        raise ValueError(f"{path} cannot be read as a tar archive: {reason}") from error
     if sample is not None:
         yield sample
 
@@ -145,6 +146,10 @@ def load_archives(paths: list[Path], options: SourceOptions) -> Dataset:
     try:
         return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
     except Exception as error:  # datasets wraps the reader's own errors
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                f"{paths[0]}: no samples in this archive{' and the others' if paths[1:] else ''}"
+            ) from error
         cause = error.__cause__
         raise ValueError(first_line(cause if isinstance(cause, Exception) else error)) from error
 

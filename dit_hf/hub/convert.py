@@ -24,6 +24,7 @@ from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GUIDANCE_SCALE = 4.0  # the default of both
 
 # Our names of modules to those of facebookresearch/DiT and of diffusers; `{}` is the number of the block.
@@ -148,7 +149,7 @@ def from_checkpoint(
     )
 
     # Ours are computed, theirs are stored: with other positions the pipeline would silently generate noise.
-    positions = transformer._positions(grid, grid, weights["pos_embed"])  # [tokens, dim]
+    positions = transformer._positions(grid, grid, weights["pos_embed"].float())  # [tokens, dim]
     if not torch.allclose(positions, weights.pop("pos_embed")[0].float(), atol=1e-4):
         raise ValueError(f"{path} has other positions than facebookresearch/DiT's")
 
@@ -185,8 +186,13 @@ def _check_shapes(path: Path, weights: dict[str, torch.Tensor]) -> None:
         if weights[name].ndim != dimensions:
             shape = list(weights[name].shape)
             raise ValueError(f"{path}: {name} has the shape {shape}; expected {dimensions} dimensions")
-    _, tokens, width = weights["pos_embed"].shape
-    if math.isqrt(tokens) ** 2 != tokens or width != len(weights["x_embedder.proj.weight"]):
+    count, tokens, width = weights["pos_embed"].shape
+    if (
+        count != 1
+        or not tokens
+        or math.isqrt(tokens) ** 2 != tokens
+        or width != len(weights["x_embedder.proj.weight"])
+    ):
         shape = list(weights["pos_embed"].shape)
         raise ValueError(f"{path}: pos_embed has the shape {shape}; expected a square of tokens of the model's width")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
@@ -194,6 +200,8 @@ def _check_shapes(path: Path, weights: dict[str, torch.Tensor]) -> None:
     for name in ("final_layer.linear.weight", "blocks.0.mlp.fc1.weight", *qkv):
         if name not in weights:
             raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {name}")
+        if not weights[name].ndim:
+            raise ValueError(f"{path}: {name} is a single number")
 
 
 def _add_null_row(path: Path, weights: dict[str, torch.Tensor], num_classes: int | None) -> int:
@@ -358,4 +366,15 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(weights.get(name), dict):
             weights = weights[name]
             break
-    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+        if weights.get(name) is not None:
+            raise ValueError(f"{path}: {name} is no dict of weights")
+    weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+    for name, tensor in weights.items():
+        # A view can claim any size: only what the file holds is read.
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: {name} is {tensor.layout}, {tensor.dtype}, {tensor.device}; expected plain weights of "
+                "16, 32 or 64 bits"
+            )
+    return weights

@@ -206,10 +206,12 @@ def _compare_partial(before: dict[str, Any], partial: Path, spec: CacheSpec) -> 
     """
     version = _known_format(before, str(partial))
     check_same_identity(before, spec.identity_as(version), str(partial), "an unfinished cache")
-    if version == EARLIER_FORMAT or (partial / CACHE_INFO).is_file():
+    if (partial / CACHE_INFO).is_file():
         return
     job = plan_job(partial, spec)
     job.forget_damaged()
+    if version == EARLIER_FORMAT:
+        return
     unfinished = job.unfinished()
     shards: dict[int, np.ndarray | None] = {
         shard: job.stamps(shard) for shard in range(job.num_shards) if shard not in unfinished

@@ -20,6 +20,8 @@ class LeftOut:
     """
 
     def __init__(self, share: float, source: Source):
+        if not 0 <= share <= 1:
+            raise ValueError(f"max_left_out={share:g}: expected a share from 0 to 1")
         self.share, self.source = share, source
         self.broken: list[tuple[str, str]] = []
         self.add([])

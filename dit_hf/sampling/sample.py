@@ -165,6 +165,11 @@ def _sample(folder: Path, settings: dict[str, Any]) -> Path:
     hashes = {"model_sha256": model_sha256(pipeline)}
     if "guidance_model" in settings:
         weaker = _open_pipeline(settings["guidance_model"], "generate", None, precision, state.device)
+        own, others = (each.transformer.config.conditions or {} for each in (pipeline, weaker))
+        if own != others:
+            raise ValueError(
+                f"--guidance_model has other conditions ({others or 'none'}) than the model ({own or 'none'})"
+            )
         call["guidance_transformer"] = weaker.transformer
         hashes["guidance_model_sha256"] = model_sha256(weaker)
 

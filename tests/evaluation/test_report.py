@@ -1,12 +1,11 @@
 """The files of a report: one figure, its floors and its protocol, and no plot of an earlier call."""
 
-import json
-
 import numpy as np
 import pytest
 
 from dit_hf.evaluation.memorization import find_neighbours
 from dit_hf.evaluation.report import figure_name, write_report
+from dit_hf.storage import read_json
 
 FIGURES = {
     "frechet_distance": 12.345,
@@ -57,7 +56,7 @@ def test_the_table_has_the_figure_its_error_its_floors_and_the_protocol(neighbou
     assert "| images | 2,000 | not measured | 2,000 |" in lines
     protocol = {"seed": 7, "features": "inception", "features: dim": 2048, "reference: pictures": 10000}
     assert {f"| {name} | {value} |" for name, value in protocol.items()} <= set(lines)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == report(neighbours, [2.0])
+    assert read_json(tmp_path / "evaluation.json") == report(neighbours, [2.0])
 
 
 def test_a_plot_of_settings_is_that_of_this_report(neighbours, tmp_path):

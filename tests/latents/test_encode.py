@@ -60,8 +60,10 @@ def test_a_finished_shard_is_encoded_again_if_its_file_is_damaged(tmp_path):
         job.notes_path(shard).write_text(json.dumps(dataclasses.asdict(notes)))
     assert job.unfinished() == [2]
     job.path(1).write_bytes(b"damaged")
+    job.forget_damaged()
     assert job.unfinished() == [1, 2]
-    job.path(0).unlink()
+    job.notes_path(0).write_text("[]")
+    job.forget_damaged()
     assert job.unfinished() == [0, 1, 2]
 
 
