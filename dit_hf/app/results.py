@@ -1,0 +1,119 @@
+"""The results, which all tabs share: the gallery, the buttons that edit an image of it again, and the Python code."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..image_grid import FILM
+from ..sampling.writer import save_gif
+from ..storage import first_line
+from .panel import Panel
+from .snippet import python_code
+from .studio import Call, Studio, Update, read_image
+
+
+@dataclass
+class Results:
+    """The components of the results, and the model that generates them.
+
+    Args:
+        model: What the Python code loads.
+        gallery: The images.
+        selected: The number of the selected image; None if none is.
+        code: The Python code of the last call.
+        buttons: By the mode whose tab they hand the selected image to.
+    """
+
+    studio: Studio
+    model: str
+    gallery: gr.Gallery
+    selected: gr.State
+    code: gr.Code
+    buttons: dict[str, gr.Button]
+
+    def run(self, call: Call, panel: Panel, before: Image.Image | None = None) -> Iterator[dict[Any, Any]]:
+        """Run a call and yield updates of the page; `before` is shown beside the results."""
+        yield {panel.seed: call.settings.seed, self.code: python_code(call, self.model), self.selected: None}
+        with contextlib.closing(self.studio.run(call)) as updates:
+            for update in updates:
+                if update.step < update.num_steps or update.images is None:
+                    yield {self.gallery: _progress(update)}
+                    continue
+                images: list[Any] = list(update.images)
+                if before is not None:
+                    images = [(before, "before"), *((image, "after") for image in images)]
+                with tempfile.TemporaryDirectory(prefix="dit_hf-app-") as folder:
+                    if call.mode == "interpolate":
+                        save_gif(update.images, Path(folder) / FILM)
+                        images = [(str(Path(folder) / FILM), "film"), *images]
+                    # gradio copies the film before the generator goes on.
+                    label = "Results: choose an image to enlarge, download or edit it"
+                    yield {self.gallery: gr.Gallery(images, selected_index=None, label=label)}
+
+
+def build_results(studio: Studio, model: str) -> Results:
+    """Build the gallery, the buttons and the code."""
+    gallery = gr.Gallery(
+        label="Examples: choose an image to enlarge, download or edit it",
+        columns=4,
+        format="png",
+        height="auto",
+        interactive=False,
+        buttons=["download", "download_all", "fullscreen"],
+        elem_id="results",
+    )
+    selected = gr.State(None)
+    with gr.Row():
+        buttons = {
+            mode: gr.Button(f"{name} this image", size="sm", min_width=100)
+            for mode, name in (("edit", "Edit"), ("img2img", "Vary"), ("inpaint", "Inpaint"))
+        }
+    with gr.Accordion("Copy as Python", open=False):
+        code = gr.Code(language="python", show_label=False, interactive=False, container=False)
+
+    def select(event: gr.SelectData) -> int:
+        return event.index
+
+    gallery.select(select, None, selected, queue=False, show_progress="hidden")
+    gallery.preview_close(lambda: None, None, selected, queue=False, show_progress="hidden")
+    return Results(studio, model, gallery, selected, code, buttons)
+
+
+def selected_image(gallery: list[tuple[str, str]] | None, number: int | None) -> Image.Image:
+    """Return the selected image of the gallery.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not gallery or number is None:
+        raise ValueError("choose an image of the results first")
+    # A new series may be shorter than the one in which an image was selected.
+    return read_image(gallery[min(int(number), len(gallery) - 1)][0])
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Show errors as one line on the page."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise message(first_line(error)) from error
+
+
+def message(text: str) -> gr.Error:
+    """Return an error that the page shows and the log does not."""
+    return gr.Error(text, print_exception=False)
+
+
+def _progress(update: Update) -> gr.Gallery:
+    """Return the gallery during a call, with a preview if there is one."""
+    label = f"Step {update.step} of {update.num_steps}" if update.num_steps else "Starting"
+    return gr.Gallery(label=label) if update.images is None else gr.Gallery(update.images, label=label)
