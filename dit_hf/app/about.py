@@ -29,7 +29,7 @@ def about(model: str, name: str, studio: Studio) -> str:
     if not Path(model).exists():
         facts.append(f"[model card](https://huggingface.co/{model})")
     sentence = _first_sentence(card.text) if card is not None else ""
-    return f"# {name}\n{sentence or 'Images from a latent Diffusion Transformer.'}\n\n{' · '.join(facts)}"
+    return f"# {name}\n{sentence or 'Images from a latent Diffusion Transformer.'}  \n{' · '.join(facts)}"
 
 
 def _card(model: str) -> ModelCard | None:

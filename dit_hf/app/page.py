@@ -24,7 +24,11 @@ CSS = """
     #layout { display: grid; grid-template-columns: 5fr 6fr; grid-template-rows: auto 1fr; align-items: start; }
     #right { grid-column: 2; grid-row: 1 / span 2; }
 }
-.gallery-container, .grid-wrap { max-height: none !important; }
+#about h1, #about p, #status p { margin: 0; }
+button[role="tab"].selected { color: var(--body-text-color); }
+#results .grid-wrap { min-height: 330px; max-height: none; }
+#results:has(.preview) .grid-wrap { min-height: 560px; }
+#results .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(20%, 140px), 1fr)); }
 .form:has(> fieldset.choice) { border: none; }
 fieldset.choice { display: flex; align-items: center; padding: 2px 0 !important; border: none !important; }
 fieldset.choice > span { flex: 1; margin: 0; font-size: 0.9rem; }
@@ -37,6 +41,15 @@ fieldset.choice label:has(:focus-visible) { outline: 2px solid var(--primary-500
 fieldset.choice input { position: absolute; opacity: 0; width: 0; }
 fieldset.choice label > span { margin: 0; }
 """
+# gradio (6.31) gives a group of radio buttons no name for screen readers, and no common one for the arrow keys.
+NAME_GROUPS = """() => {
+    const name = () => document.querySelectorAll("fieldset.choice:not([aria-label])").forEach(group => {
+        group.setAttribute("aria-label", group.querySelector("[data-testid=block-info]").textContent)
+        group.querySelectorAll("input").forEach(input => { input.name = group.ariaLabel })
+    })
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true})
+    name()
+}"""
 
 
 def build_page(studio: Studio, model: str, title: str, header: str) -> gr.Blocks:
@@ -71,7 +84,7 @@ def build_page(studio: Studio, model: str, title: str, header: str) -> gr.Blocks
 
 
 def look() -> dict[str, Any]:
-    """Return theme and styles as options of `gr.Blocks.launch`."""
+    """Return theme, styles and script as options of `gr.Blocks.launch`."""
     theme = gr.themes.Soft(primary_hue="rose", neutral_hue="slate", font=FONT, font_mono=MONO).set(
         body_background_fill="*neutral_50",
         body_text_color_subdued="*neutral_600",
@@ -97,7 +110,7 @@ def look() -> dict[str, Any]:
         },
         block_title_padding="0",
     )
-    return {"theme": theme, "css": CSS, "footer_links": []}
+    return {"theme": theme, "css": CSS, "js": NAME_GROUPS, "footer_links": []}
 
 
 def _connect_run(tab: Tab, results: Results, panel: Panel) -> None:
@@ -112,7 +125,7 @@ def _connect_run(tab: Tab, results: Results, panel: Panel) -> None:
     event = tab.button.click(
         run,
         {*panel.inputs, *tab.inputs},
-        [results.gallery, results.selected, results.code, panel.seed],
+        [results.status, results.gallery, results.selected, results.code, panel.seed],
         api_name=tab.mode,
         concurrency_limit=1,
         concurrency_id="model",

@@ -51,15 +51,23 @@ def build_panel(studio: Studio) -> Panel:
     # 1. Settings of sampling. An unconditional model has no guidance.
     with gr.Accordion("Sampling"):
         defaults = Settings()
-        num_images = gr.Slider(1, MAX_IMAGES, defaults.num_images, step=1, label="Images")
-        with gr.Row():
-            seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, min_width=110)
-            new_seed = gr.Checkbox(True, label="Randomize seed", min_width=110)
-        steps = gr.Slider(1, min(100, studio.num_levels), studio.num_inference_steps, step=1, label="Steps")
         highest = max(8.0, 2 * studio.guidance_scale)
-        guidance = gr.Slider(
-            *(1.0, highest, studio.guidance_scale), step=0.1, label="Guidance", visible=bool(studio.controls)
-        )
+        with gr.Row():
+            num_images = gr.Slider(1, MAX_IMAGES, defaults.num_images, step=1, label="Images", min_width=140)
+            steps = gr.Slider(
+                *(1, min(100, studio.num_levels), studio.num_inference_steps), step=1, label="Steps", min_width=140
+            )
+        with gr.Row():
+            guidance = gr.Slider(
+                *(1.0, highest, studio.guidance_scale),
+                step=0.1,
+                label="Guidance",
+                min_width=140,
+                visible=bool(studio.controls),
+            )
+            with gr.Column(min_width=140):
+                seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0)
+                new_seed = gr.Checkbox(True, label="Randomize seed", container=False)
 
     # 2. Attributes, one accordion a group; only the first group is open, or the page would be very long.
     attributes: dict[str, gr.Radio | gr.Dropdown] = {}

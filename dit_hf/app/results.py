@@ -19,6 +19,8 @@ from .panel import Panel
 from .snippet import python_code
 from .studio import Call, Studio, Update, read_image
 
+CHOOSE = "Choose an image to enlarge, download or edit it."
+
 
 @dataclass
 class Results:
@@ -26,6 +28,7 @@ class Results:
 
     Args:
         model: What the Python code loads.
+        status: A line about them.
         gallery: The images.
         selected: The number of the selected image; None if none is.
         code: The Python code of the last call.
@@ -34,6 +37,7 @@ class Results:
 
     studio: Studio
     model: str
+    status: gr.Markdown
     gallery: gr.Gallery
     selected: gr.State
     code: gr.Code
@@ -44,26 +48,36 @@ class Results:
         yield {panel.seed: call.settings.seed, self.code: python_code(call, self.model), self.selected: None}
         with contextlib.closing(self.studio.run(call)) as updates:
             for update in updates:
-                if update.step < update.num_steps or update.images is None:
-                    yield {self.gallery: _progress(update)}
-                    continue
-                images: list[Any] = list(update.images)
-                if before is not None:
-                    images = [(before, "before"), *((image, "after") for image in images)]
-                with tempfile.TemporaryDirectory(prefix="dit_hf-app-") as folder:
-                    if call.mode == "interpolate":
-                        save_gif(update.images, Path(folder) / FILM)
-                        images = [(str(Path(folder) / FILM), "film"), *images]
-                    # gradio copies the film before the generator goes on.
-                    label = "Results: choose an image to enlarge, download or edit it"
-                    yield {self.gallery: gr.Gallery(images, selected_index=None, label=label)}
+                if update.is_last:
+                    yield from self._show(call, update.images, before)
+                else:
+                    yield self._progress(update)
+
+    def _show(self, call: Call, images: list[Image.Image], before: Image.Image | None) -> Iterator[dict[Any, Any]]:
+        """Yield the update of the page that shows the results, with the film that they are or the image before."""
+        shown: list[Any] = [*images]
+        with tempfile.TemporaryDirectory(prefix="dit_hf-app-") as folder:
+            if before is not None:
+                shown = [(before, "before"), *((image, "after") for image in images)]
+            if call.mode == "interpolate":
+                save_gif(images, Path(folder) / FILM)
+                shown = [(str(Path(folder) / FILM), "film"), *images]
+            # gradio copies the film before this goes on.
+            status = f"Seed {call.settings.seed}. {CHOOSE}"
+            yield {self.gallery: gr.Gallery(shown, selected_index=None), self.status: status}
+
+    def _progress(self, update: Update) -> dict[Any, Any]:
+        """Return updates of the page during a call, with a preview if there is one."""
+        status = f"Step {update.step} of {update.num_steps}" if update.num_steps else "Starting"
+        return {self.status: status} | ({self.gallery: update.images} if update.images else {})
 
 
 def build_results(studio: Studio, model: str) -> Results:
     """Build the gallery, the buttons and the code."""
+    status = gr.Markdown(f"Examples. {CHOOSE}", elem_id="status")
     gallery = gr.Gallery(
-        label="Examples: choose an image to enlarge, download or edit it",
-        columns=4,
+        label="Results",
+        show_label=False,
         format="png",
         height="auto",
         interactive=False,
@@ -84,7 +98,7 @@ def build_results(studio: Studio, model: str) -> Results:
 
     gallery.select(select, None, selected, queue=False, show_progress="hidden")
     gallery.preview_close(lambda: None, None, selected, queue=False, show_progress="hidden")
-    return Results(studio, model, gallery, selected, code, buttons)
+    return Results(studio, model, status, gallery, selected, code, buttons)
 
 
 def selected_image(gallery: list[tuple[str, str]] | None, number: int | None) -> Image.Image:
@@ -111,9 +125,3 @@ def readable() -> Iterator[None]:
 def message(text: str) -> gr.Error:
     """Return an error that the page shows and the log does not."""
     return gr.Error(text, print_exception=False)
-
-
-def _progress(update: Update) -> gr.Gallery:
-    """Return the gallery during a call, with a preview if there is one."""
-    label = f"Step {update.step} of {update.num_steps}" if update.num_steps else "Starting"
-    return gr.Gallery(label=label) if update.images is None else gr.Gallery(update.images, label=label)

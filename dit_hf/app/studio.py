@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -117,12 +117,14 @@ class Update:
     Args:
         step: Number of steps done.
         num_steps: Number of steps in all.
-        images: The images: at the last step the results, before that a preview, or None.
+        images: A preview, or none; at last the results.
+        is_last: True for the results.
     """
 
     step: int
     num_steps: int
-    images: list[Image.Image] | None
+    images: list[Image.Image] = field(default_factory=list)
+    is_last: bool = False
 
 
 class Stopped(Exception):
@@ -223,12 +225,12 @@ class Studio:
         stopped = threading.Event()
         images = self._submit(call, updates.put, stopped)
         images.add_done_callback(lambda _: updates.put(None))
-        last = Update(0, 0, None)
+        last = Update(0, 0)
         try:
             yield last
             for last in iter(updates.get, None):
                 yield last
-            yield Update(last.num_steps, last.num_steps, images.result())
+            yield Update(last.num_steps, last.num_steps, images.result(), is_last=True)
         finally:
             stopped.set()
             images.cancel()
@@ -302,7 +304,7 @@ def _callback(report: Callable[[Update], None], is_stopped: Callable[[], bool]) 
         nonlocal next_preview
         if is_stopped():
             raise Stopped
-        images, start = None, time.monotonic()
+        start, images = time.monotonic(), []
         if start >= next_preview and step + 1 < pipeline.num_timesteps:
             images = pipeline.decode_latents(tensors["latents"])
             end = time.monotonic()
