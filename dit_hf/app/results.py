@@ -87,7 +87,7 @@ def build_results(studio: Studio, model: str) -> Results:
     selected = gr.State(None)
     with gr.Row():
         buttons = {
-            mode: gr.Button(f"{name} this image", size="sm", min_width=100)
+            mode: gr.Button(f"{name} this image", size="sm", min_width=80)
             for mode, name in (("edit", "Edit"), ("img2img", "Vary"), ("inpaint", "Inpaint"))
         }
     with gr.Accordion("Copy as Python", open=False):
