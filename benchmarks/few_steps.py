@@ -27,7 +27,7 @@ from manipulation import UNSEEN, rows_of
 from matplotlib.figure import Figure
 
 from dit_hf import CosineLatentScheduler
-from dit_hf.evaluation.extract import collect, ranks
+from dit_hf.evaluation.extract import Extraction, ranks
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.runs import load_pipeline
@@ -63,7 +63,7 @@ def main() -> None:
         return images[numbers], np.asarray(numbers)
 
     count = range(options.num_images)
-    reference = collect(work / "real", net, read_real, count, BATCH, {"seed": UNSEEN}, "real").features
+    reference = Extraction(work / "real", net, read_real, count, BATCH, {"seed": UNSEEN}, "real").collect().features
     table = []
     for sampler in options.samplers:
         for steps in options.steps:
@@ -82,7 +82,8 @@ def main() -> None:
                 return generate_images(pipeline, numbers, rows, 0, num_inference_steps=steps), np.asarray(numbers)  # noqa: B023
 
             folder = work / f"{sampler}-{steps}".replace(" ", "-")
-            features = collect(folder, net, generate, count, BATCH, identity, f"{sampler}, {steps} steps").features
+            title = f"{sampler}, {steps} steps"
+            features = Extraction(folder, net, generate, count, BATCH, identity, title).collect().features
             # Heun evaluates the model twice a step, but once in the last.
             evaluations = 2 * steps - 1 if sampler == "Heun" else steps
             distance = round(frechet_distance(features, reference), 1)

@@ -16,8 +16,9 @@ from jsonargparse import Namespace
 from .config import Config
 from .devices import memory_errors
 from .options import OneLineParser, named_options
+from .progress import quiet_libraries
 from .recipe_file import read_recipe, recipe_names
-from .storage import first_line
+from .storage import check_link, first_line
 
 # verb: module, function, then the arguments that may be given by position; in the order of work.
 VERBS = {
@@ -52,6 +53,7 @@ def run(verb: str, args: list[str]) -> int:
         return 2
     # Processes that this one starts do not import what lies in the current folder, such as a json.py.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    quiet_libraries()
     # Only the module of this verb is imported: some of them take seconds.
     module, name, *_ = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
@@ -130,7 +132,10 @@ def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -
         sections = {field.name: _with_home(options[field.name]) for field in dataclasses.fields(Config)}
         function(Config(**sections), options.dry_run)
     else:
-        function(**{name: _with_home(value) for name, value in options.as_dict().items()})
+        values = {name: _with_home(value) for name, value in options.as_dict().items()}
+        if values.get("output_dir") is not None:
+            check_link(Path(values["output_dir"]), "output_dir")
+        function(**values)
 
 
 def _with_home(value: Any) -> Any:

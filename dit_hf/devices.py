@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import psutil
 import torch
 
 from .storage import first_line
+
+# Share of the free memory that may be allocated before it counts as full.
+FREE_SHARE = 0.95
 
 
 def default_device() -> torch.device:
@@ -28,7 +32,8 @@ def memory_errors(advice: str) -> Iterator[None]:
         OSError: if the memory is full.
     """
     try:
-        yield
+        with _refused_when_full():
+            yield
     except torch.OutOfMemoryError as error:
         raise OSError(f"the GPU's memory is full; {advice} ({first_line(error)})") from error
     except MemoryError as error:
@@ -38,6 +43,26 @@ def memory_errors(advice: str) -> Iterator[None]:
         if "DefaultCPUAllocator" not in str(error):
             raise
         raise OSError(f"the memory is full; {advice} ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _refused_when_full() -> Iterator[None]:
+    """Let Linux refuse a CPU's full memory, which is an error here, instead of killing the process without a word."""
+    device = default_device()
+    if sys.platform != "linux" or device.type != "cpu":
+        yield
+        return
+    import resource
+
+    _, free = free_memory(device)
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = psutil.Process().memory_info().data + int(FREE_SHARE * (free or 0))
+    if before == resource.RLIM_INFINITY or limit < before:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -69,10 +94,9 @@ def free_memory(device: torch.device) -> tuple[str, int | None]:
     if device.type != "cpu":
         return "memory", None
     free = psutil.virtual_memory().available
-    # A container's limit (cgroup v2) and one of the process (ulimit -v).
-    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit is not None and used is not None:
-        free = min(free, limit - used)
+    # The limits of containers and job schedulers, and one of the process (ulimit -v).
+    for limit, used in group_memory():
+        free = min(free, max(0, limit - used))
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
@@ -82,9 +106,27 @@ def free_memory(device: torch.device) -> tuple[str, int | None]:
     return "memory", free
 
 
-def _read_number(path: str) -> int | None:
-    text = Path(path).read_text().strip() if Path(path).is_file() else ""
-    return int(text) if text.isdigit() else None
+def group_memory(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """Yield limit and use in bytes of the control groups around this process, of version 1 and 2, below `root`."""
+    listed = root / "proc/self/cgroup"
+    for line in listed.read_text().splitlines() if listed.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        # A container may see only its own group, as the top one.
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            texts = [_read(folder / f"memory.{name}") for name in (limit, used)]
+            if folder.is_relative_to(top) and all(text.isdigit() for text in texts):
+                # Files in memory make way for allocations.
+                cached = re.findall(r"^(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                yield int(texts[0]), int(texts[1]) - sum(map(int, cached))
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def peak_memory() -> str:

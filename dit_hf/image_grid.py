@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .storage import new_file
+from .storage import new_file, read_json
 
 # What `dit-hf sample` writes beside the images of a series.
 SETTINGS, GRID, FILM = "settings.json", "sheet.png", "film.gif"
@@ -36,10 +36,9 @@ def grids_beside_images(folder: Path) -> set[str]:
 def _is_series(folder: Path) -> bool:
     """Check whether the settings in a folder are those of a series; many programs name a file so."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        return bool(read_json(folder / SETTINGS, keys=("mode", "model_sha256")))
     except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and {"mode", "model_sha256"} <= settings.keys()
 
 
 def make_grid(
@@ -61,7 +60,9 @@ def make_grid(
     # 1. Measure: all cells are as high as the caption with the most lines.
     factor = max(1, -(-min_side // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
-    font, title_font = ImageFont.load_default(11), ImageFont.load_default(16)
+    # Pillow's own font has no accents; matplotlib brings DejaVu Sans, which has those of most alphabets.
+    letters = str(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
+    font, title_font = ImageFont.truetype(letters, 10), ImageFont.truetype(letters, 14)
     lines = max((caption.count("\n") + 1 for caption in captions), default=0) if captions else 0
     cell_width, cell_height = width + _GAP, height + _GAP + _LINE_HEIGHT * lines
     top = _TITLE_HEIGHT if title else _GAP

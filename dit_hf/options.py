@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from .data.files import CACHE_INFO
 from .recipe_file import in_words, recipe_path
 
 
@@ -51,7 +53,8 @@ class OneLineParser(ArgumentParser):
             return f"{match[1]} needs a value: {in_words(self.type_of(match[1][2:]))}"
         if match := re.match(r"the following arguments are required: (.*)", message):
             missing = match[1].split(", ")
-            return f"missing: {', '.join(n.upper() if n in self.positions else f'--{n}' for n in missing)}"
+            named = ", ".join(n.upper() if n in self.positions else f"--{n}" for n in missing)
+            return f"missing: {named} ({self.prog} --help explains it)"
         if match := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
             return self._unknown(match[1])
         lines = [line.strip() for line in message.splitlines() if line.strip()] or ["wrong options"]
@@ -60,6 +63,8 @@ class OneLineParser(ArgumentParser):
     def _unknown(self, argument: str) -> str:
         if not argument.startswith("-"):
             return f"{argument!r} is one argument too many"
+        if not argument.startswith("--"):
+            return f"unknown option {argument}; options begin with two hyphens, and --help lists them"
         name = argument.lstrip("-").partition("=")[0]
         sections = [known for known in self.names() if known.endswith(f".{name}")]
         if sections:  # of a recipe
@@ -97,8 +102,10 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
             name = name if name in known else name.replace("-", "_")
             if name not in known:
                 parser.error(f"unrecognized arguments: {argument}")
-            if not equals and waiting and parser.takes(name, waiting[0]):
+            if not equals and waiting and not waiting[0].startswith("--") and parser.takes(name, waiting[0]):
                 equals, value = "=", waiting.pop(0)
+            if equals and not value:
+                parser.error(f"argument --{name}: expected one argument")
             if name in parser.positions and name not in left:
                 parser.error(f"{name} is given twice, by position and as --{name}")
             left = [position for position in left if position != name]
@@ -107,6 +114,8 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
         else:
             parser.error(f"unrecognized arguments: {argument}")
         if name == "config" and equals:
+            if (Path(value) / CACHE_INFO).is_file():
+                parser.error(f"{value} is a latent cache, not a recipe: dit-hf train celeba --data.latents {value}")
             try:
                 value = str(recipe_path(value))
             except FileNotFoundError as error:

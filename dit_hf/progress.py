@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import datasets
+import diffusers
+import huggingface_hub
 from tqdm import tqdm
 
 INTERVAL = 60.0  # seconds between lines without a terminal
@@ -30,7 +33,7 @@ class ProgressBar:
     def __init__(self, total: int, desc: str, unit: str, initial: int = 0, shown: bool = True):
         self.total, self.desc, self.unit, self.initial, self.shown = total, desc, unit, initial, shown
         self.done, self.began = initial, time.monotonic()
-        self._last_line = self.began
+        self._last_line, self._printed = self.began, initial  # when the last line was printed, and its count
         self._bar = tqdm(total=total, desc=desc, unit=unit, initial=initial) if shown and _terminal() else None
 
     def __enter__(self) -> ProgressBar:
@@ -39,7 +42,7 @@ class ProgressBar:
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self.shown and self.done == self.total:
+        elif self.shown and self.done == self.total and self._printed < self.done:
             self._line("")
 
     def update(self, count: int = 1) -> None:
@@ -62,9 +65,11 @@ class ProgressBar:
         """Let the bar say what is done in the block instead of what is counted."""
         if self._bar is not None:
             self._bar.set_description_str(what)
-        yield
-        if self._bar is not None:
-            self._bar.set_description_str(self.desc)
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.set_description_str(self.desc)
 
     def write(self, line: str) -> None:
         """Print a line that stays, above the bar."""
@@ -79,12 +84,20 @@ class ProgressBar:
         return (time.monotonic() - self.began) / done * (self.total - self.done) if done else None
 
     def _line(self, text: str) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._printed = time.monotonic(), self.done
         left = self.remaining()
         parts = [f"{self.desc}: {self.done:,} of {self.total:,} {self.unit}", text]
         if self.done < self.total and left is not None:
             parts.append(f"{timedelta(seconds=round(left))} left")
         print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Turn off the bars of diffusers, datasets and huggingface_hub where there is no terminal to draw them in."""
+    if not _terminal():
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        diffusers.utils.logging.disable_progress_bar()
 
 
 def _terminal() -> bool:

@@ -44,7 +44,9 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: {getattr(error, 'problem', None) or first_line(error)}") from error
+        problem = getattr(error, "problem", None) or first_line(error)
+        problem = "a tab; indent with spaces" if "'\\t'" in problem else problem
+        raise ValueError(f"{path}{where}: {problem}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is not a recipe: its values are nested too deep") from error
     sections = typing.get_type_hints(Config)
@@ -72,9 +74,8 @@ def recipe_path(name: str) -> Path:
         return path
     if path.stem in recipe_names() and str(path.parent) in (".", "recipes"):
         return shipped_file(f"recipes/{path.stem}.yaml")
-    raise FileNotFoundError(
-        f"{name!r}: no such file; the recipes that come with dit_hf are {', '.join(recipe_names())}"
-    )
+    problem = "a folder, not a recipe" if path.is_dir() else "no such file"
+    raise FileNotFoundError(f"{name!r}: {problem}; the recipes that come with dit_hf are {', '.join(recipe_names())}")
 
 
 def recipe_names() -> list[str]:
@@ -97,6 +98,10 @@ def _entries(node: yaml.MappingNode, path: str, valid: dict[str, Any], prefix: s
         if name not in valid:
             nearest = difflib.get_close_matches(name, valid, 1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid are {', '.join(valid)}"
+            # A key without its section, or in another one.
+            for section, fields in typing.get_type_hints(Config).items():
+                if name in typing.get_type_hints(fields):
+                    hint = f"it is a key of the section {section}"
             raise ValueError(f"{_at(path, key)}: unknown {'key' if prefix else 'section'} {prefix}{name}; {hint}")
         entries[name], lines[name] = entry, key.start_mark.line + 1
     return entries
@@ -165,4 +170,4 @@ def in_words(type_: Any) -> str:
             described.append("a JSON object")
         else:
             described.append(names[option])
-    return " or ".join(described)
+    return " or ".join([", ".join(described[:-1]), described[-1]] if len(described) > 1 else described)

@@ -7,7 +7,6 @@ export by `training/export.py`.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import re
 import tempfile
@@ -18,19 +17,18 @@ from typing import Any
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .config import Config, ObjectiveConfig
 from .data.files import CACHE_INFO
 from .devices import default_device
+from .latents.cache import load_cache_vae
 from .latents.reader import LatentReader
-from .latents.vae import load_vae
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .storage import MANIFEST, first_line, read_json, read_manifest, sha256
+from .storage import MANIFEST, first_line, nearest_folder, read_json, read_manifest, read_tensors, sha256
+from .upload import hub_problem
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
 
@@ -243,18 +241,6 @@ def read_log(run: Path) -> list[dict[str, str]]:
     return whole
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file of a checkpoint, onto the CPU.
-
-    Raises:
-        ValueError: naming the file, if it is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}); name an earlier checkpoint") from error
-
-
 def load_pipeline(model: str, device: str | torch.device | None = None, **options: Any) -> LatentDiTPipeline:
     """Load a pipeline from a run's folder, a checkpoint, a pipeline's folder or the Hub.
 
@@ -287,10 +273,15 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
 
     # Everything that can go wrong becomes one line: no such folder, no network, a damaged file, each with an exception
     # of its own.
+    problem = None if Path(model).exists() else hub_problem()
     try:
         folder = str(run.pipeline) if run.pipeline.is_dir() else model
-        pipeline = DiffusionPipeline.from_pretrained(folder, **options)
+        local = {"local_files_only": True} if problem else {}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **options, **local)
     except Exception as error:
+        if problem:
+            reason = f"not on this machine, and the Hub cannot be reached ({problem})"
+            raise ValueError(f"{model}: {reason}") from error
         raise ValueError(f"{model}: no pipeline could be loaded from there ({first_line(error)})") from error
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: expected a LatentDiTPipeline, got {type(pipeline).__name__}")
@@ -310,6 +301,11 @@ def check_model(model: str) -> None:
         raise ValueError(
             f"{model} is a latent cache, not a model: dit-hf train celeba --data.latents {model} trains one"
         )
+    if path.is_file():
+        raise ValueError(f"{model} is a file; a model is the folder of a run, a checkpoint or a pipeline, or a Hub id")
+    names = ("model_index.json", STATE, CONFIG, RunFolder(path).pipeline.name)
+    if path.is_dir() and not any((path / name).exists() for name in names):
+        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline")
     if path.exists():
         return
 
@@ -321,9 +317,8 @@ def check_model(model: str) -> None:
     if path.name.startswith("checkpoint-") and path.parent.is_dir():
         there = f"its checkpoints are {', '.join(checkpoints)}" if checkpoints else f"{path.parent} has no checkpoints"
     else:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, 1)
-        there = f"did you mean {path.parent / near[0]}?" if near else "a model on the Hub is OWNER/NAME"
+        near = nearest_folder(path)
+        there = f"did you mean {near}?" if near else "a model on the Hub is OWNER/NAME"
     raise ValueError(f"{model}: no such folder; {there}")
 
 
@@ -339,7 +334,7 @@ def checkpoint_pipeline(checkpoint: Path) -> LatentDiTPipeline:
     read_manifest(checkpoint, hashes=True)
     config, state = read_run_config(checkpoint.parent), read_state(checkpoint)
     transformer = LatentDiTTransformer2DModel(**state["transformer"]).eval()
-    transformer.load_state_dict(read_tensors(checkpoint / EMA_WEIGHTS))
+    transformer.load_state_dict(read_tensors(checkpoint / EMA_WEIGHTS, "name an earlier checkpoint"))
     return build_pipeline(config, _open_reader(config), transformer, state["normalization"])
 
 
@@ -358,7 +353,7 @@ def build_pipeline(
     pipeline = LatentDiTPipeline(
         transformer=transformer,
         scheduler=build_scheduler(config.objective),
-        vae=load_vae(str(Path(config.data.latents) / "vae"), transformer.device),
+        vae=load_cache_vae(config.data.latents, transformer.device),
         latents_mean=mean,
         latents_std=std,
         guidance_scale=config.train.guidance_scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import filecmp
 import hashlib
@@ -15,10 +16,16 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 MANIFEST = "manifest.json"
+# Bytes up to which the files of a manifest are always compared by content: it takes no time.
+SMALL_FILE = 2**20
+_OWN_SHA256 = "json_sha256"  # the key of the hash of a JSON file's other keys
 
 
 @contextlib.contextmanager
@@ -63,6 +70,16 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def check_link(folder: Path, place: str) -> None:
+    """Refuse a link that leads nowhere, or to itself, as a folder to write.
+
+    Raises:
+        FileExistsError: naming `place`, the option.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(f"{place} {folder} is a link that leads nowhere; name a new folder")
+
+
 def is_missing_or_empty(folder: Path) -> bool:
     """Check whether `folder` is missing or empty, so that `new_folder` replaces nothing."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -94,6 +111,11 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object atomically, with a hash of its content by which `read_json` notices any change."""
+    write_text(path, json.dumps({**content, _OWN_SHA256: hash_json(content)}, indent=2) + "\n")
+
+
 def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, **metadata: Any) -> None:
     """Write a JSON file with `metadata` and the size and SHA-256 of every file of `folder`.
 
@@ -103,42 +125,67 @@ def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, 
         skip: A subfolder whose files are not listed.
         metadata: Further keys of the manifest.
     """
+    # An earlier call may have been killed while it wrote the manifest.
+    (folder / f".{name}.partial").unlink(missing_ok=True)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).parts[0] not in (name, skip)
     }
-    write_text(folder / name, json.dumps({**metadata, "files": files}, indent=2) + "\n")
+    write_json(folder / name, {**metadata, "files": files})
 
 
 def read_manifest(
-    folder: Path, name: str = MANIFEST, hashes: bool = False, editable: Collection[str] = ()
+    folder: Path,
+    name: str = MANIFEST,
+    hashes: bool | str = False,
+    editable: Collection[str] = (),
+    remedy: str = "",
+    keys: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read what `write_manifest` wrote and compare the files with it.
 
     Args:
         folder: The folder that the manifest describes.
         name: File name of the manifest inside `folder`.
-        hashes: Compare the SHA-256 too, which reads every byte, and not the sizes alone.
+        hashes: Compare the SHA-256 of all files too, which reads every byte, or of those of a subfolder; without it
+            the sizes of large files alone are compared.
         editable: Files that are their owner's to change or delete, and are not compared.
+        remedy: What to do if something is damaged.
+        keys: Keys that the manifest must have.
 
     Raises:
-        ValueError: naming the file, if the manifest or a file is missing or differs.
+        ValueError: naming the file and `remedy`, if the manifest or a file is missing or differs.
     """
+    advice = f"; {remedy}" if remedy else ""
     try:
-        manifest = read_json(folder / name)
+        manifest = read_json(folder / name, keys=keys)
         files = [(file, int(entry["size"]), str(entry["sha256"])) for file, entry in manifest["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is incomplete: no readable {name}") from error
+        raise ValueError(f"{folder} is incomplete: no readable {name}{advice}") from error
     for file, size, digest in files:
         path = folder / file
         if file in editable:
             continue
         if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"{folder} is damaged: {file} is missing or has changed in size since it was written")
-        if hashes and sha256(path) != digest:
-            raise ValueError(f"{folder} is damaged: {file} has changed in content since it was written")
+            problem = "is missing or has changed in size since it was written"
+            raise ValueError(f"{folder} is damaged: {file} {problem}{advice}")
+        is_read = size <= SMALL_FILE or (file.startswith(f"{hashes}/") if isinstance(hashes, str) else hashes)
+        if is_read and sha256(path) != digest:
+            raise ValueError(f"{folder} is damaged: {file} has changed in content since it was written{advice}")
     return manifest
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from anywhere.
+
+    Raises:
+        ValueError: if it is not JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def read_json(path: Path, remedy: str = "", keys: Collection[str] = ()) -> dict[str, Any]:
@@ -154,15 +201,46 @@ def read_json(path: Path, remedy: str = "", keys: Collection[str] = ()) -> dict[
         OSError: if it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
+        digest = content.pop(_OWN_SHA256, None)
+        if digest not in (None, hash_json(content)):
+            raise ValueError("its content has changed since it was written")
         missing = [key for key in keys if key not in content]
         if missing:
             raise ValueError(f"no {', '.join(missing)}")
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 raise ValueErrors
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({first_line(error)}){f'; {remedy}' if remedy else ''}") from error
     return content
+
+
+def read_tensors(path: Path, remedy: str = "") -> dict[str, torch.Tensor]:
+    """Read a safetensors file of ours, onto the CPU.
+
+    Raises:
+        ValueError: naming the file and `remedy`, if it is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}){f'; {remedy}' if remedy else ''}") from error
+
+
+def read_arrays(path: Path, remedy: str = "") -> dict[str, np.ndarray]:
+    """Read a npz file of ours, whose checksums are compared.
+
+    Raises:
+        ValueError: naming the file and `remedy`, if it is damaged.
+        OSError: if it cannot be read.
+    """
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except OSError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib have an exception for each kind of damage
+        raise ValueError(f"{path} is damaged ({first_line(error)}){f'; {remedy}' if remedy else ''}") from error
 
 
 def remove_folder(folder: Path) -> None:
@@ -185,6 +263,13 @@ def sha256(path: Path) -> str:
 def same_content(one: Path, other: Path) -> bool:
     """Check whether two files have the same bytes."""
     return filecmp.cmp(one, other, shallow=False)
+
+
+def nearest_folder(path: Path) -> Path | None:
+    """Return the existing folder beside `path` whose name is most like its own, or None if none is like it."""
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    return path.parent / near[0] if near else None
 
 
 def hash_json(value: dict[str, Any]) -> str:

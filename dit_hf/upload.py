@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
@@ -15,7 +15,7 @@ from .storage import first_line
 
 # Waits before an upload is retried; files that the Hub already has are not sent again.
 RETRY_SECONDS = (2.0, 10.0, 30.0)
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 10.0
 
 
 def upload_folder(
@@ -50,7 +50,8 @@ def upload_folder(
         OSError: if the Hub cannot be reached, or the connection fails after several retries.
     """
     api = HfApi()
-    _check_answer(api, repo_id)
+    if problem := hub_problem():
+        raise OSError(f"{repo_id}: {api.endpoint} cannot be reached ({problem}); nothing was changed there")
 
     def attempt() -> str:
         url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
@@ -73,18 +74,17 @@ def upload_folder(
         return _with_retries(attempt)
 
 
-def _check_answer(api: HfApi, repo_id: str) -> None:
-    """Refuse a Hub that accepts connections and never answers, for which its client would wait without an end.
+def hub_problem() -> str | None:
+    """Return why the Hub cannot be reached, or None if it answers.
 
-    Raises:
-        OSError: if there is no answer within `ANSWER_SECONDS`.
+    It is asked once: huggingface_hub retries for 50 seconds, and waits without an end for a server that accepts
+    connections and never answers.
     """
     try:
-        get_session().head(api.endpoint, timeout=ANSWER_SECONDS)
-    except Exception as error:  # of the HTTP client that huggingface_hub's version uses
-        # The upload itself reports any other problem.
-        if "Timeout" in type(error).__name__:
-            raise OSError(f"{repo_id}: {api.endpoint} does not answer; call again when it does") from error
+        get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
+    except Exception as error:  # of the HTTP library, whose classes are not part of huggingface_hub's interface
+        return first_line(error)
+    return None
 
 
 def _with_retries(attempt: Callable[[], str]) -> str:

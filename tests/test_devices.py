@@ -1,6 +1,8 @@
 """Device, compiler and cores of this machine."""
 
 import os
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -9,7 +11,7 @@ from conftest import tiny_pipeline
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache
 
-from dit_hf.devices import available_cpus, compiler_problem, free_memory, memory_errors
+from dit_hf.devices import available_cpus, compiler_problem, free_memory, group_memory, memory_errors
 from dit_hf.runs import load_pipeline
 
 
@@ -59,3 +61,43 @@ def test_free_memory_is_below_the_machines():
     place, free = free_memory(torch.device("cpu"))
     assert place == "memory"
     assert 0 < free < psutil.virtual_memory().total
+
+
+def test_the_limits_of_control_groups_count(tmp_path):
+    """Of both versions, of groups further up, and without the files that the kernel keeps in free memory."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("4:cpu,cpuacct:/\n3:memory:/jobs/7\n0::/user/me\n")
+    for group, limit, used, in_use, cached in (
+        ("memory/jobs", "limit_in_bytes", "usage_in_bytes", 500, 100),
+        ("user/me", "max", "current", 700, 0),
+    ):
+        folder = tmp_path / "sys" / "fs" / "cgroup" / group
+        folder.mkdir(parents=True)
+        (folder / f"memory.{limit}").write_text("1000\n")
+        (folder / f"memory.{used}").write_text(f"{in_use}\n")
+        (folder / "memory.stat").write_text(f"anon 1\nactive_file {cached}\ninactive_file {cached}\n")
+    (tmp_path / "sys" / "fs" / "cgroup" / "memory.max").write_text("max\n")
+    assert sorted(group_memory(tmp_path)) == [(1000, 300), (1000, 700)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills what takes too much memory")
+def test_a_full_memory_is_an_error_before_linux_kills_the_process():
+    """Of many small allocations too, each of which would fit; the limit ends with the block."""
+    code = """
+import torch
+from dit_hf import devices
+devices.free_memory = lambda device: ("memory", 200 * 2**20)
+torch.zeros(2**26)  # before: as much again is fine
+kept = []
+try:
+    with devices.memory_errors("less helps"):
+        while len(kept) < 100:
+            kept.append(torch.zeros(2**22))  # 16 MiB
+except OSError as error:
+    print(len(kept), error)
+torch.zeros(2**28)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, message = done.stdout.split(" ", 1)
+    assert 5 < int(count) < 13
+    assert message.startswith("the memory is full; less helps (")

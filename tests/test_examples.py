@@ -4,7 +4,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import nbformat
+import pytest
 from diffusers import DiffusionPipeline
+from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -17,3 +20,21 @@ def test_a_training_loop_of_ones_own(latents, tmp_path, monkeypatch, capsys):
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
     image = pipeline({"Smiling": True}, num_inference_steps=2).images[0]
     assert image.size == (16, 16)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """In a kernel of its own, with fewer images and steps."""
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("num_images=8000", "num_images=120").replace("= 1500,", "= 4,")
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("image/png" in output["data"] for output in shown) == 3
+    assert (tmp_path / "quickstart" / "run" / "pipeline").is_dir()
+
+
+def test_the_notebook_is_kept_with_its_images_and_is_small():
+    path = EXAMPLES / "quickstart.ipynb"
+    assert path.read_text().count('"image/png"') == 3
+    assert path.stat().st_size < 500_000

@@ -25,6 +25,13 @@ def test_images_are_placed_row_by_row_with_captions_below(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
 
+def test_captions_have_accents():
+    """A letter that the font lacks would be the same box as any other that it lacks."""
+    image = Image.new("RGB", (80, 8), "white")
+    letters = [np.asarray(make_grid([image], 1, captions=[letter])) for letter in "éèñłőčЖΩ"]
+    assert len({letter.tobytes() for letter in letters}) == len(letters)
+
+
 def test_grids_beside_images_are_known_by_what_wrote_them(tmp_path):
     series, run, other = tmp_path / "series", tmp_path / "run", tmp_path / "other"
     (run / "samples").mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 import io
 
+import datasets
+
 from dit_hf import progress
 from dit_hf.progress import ProgressBar
 
@@ -45,3 +47,29 @@ def test_other_ranks_print_nothing(capsys):
         bar.report("loss 0.1")
         bar.write("a note")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_count_that_was_printed_with_figures_is_not_printed_again(capsys):
+    with ProgressBar(2, "training", "steps") as bar:
+        bar.update(2)
+        bar.report("loss 0.1")
+    assert capsys.readouterr().err == "training: 2 of 2 steps, loss 0.1\n"
+
+
+def test_the_bar_says_what_else_is_done(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    with ProgressBar(10, "training", "steps") as bar:
+        with bar.doing("validating"):
+            assert "validating:   0%" in screen.getvalue().rpartition("\r")[2]
+        assert "training:   0%" in screen.getvalue().rpartition("\r")[2]
+
+
+def test_libraries_draw_no_bars_without_a_terminal(monkeypatch):
+    for terminal in (True, False):
+        monkeypatch.setattr(progress, "_terminal", lambda terminal=terminal: terminal)
+        datasets.enable_progress_bars()
+        progress.quiet_libraries()
+        assert datasets.are_progress_bars_disabled() is not terminal
+    datasets.enable_progress_bars()

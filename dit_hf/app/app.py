@@ -24,11 +24,11 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
     try:
         from .about import about
         from .page import build_page, look
-        from .server import check_host, serve
+        from .server import check_address, serve
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; the app needs it: pip install gradio") from error
 
-    check_host(host)
+    check_address(host, port)
 
     # The page's title is a folder's name, without the path, or the Hub id.
     name = Path(model).absolute().name if Path(model).is_dir() else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -56,17 +57,27 @@ def serve(page: gr.Blocks, host: str, port: int | None, **look: Any) -> str:
     return url
 
 
-def check_host(host: str) -> None:
-    """Refuse an address of another machine, where gradio would try port after port.
+def check_address(host: str, port: int | None) -> None:
+    """Refuse an address of another machine, where gradio would try port after port, and a port that is taken.
 
     Raises:
-        ValueError: if this machine cannot listen at `host`.
+        ValueError: if this machine cannot listen at `host`, or `port` is none.
+        OSError: if the port is taken.
     """
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-            server.bind((host.strip("[]"), 0))
-    except OSError as error:
-        raise ValueError(f"host {host}: not an address of this machine ({error.strerror or error})") from None
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"port={port} must be between 1 and {2**16 - 1}")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+        server.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the server itself: one that just ended is gone
+        try:
+            server.bind((host.strip("[]"), port or 0))
+        except OSError as error:
+            reason = error.strerror or error
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                advice = "give another --port, or none for the first free one from 7860 on"
+                raise OSError(f"port {port}: {str(reason).lower()}; {advice}") from None
+            raise ValueError(f"host {host}: not an address of this machine ({reason})") from None
 
 
 class LocalRequests:

@@ -14,20 +14,26 @@ from .contents import Column, shortened
 
 MAX_CLASSES = 1000  # of a column that does not declare its classes and was not requested
 _YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
+# Columns of texts that tell what an image shows, in the field's data sets; other texts of many words are such too.
+_FREE_TEXT = {"caption", "captions", "text", "texts", "prompt", "prompts", "description", "descriptions"}
+_MAX_WORDS = 4  # of a class's name, on average
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
 # Not "001" and the like: these are names.
 _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
-def infer_condition(column: Column, requested: bool = False) -> tuple[list[int | None], Value | ClassLabel] | str:
+def infer_condition(
+    name: str, column: Column, requested: bool = False
+) -> tuple[list[int | None], Value | ClassLabel] | str:
     """Return a column as condition ids (None is missing) and their feature, or the reason why it is no condition.
 
     1 and 0, true and false, yes and no become int8 attributes (of CelebA's lists also 1 and -1). Names that appear at
     least twice on average become classes, in alphabetical order. Whole numbers are classes only if the source declares
-    them so or the column is requested; measurements never are.
+    them so or the column is requested; measurements never are. Captions are classes only if the column is requested.
 
     Args:
+        name: Name of the column.
         column: The column.
         requested: Whether the user named it as a condition.
     """
@@ -65,12 +71,19 @@ def infer_condition(column: Column, requested: bool = False) -> tuple[list[int |
         return _ids(column, texts, number_ids), feature
 
     # Names.
+    if not requested and not column.declared and _are_captions(name, distinct):
+        return f"{len(distinct):,} different texts (--conditions reads them as classes)"
     limit = len(column.values) // 2 if column.declared else min(MAX_CLASSES, len(column.values) // 2)
     if not requested and len(distinct) > limit:
         return f"{len(distinct):,} different texts in {len(column.values):,} rows"
     if len(distinct) == 1 and not requested and not column.declared:
         return f"always {distinct[0]}"
     return _ids(column, texts, {text: i for i, text in enumerate(distinct)}), ClassLabel(names=distinct)
+
+
+def _are_captions(name: str, texts: list[str]) -> bool:
+    """Check whether texts describe images, by the name of their column or by their number of words."""
+    return name.lower() in _FREE_TEXT or sum(len(text.split()) for text in texts) > _MAX_WORDS * len(texts)
 
 
 def _ids(column: Column, texts: dict[Any, str | None], ids: dict[str, int]) -> list[int | None]:

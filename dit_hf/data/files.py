@@ -22,6 +22,7 @@ UNREAD_SUFFIXES = tuple(suffix for suffix in (*HEIF_SUFFIXES, ".jxl") if suffix 
 CACHE_INFO = "latents.json"  # the file that makes a folder a latent cache
 # What other programs leave behind: thumbnails, recycle bins, halves of Macintosh files. Names in lower case.
 _SYSTEM_NAMES = {"@eadir", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini", "__macosx"}
+_MAX_DEPTH = 100
 _POINTER_BYTES = 200  # the pointers of git-lfs have some 130
 
 
@@ -155,6 +156,8 @@ def _walk(
                 skipped.grids.append(printable(prefix + entry.name))
             else:
                 yield f"{prefix}{entry.name}", entry
+        elif prefix.count("/") >= _MAX_DEPTH:
+            skipped.folders[f"{printable(prefix + entry.name)}/"] = f"more than {_MAX_DEPTH} folders deep"
         elif entry.name.startswith("__"):  # as in `datasets`
             skipped.folders[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
         else:

@@ -7,32 +7,30 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    Features,
     Image,
     Value,
     concatenate_datasets,
     get_dataset_config_names,
-    load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
-from ..storage import first_line, is_lfs_pointer
+from ..storage import nearest_folder
 from .celeba import CELEBA_LISTS
-from .contents import Column, Contents, SourceOptions, counted, short_names, shortened
-from .files import Skipped, walk
+from .contents import Column, Contents, SourceOptions, short_names
+from .files import CACHE_INFO, Skipped, walk
 from .metadata import METADATA
+from .shard_files import LOADERS, cause_of, load_shards, with_stored_classes
 from .splits import split_named
 from .stored_paths import drop_foreign_paths, own_folders
-from .webdataset import KEY, SHARD, VALUES, archive_columns, load_archives, read_folders_inside
+from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
 
 MAX_PREVIEWS = 10  # images that may lie beside shards without being another reading of the folder
-_LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 _BASE64_SIGNATURES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0", "SUkqA", "TU0AK")
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 
@@ -55,7 +53,7 @@ def holds_dataset(folder: Path, options: SourceOptions) -> bool:
             return False
         if suffix in IMAGE_SUFFIXES:
             num_images, first_image = num_images + 1, first_image or name
-        elif suffix in _LOADERS:
+        elif suffix in LOADERS:
             shards.append(name)
     if shards and num_images > MAX_PREVIEWS:
         raise ValueError(
@@ -133,18 +131,27 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
     """Load a source as its own splits, whatever their names."""
     path = Path(source)
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"source {source}: no such folder (a dataset on the Hub is spelled OWNER/NAME)")
-    if path.is_file() and path.suffix.lower() not in _LOADERS:
-        raise ValueError(f"source {source}: expected a {', '.join(_LOADERS)} file, or the folder of the images")
+        near = nearest_folder(path)
+        hint = f"did you mean {near}?" if near else "a dataset on the Hub is spelled OWNER/NAME"
+        raise FileNotFoundError(f"source {source}: no such folder; {hint}")
+    if (path / CACHE_INFO).is_file():
+        raise ValueError(
+            f"source {source} is a latent cache, whose images are encoded already: "
+            f"dit-hf train celeba --data.latents {source} trains on it"
+        )
+    if path.is_file() and path.suffix.lower() not in LOADERS:
+        raise ValueError(f"source {source}: expected a {', '.join(LOADERS)} file, or the folder of the images")
     if path.exists() and not _is_saved(path) and not _has_own_card(path):
-        return _load_shards(path, options, contents)
+        return load_shards(path, options, contents)
     try:
         if _is_saved(path):
             contents.kind = "saved dataset"
             loaded = load_from_disk(source)
         else:
             contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
-            loaded = load_dataset(source, options.dataset_config_name)
+            builder = load_dataset_builder(source, options.dataset_config_name)
+            builder.download_and_prepare()
+            loaded = with_stored_classes(builder.as_dataset(), builder.config.data_files or {})
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
         raise ValueError(f"source {source}: {_load_problem(source, error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
@@ -162,107 +169,11 @@ def _has_own_card(folder: Path) -> bool:
 
 
 def _load_problem(source: str, error: Exception) -> str:
-    reason = first_line(error)
+    reason = cause_of(error)
     # The text of an error of datasets 5.2, which lists the configurations as Python code.
     if reason == "Config name is missing":
         reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"
     return reason if Path(source).exists() else f"no such folder, and as a dataset on the Hub: {reason}"
-
-
-def _load_shards(path: Path, options: SourceOptions, contents: Contents) -> DatasetDict:
-    """Load the shards of a file or folder; of several kinds, webdataset archives count more than the tables beside."""
-    skipped = Skipped()
-    names = [""] if path.is_file() else [name for name, _ in walk(path, options, skipped)]
-    skipped.describe(contents)
-    by_suffix: dict[str, list[str]] = {}
-    for name in names:
-        by_suffix.setdefault(PurePosixPath(name or path.name).suffix.lower(), []).append(name)
-    suffix = next(kind for kind in (".tar", ".parquet", ".arrow") if kind in by_suffix)
-    contents.kind = {".tar": "webdataset", ".parquet": "parquet shards", ".arrow": "Arrow shards"}[suffix]
-    others = {kind or "without a suffix": len(files) for kind, files in by_suffix.items() if kind != suffix}
-    if others:
-        contents.unused["files"] = counted(others)
-    for name in by_suffix[suffix]:
-        if is_lfs_pointer(path / name):
-            raise ValueError(f"{path / name} is a pointer of git-lfs, not the shard: run git lfs pull")
-    files = _files_by_split(by_suffix[suffix], options, contents)
-    if suffix == ".tar":
-        archives = {split: [path / name for name in group] for split, group in files.items()}
-        return DatasetDict({split: load_archives(paths, options) for split, paths in archives.items()})
-    parts = {}
-    try:
-        # Each split for itself: `datasets` would read the classes of all splits by the names that the first one gives.
-        for split, group in files.items():
-            paths = [path / name for name in group]
-            _check_same_classes(paths)
-            parts[split] = load_dataset(_LOADERS[suffix], data_files={split: [*map(str, paths)]})[split]
-    except Exception as error:  # of many classes
-        raise ValueError(f"source {path}: {first_line(error)}") from error
-    return DatasetDict(parts)
-
-
-def _check_same_classes(paths: list[Path]) -> None:
-    """Refuse shards of one split that number their classes differently.
-
-    Raises:
-        ValueError: naming the shards and the column.
-    """
-    first: dict[str, tuple[list[str], Path]] = {}
-    known = set()
-    for path in paths:
-        if path.suffix.lower() == ".parquet":
-            schema = pq.read_schema(path)
-        else:
-            with pa.memory_map(str(path)) as file:
-                schema = pa.ipc.open_stream(file).schema
-        if (described := str(schema.metadata)) in known:  # cheaper than the features
-            continue
-        known.add(described)
-        for column, feature in Features.from_arrow_schema(schema).items():
-            if isinstance(feature, ClassLabel):
-                names, earlier = first.setdefault(column, (feature.names, path))
-                if names != feature.names:
-                    raise ValueError(f"{earlier.name} and {path.name} have different classes in column {column}")
-
-
-def _files_by_split(names: list[str], options: SourceOptions, contents: Contents) -> dict[str, list[str]]:
-    """Return the shards of each split, which their names or folders name; all are `train` if none does.
-
-    Raises:
-        ValueError: if only some of them name a split, or one names two, and no option says what they are.
-    """
-    named = {name: _split_of_path(name, options) for name in names}
-    if options.split_from == "none" or not any(named.values()):
-        return {"train": names}
-    unnamed = [name for name, split in named.items() if split is None]
-    if unnamed and options.split_from is None:
-        example = next(name for name, split in named.items() if split)
-        raise ValueError(
-            f"{example} is named like the {named[example]} split, {shortened(unnamed)} are named like none: "
-            "--split_from files reads the latter as training images, --split_from none all of them"
-        )
-    contents.split_origin = "by file name"
-    files: dict[str, list[str]] = {}
-    for name in names:
-        files.setdefault(named[name] or "train", []).append(name)
-    return {split: files[split] for split in ("train", "validation", "test") if split in files}
-
-
-def _split_of_path(name: str, options: SourceOptions) -> str | None:
-    """Return the split that a file's name or, from the inside, one of its folders names.
-
-    Raises:
-        ValueError: if the two name different splits, and no option chooses.
-    """
-    path = PurePosixPath(name)
-    by_name = split_named(path.stem)
-    by_folder = next((split for part in reversed(path.parts[:-1]) if (split := split_named(part))), None)
-    if by_name and by_folder and by_name != by_folder and options.split_from is None:
-        raise ValueError(
-            f"{name} is named like the {by_name} split and in a folder named like {by_folder}: --split_from files or "
-            "folders chooses"
-        )
-    return (by_folder or by_name) if options.split_from == "folders" else (by_name or by_folder)
 
 
 def _splits(loaded: DatasetDict, options: SourceOptions, contents: Contents) -> dict[str, Dataset]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from ..storage import parse_json
 
 DATASET_JSON = "dataset.json"
 IMAGENET_SOLUTION = "LOC_val_solution.csv"
@@ -51,7 +52,7 @@ def read_label_files(folder: Path, label_files: list[str], names: list[str]) -> 
 def _dataset_json(path: Path) -> list[tuple[str, Any]]:
     """Return path and label of each image; [] if the file says that there are no labels."""
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"))["labels"] or []
+        pairs = parse_json(path.read_text(encoding="utf-8"))["labels"] or []
         return [(str(PurePosixPath(name)), label) for name, label in pairs]
     except (ValueError, KeyError, TypeError) as error:
         expected = '{"labels": [[path, number], ...]}, as StyleGAN and EDM write it'

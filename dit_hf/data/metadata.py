@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from ..storage import first_line, is_lfs_pointer
+from ..storage import first_line, is_lfs_pointer, parse_json
 from .splits import split_named
 
 DELIMITERS = (",", ";", "\t")
@@ -54,6 +53,8 @@ def read_metadata(folder: Path, names: list[str], left_out: list[tuple[str, str]
             if not isinstance(file_name, str) or not file_name:
                 left_out.append((f"{name}:{number}", "a row without file_name"))
                 continue
+            if "\\" in file_name and not (folder / name).with_name(file_name).exists():  # written on Windows
+                file_name = file_name.replace("\\", "/")
             key = os.path.normpath(PurePosixPath(name).parent / file_name).replace(os.sep, "/")
             if files.setdefault(key, name) != name:
                 raise ValueError(
@@ -104,8 +105,8 @@ def _metadata_rows(path: Path, name: str, left_out: list[tuple[str, str]]) -> It
                 if not line.strip():
                     continue
                 try:
-                    parsed = json.loads(line)
-                except json.JSONDecodeError:
+                    parsed = parse_json(line)
+                except ValueError:
                     parsed = None
                 if isinstance(parsed, dict):
                     yield number, parsed

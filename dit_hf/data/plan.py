@@ -7,7 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
 
 from .conditions import describe_condition
 from .contents import Contents, shortened
@@ -27,6 +29,7 @@ class Plan:
         conditions: Kind, names and counts of each condition.
         counts: Number of images by split; all are `train` if there are no splits.
         left_out: Number of images and rows that cannot be used, by reason.
+        examples: The first of them, by reason.
     """
 
     name: str
@@ -34,22 +37,37 @@ class Plan:
     conditions: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def describe(self, rows: Dataset, left_out: list[tuple[str, str]]) -> None:
         """Count the rows by split and by the values of each condition, and what is left out by reason."""
+        has_image = _has_image(rows)
+        without = np.flatnonzero(~has_image)
+        if len(without):  # encoding leaves them out
+            left_out = left_out + [(image_id, "no image") for image_id in rows.select(without)["id"]]
+            rows = rows.select(np.flatnonzero(has_image))
         counts = Counter(rows["split"][:] if "split" in rows.column_names else {"train": len(rows)})
         self.counts = {split: counts[split] for split in ("train", "validation", "test") if counts[split]}
-        # Without the numbers of rows, which would make each reason another one. What does not exist but is listed in
-        # its folder is a link; the reason itself is part of a source's hash.
-        reasons = (re.sub(r"\b(row:?|line) \d+", r"\1 N", reason) for _, reason in left_out)
-        self.left_out = dict(Counter(reason.replace("No such file or directory", "broken link") for reason in reasons))
+        for image_id, reason in left_out:
+            self.examples.setdefault(_general(reason), image_id)
+        self.left_out = dict(Counter(_general(reason) for _, reason in left_out))
         features = rows.features  # copied by each access
         for name in rows.column_names:
             if name in ("id", "image", "split"):
                 continue
+            if isinstance(features[name], ClassLabel):
+                self._note_similar(name, features[name].names)
             origin = self.contents.columns[name].origin
             text = describe_condition(rows[name][:], features[name])
             self.conditions[name] = f"{text} ({origin})" if origin else text
+
+    def _note_similar(self, name: str, labels: list[str]) -> None:
+        """Note classes whose names differ only in case, spaces or hyphens, which may be meant as one."""
+        first: dict[str, str] = {}
+        pairs = [(other, label) for label in labels if (other := first.setdefault(_folded(label), label)) != label]
+        if pairs:
+            others = f" ({len(pairs):,} such pairs)" if len(pairs) > 1 else ""
+            self.contents.choices.append(f"{name}: {' and '.join(pairs[0])} are two classes{others}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole plan for `latents.json` and [`dit_hf.describe_source`]."""
@@ -83,14 +101,44 @@ class Plan:
         for what, reason in contents.unused.items():
             by_reason.setdefault(reason, []).append(what)
         notes = [_not_used(whats, reason) for reason, whats in by_reason.items()]
-        left_out = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
-        if left_out:
-            notes.append(f"  left out    {sum(self.left_out.values()):,} images or rows: {shortened(left_out)}")
+        if self.left_out:
+            notes.append(self._left_out_line())
         notes += [f"  note        {choice}" for choice in contents.choices]
         room = MAX_LINES - len(lines)
         if len(notes) > room:
             notes = [*notes[: room - 1], f"  …           {len(notes) - room + 1:,} more notes in latents.json"]
         return [_one_line(line) for line in lines + notes]
+
+    def _left_out_line(self) -> str:
+        """Return a line of what is left out by reason, with the first id of each if there is room for them."""
+        plain = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
+        named = [
+            f"{text} ({'first ' if self.left_out[reason] > 1 else ''}{self.examples[reason]})"
+            for text, reason in zip(plain, self.left_out, strict=True)
+        ]
+        start = f"  left out    {sum(self.left_out.values()):,} images or rows: "
+        line = start + shortened(named)
+        return line if len(line) <= _WIDTH else start + shortened(plain)
+
+
+def _has_image(rows: Dataset) -> np.ndarray:
+    """Return for each row whether it has an image, or the path of one."""
+    found = []
+    for batch in rows.select_columns("image").with_format("arrow").iter(10_000):
+        data, path = (pc.struct_field(batch["image"], name) for name in ("bytes", "path"))
+        found.append(pc.or_(pc.is_valid(data), pc.is_valid(path)).to_numpy())
+    return np.concatenate([*found, np.zeros(0, bool)])
+
+
+def _folded(label: str) -> str:
+    """Return a class's name without what may be spelled in several ways."""
+    return re.sub(r"[-_ ]+", " ", label.strip()).casefold()
+
+
+def _general(reason: str) -> str:
+    """Return a reason without the numbers of rows, which would make each one another."""
+    # What does not exist but is listed in its folder is a link; the reason itself is part of a source's hash.
+    return re.sub(r"\b(row:?|line) \d+", r"\1 N", reason).replace("No such file or directory", "broken link")
 
 
 def _not_used(whats: list[str], reason: str) -> str:

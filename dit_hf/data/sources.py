@@ -146,7 +146,7 @@ def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[
     # Conditions.
     for name, column in _wanted_columns(source, contents, options).items():
         requested = options.conditions is not None
-        condition = infer_condition(column, requested)
+        condition = infer_condition(name, column, requested)
         if not requested and column.origin != "folder" and _tells_splits_apart(name, column.values):
             condition = f"names splits, but only a column called split is read so (--conditions {name})"
         if isinstance(condition, str):

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, Value
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
-from ..storage import first_line
+from ..storage import first_line, parse_json
 from .contents import Column, Contents, SourceOptions, counted, short_names
 from .files import is_system_file
 from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name, splits_by_folder
@@ -119,7 +119,7 @@ def _add(
         sample.others.append(member.name.rpartition("/")[2])
     elif last == ".json":
         try:
-            values = json.loads(_content(archive, member))
+            values = parse_json(_content(archive, member))
         except ValueError as error:
             raise ValueError(f"{path}: {member.name} is not JSON: {error}") from error
         sample.values |= values if isinstance(values, dict) else {suffix: values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
+from ..progress import ProgressBar
 from ..sampling.generate import batches
 from ..storage import hash_json, new_file, write_text
 from .features import FeatureNet
@@ -47,18 +48,11 @@ def ranks() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def collect(
-    folder: Path,
-    net: FeatureNet,
-    read: Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]],
-    rows: Sequence[int],
-    batch_size: int,
-    identity: dict[str, Any],
-    title: str,
-) -> Collected:
-    """Extract the features of the images of `rows`; must be called on all ranks, which share the batches.
+@dataclass(frozen=True)
+class Extraction:
+    """The features of some images, extracted batch by batch and kept, so that a killed call is resumed.
 
-    Args:
+    Attributes:
         folder: Keeps one file for each finished batch, in a subfolder named by the hash of the identity.
         net: The feature network.
         read: Reads rows as images, uint8 [n, height, width, 3], and returns the rows read beside them, as some images
@@ -68,49 +62,92 @@ def collect(
         identity: Everything that decides the features, apart from network, batch size and number of images.
         title: Title of the progress bar.
     """
-    # The identity names the folder, so that other options never reuse these batches.
-    state = ranks()
-    identity = {**identity, "features": net.identity(), "batch_size": batch_size, "count": len(rows)}
-    folder = folder / hash_json(identity)[:12]
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
-    # The folder must exist before another rank writes to it.
-    state.wait_for_everyone()
 
-    # Extract this rank's unfinished batches.
-    own_batches = batches(len(rows), batch_size, state.process_index, state.num_processes)
-    missing = [batch for batch in own_batches if not _batch_file(folder, batch).is_file()]
-    total = sum(map(len, own_batches))
-    done = total - sum(map(len, missing))
-    hide_bar = not state.is_main_process or not missing
-    with tqdm(total=total, initial=done, desc=title, unit="images", disable=hide_bar) as bar:
-        for batch in missing:
-            images, rows_read = read([int(rows[index]) for index in batch])
-            features = net(images) if len(rows_read) else np.empty((0, net.dim), np.float32)
-            pixels_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
-            _save_batch(_batch_file(folder, batch), features, np.asarray(rows_read), pixels_sha256)
-            bar.update(len(batch))
+    folder: Path
+    net: FeatureNet
+    read: Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]]
+    rows: Sequence[int]
+    batch_size: int
+    identity: dict[str, Any]
+    title: str
 
-    # Every rank reads all batches, so each must wait for the others' files.
-    state.wait_for_everyone()
-    return _join_batches([_batch_file(folder, batch) for batch in batches(len(rows), batch_size)])
+    def missing(self) -> int:
+        """Return the number of images whose features no earlier call has extracted."""
+        return sum(map(len, self._unfinished(batches(len(self.rows), self.batch_size))))
 
+    def collect(self) -> Collected:
+        """Extract what is missing and return all features; must be called on all ranks, which share the batches."""
+        state, folder = ranks(), self._batch_folder
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / IDENTITY, json.dumps(self._whole_identity(), indent=2) + "\n")
+        # The folder must exist before another rank writes to it.
+        state.wait_for_everyone()
 
-def _batch_file(folder: Path, batch: range) -> Path:
-    return folder / f"from-{batch.start:08d}.safetensors"
+        # Extract this rank's unfinished batches.
+        own_batches = batches(len(self.rows), self.batch_size, state.process_index, state.num_processes)
+        missing = self._unfinished(own_batches)
+        total = sum(map(len, own_batches))
+        done = total - sum(map(len, missing))
+        shown = state.is_main_process and bool(missing)
+        with ProgressBar(total, self.title, "images", initial=done, shown=shown) as bar:
+            for batch in missing:
+                images, rows_read = self.read([int(self.rows[index]) for index in batch])
+                features = self.net(images) if len(rows_read) else np.empty((0, self.net.dim), np.float32)
+                pixels_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+                _save_batch(self._file(batch), features, np.asarray(rows_read), pixels_sha256)
+                bar.update(len(batch))
+
+        # Every rank reads all batches, so each must wait for the others' files.
+        state.wait_for_everyone()
+        return _join_batches([self._file(batch) for batch in batches(len(self.rows), self.batch_size)])
+
+    def _unfinished(self, all_batches: Sequence[range]) -> list[range]:
+        return [batch for batch in all_batches if _read_batch(self._file(batch)) is None]
+
+    def _whole_identity(self) -> dict[str, Any]:
+        size = {"batch_size": self.batch_size, "count": len(self.rows)}
+        return {**self.identity, "features": self.net.identity(), **size}
+
+    @functools.cached_property
+    def _batch_folder(self) -> Path:
+        # Named by the whole identity, so that other options never reuse these batches.
+        return self.folder / hash_json(self._whole_identity())[:12]
+
+    def _file(self, batch: range) -> Path:
+        return self._batch_folder / f"from-{batch.start:08d}.safetensors"
 
 
 def _save_batch(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> None:
+    rows = rows.astype(np.int64)
+    metadata = {"pixels_sha256": pixels_sha256, "sha256": _batch_sha256(features, rows, pixels_sha256)}
     with new_file(path) as partial:
-        save_file({"features": features, "rows": rows.astype(np.int64)}, partial, {"pixels_sha256": pixels_sha256})
+        save_file({"features": features, "rows": rows}, partial, metadata)
+
+
+def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray, str] | None:
+    """Return the features, rows and hash of the pixels of a batch; None if it is missing or damaged."""
+    try:
+        with safe_open(path, "numpy") as opened:
+            metadata = opened.metadata()
+            batch = opened.get_tensor("features"), opened.get_tensor("rows"), metadata["pixels_sha256"]
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None
+    # Batches of version 0.1.0 have no hash.
+    return batch if metadata.get("sha256") in (None, _batch_sha256(*batch)) else None
+
+
+def _batch_sha256(features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> str:
+    return hashlib.sha256(features.tobytes() + rows.tobytes() + pixels_sha256.encode()).hexdigest()
 
 
 def _join_batches(files: list[Path]) -> Collected:
     features, rows, pixels = [], [], hashlib.sha256()
     for file in files:
-        with safe_open(file, "numpy") as opened:
-            features.append(opened.get_tensor("features"))
-            rows.append(opened.get_tensor("rows"))
-            pixels.update(opened.metadata()["pixels_sha256"].encode())
+        batch = _read_batch(file)
+        if batch is None:  # its rank has just read or written it
+            raise ValueError(f"{file} was damaged or deleted while it was in use; evaluate again")
+        features.append(batch[0])
+        rows.append(batch[1])
+        pixels.update(batch[2].encode())
     return Collected(np.concatenate(features), np.concatenate(rows), pixels.hexdigest())

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 from ..devices import default_device
 from ..latents.vae import weights_sha256
 from ..storage import first_line
+from ..upload import hub_problem
 from .efficientnet import EfficientNetLite0
 from .inception import FIDInception
 
@@ -244,7 +246,8 @@ def _inception_network(path: Path, weights: str, dim: int) -> nn.Module:
         names = network.state_dict().keys()
         network.load_state_dict({name: state[name] for name in names if name in state})
     except Exception as error:  # damaged, no state dict, another network: torch has an exception for each
-        reason = first_line(error)
+        # torch's text for a file with anything but tensors advises to run it.
+        reason = "not a file of tensors alone" if isinstance(error, UnpicklingError) else first_line(error)
         raise ValueError(f"feature_weights {weights}: not the weights of FID's Inception-v3 ({reason})") from error
     return network
 
@@ -252,16 +255,24 @@ def _inception_network(path: Path, weights: str, dim: int) -> nn.Module:
 def _load_transformers(name: str, device: torch.device) -> FeatureNet:
     from transformers import AutoModel, ImageProcessingMixin
 
+    # On the Hub a model is OWNER/NAME.
+    expected = f"features {name}: expected {', '.join(VALID_NAMES[:-1])} or {VALID_NAMES[-1]}"
+    is_folder = Path(name).is_dir()
+    if not is_folder and name != "dinov2" and "/" not in name:
+        raise ValueError(expected)
+
     # Load the model and the settings of its image processor.
+    problem = None if is_folder else hub_problem()
     try:
         source = DINOV2 if name == "dinov2" else name
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        model, loading = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+        local = is_folder or problem is not None
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+        model, loading = AutoModel.from_pretrained(
+            source, output_loading_info=True, dtype=torch.float32, local_files_only=local
+        )
     except Exception as error:  # no such model, no network, no vision model: transformers has an exception for each
-        reason = first_line(error)
-        raise ValueError(
-            f"features={name} is none of {', '.join(VALID_NAMES)}, or cannot be loaded; not measured ({reason})"
-        ) from error
+        offline = f"it is not on this machine, and the Hub cannot be reached: {problem}"
+        raise ValueError(f"{expected}; not measured ({offline if problem else first_line(error)})") from error
     # A pooler that is missing in the checkpoint has random weights: use the first token instead.
     pooled = not any("pooler" in key for key in loading["missing_keys"])
     vision = getattr(model, "vision_model", model)  # the image half of a model like CLIP

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ..data.conditions import remap_class_ids
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
@@ -24,9 +23,10 @@ from ..storage import (
     new_folder,
     partial_folder,
     read_manifest,
+    read_tensors,
     write_manifest,
 )
-from .extract import Collected, collect, ranks
+from .extract import Collected, Extraction, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
 from .reference_images import ReferenceImages, check_left_out, open_reference_images
@@ -34,6 +34,7 @@ from .reference_images import ReferenceImages, check_left_out, open_reference_im
 INFO = "reference.json"
 STATISTICS = "statistics.safetensors"
 FORMAT_VERSION = 1
+_KEYS = ("format", "pictures", "features", "conditions", "asked")
 CONTENT = "content_sha256"  # the key of the hash of the images' bytes, from version 0.2.0 on
 
 
@@ -188,15 +189,15 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         # Features are collected beside the folder, so that it appears complete or not at all.
         parts = partial_folder(folder).with_name(f".{folder.name}.features")
         with disk_errors(place):
-            collected = collect(
+            collected = Extraction(
                 parts,
                 net,
                 images.read_intact,
                 range(images.count),
                 batch_size,
                 {"pictures": identity["pictures"]} | ({CONTENT: content} if content else {}),
-                "real images",
-            )
+                "reference",
+            ).collect()
             check_left_out(images, collected.rows)
             if state.is_main_process:
                 _write(folder, images, identity, collected, content)
@@ -226,21 +227,23 @@ def load_reference(folder: Path) -> Reference:
     Raises:
         ValueError: if it is damaged or of another format version.
     """
-    info = read_manifest(folder, INFO)
+    remedy = f"delete {folder} and compute it again"
+    info = read_manifest(folder, INFO, hashes=True, remedy=remedy, keys=_KEYS)
     if info["format"] != FORMAT_VERSION:
         raise ValueError(f"{folder}: expected statistics of format {FORMAT_VERSION}, got format {info['format']}")
-    tensors = load_file(folder / STATISTICS)
-    mean, covariance = (torch.from_numpy(tensors[name]) for name in ("mean", "covariance"))
-    features = tensors["features"]
+    tensors = read_tensors(folder / STATISTICS, remedy)
+    features = tensors["features"].numpy()
     # With few images the features themselves are the smaller factor of the covariance.
     few_images = len(features) <= features.shape[1]
     return Reference(
         info=info,
         features=features,
-        rows=tensors["rows"],
-        conditions={name: tensors[f"condition.{name}"] for name in info["conditions"]},
+        rows=tensors["rows"].numpy(),
+        conditions={name: tensors[f"condition.{name}"].numpy() for name in info["conditions"]},
         labels=info.get("condition_labels", {}),
-        gaussian=Gaussian.of(features) if few_images else Gaussian.of_statistics(mean, covariance, len(features)),
+        gaussian=Gaussian.of(features)
+        if few_images
+        else Gaussian.of_statistics(tensors["mean"], tensors["covariance"], len(features)),
     )
 
 

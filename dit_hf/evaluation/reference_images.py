@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from datasets import ClassLabel, Dataset
 
 from ..data.contents import SourceOptions
@@ -22,10 +21,10 @@ from ..data.files import CACHE_INFO
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..devices import available_cpus
-from ..latents.cache import content_sha256, open_latents, parse_identity
+from ..latents.cache import content_sha256, open_latents, parse_identity, read_cache_info
 from ..latents.reuse import read_image
 from ..latents.vae import VAE, decode, encode, load_vae
-from ..runs import RunFolder, find_run
+from ..runs import RunFolder, find_run, read_run_config
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,20 @@ class ReferenceImages:
         with ThreadPoolExecutor(available_cpus()) as pool:
             hashes = pool.map(_hash_image, (row["image"] for row in self.files))
             return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def spread(self, most: int) -> ReferenceImages:
+        """Return at most `most` of the images, evenly spread: a cache may be sorted by class."""
+        if self.count <= most:
+            return self
+        chosen = np.arange(most) * self.count // most
+        return dataclasses.replace(
+            self,
+            count=most,
+            summary={**self.summary, "pictures": most, "spread_over": self.count},
+            conditions={name: np.array(ids)[chosen].tolist() for name, ids in self.conditions.items()},
+            read=lambda rows: self.read(chosen[np.array(rows)].tolist()),
+            files=self.files.select(chosen) if self.files is not None else None,
+        )
 
     def read_intact(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read those of `rows` that are not broken.
@@ -126,28 +139,31 @@ def open_reference_images(
     return ReferenceImages(len(rows), summary, conditions, labels, read, files)
 
 
-def open_training_images(model: str, resolution: str, options: SourceOptions) -> ReferenceImages:
+def open_training_images(model: str, resolution: str, options: SourceOptions, most: int) -> ReferenceImages:
     """Open the images that a run was trained on, from the latent cache that its recipe names.
 
     Args:
         model: The run's folder, or that of its pipeline or of a checkpoint.
         resolution: `HxW` pixels, of avatars only.
         options: `split` and `num_images` choose the first so many images of a split, by default of the training split.
+        most: How many images to take without `num_images`, evenly spread over all.
 
     Raises:
         ValueError: if there is no such cache.
     """
-    config = RunFolder(find_run(model) or Path(model)).config
-    cache = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["latents"]) if config.is_file() else None
+    run = find_run(model) or Path(model)
+    cache = Path(read_run_config(run).data.latents) if RunFolder(run).config.is_file() else None
     if cache is None or not (cache / CACHE_INFO).is_file():
         raise ValueError(f"{model}: its training images are not here; give --reference a source or statistics")
-    settings = open_latents(cache)[1]["settings"]
+    settings = read_cache_info(cache)["settings"]
     # Avatars can be rendered again; of any other source only the decoded latents are certain to be at hand.
     if settings["source"] == AVATARS:
         count = options.num_images or settings["num_images"]
         avatars = dataclasses.replace(options, num_images=count, seed=settings["seed"])
-        return open_reference_images(AVATARS, resolution, options=avatars)
-    return _open_decoded(str(cache), options.split or "train", options.num_images)
+        images = open_reference_images(AVATARS, resolution, options=avatars)
+    else:
+        images = _open_decoded(str(cache), options.split or "train", options.num_images)
+    return images if options.num_images else images.spread(most)
 
 
 def reconstruction_reader(images: ReferenceImages, vae: VAE) -> Callable[[Sequence[int]], np.ndarray]:
@@ -180,7 +196,7 @@ def check_left_out(images: ReferenceImages, rows: np.ndarray) -> None:
 
 def _open_decoded(folder: str, split: str | None, num_images: int | None) -> ReferenceImages:
     """Open the latents of a cache as images, decoded with the cache's own VAE."""
-    cache, info = open_latents(folder)
+    cache, info = open_latents(folder, hashes=True)
     selected = np.array(cache["split"][:]) == split if split else np.ones(len(cache), bool)
     rows = cache.select(np.flatnonzero(selected)[:num_images])
     if not len(rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..runs import EVALUATION_PLOT, EVALUATION_REPORT, SETTINGS_PLOT
-from ..storage import new_file, write_text
+from ..storage import new_file, write_json, write_text
 from .memorization import Neighbours
 
+REPORT = "evaluation.md"
 NOT_MEASURED = "not measured"
 _MODEL, _VAE, _REAL = "#2b6cb0", "#c05621", "#4a5568"
 
@@ -43,17 +43,22 @@ def write_report(folder: Path, report: dict[str, Any], neighbours: Neighbours) -
         report: Content of `evaluation.json`.
         neighbours: Distances of samples and real images, for the plot.
     """
-    write_text(folder / "evaluation.md", markdown(report))
+    write_text(folder / REPORT, markdown(report))
     _save(plot_figures(report, neighbours), folder / EVALUATION_PLOT)
     # A plot of an earlier call with several settings would not belong to this report.
     (folder / SETTINGS_PLOT).unlink(missing_ok=True)
     if len(report["settings"]) > 1:
         _save(plot_settings(report), folder / SETTINGS_PLOT)
-    write_text(folder / EVALUATION_REPORT, json.dumps(report, indent=2) + "\n")
+    write_json(folder / EVALUATION_REPORT, report)
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report as Markdown: the model beside its two floors, attributes, settings, and the protocol."""
+    """Return the report as Markdown: the figures, and the protocol."""
+    return "\n".join([table(report), "", "## Protocol", "", *_protocol_table(report), ""])
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures as Markdown: the model beside its two floors, attributes and settings."""
     lines = [
         f"# {report['model']['name']}: {report['name']} {_with_error(report['figures'])}",
         "",
@@ -62,13 +67,19 @@ def markdown(report: dict[str, Any]) -> str:
         f"± is 1.96 standard errors. {report['bias']}",
         "",
         _memorization_sentence(report["memorisation"]),
-        "",
     ]
     if report["attributes"]:
-        lines += [_attributes_sentence(report["attributes"]), ""]
+        lines += ["", _attributes_sentence(report["attributes"])]
     if len(report["settings"]) > 1:
-        lines += [*_settings_table(report["settings"]), ""]
-    return "\n".join([*lines, "## Protocol", "", *_protocol_table(report), ""])
+        lines += ["", *_settings_table(report["settings"])]
+    return "\n".join(lines)
+
+
+def headline(report: dict[str, Any]) -> str:
+    """Return the figure and its floor in one line."""
+    floors = {"the VAE's reconstructions": report["floor"]["vae"], "real images": report["floor"]["real"]}
+    measured = [f"{f['frechet_distance']:.4g} ({name})" for name, f in floors.items() if "frechet_distance" in f]
+    return f"{report['name']} {_with_error(report['figures'])}, floor {', '.join(measured)}"
 
 
 def _figures_table(report: dict[str, Any]) -> list[str]:
@@ -199,7 +210,8 @@ def plot_settings(report: dict[str, Any]) -> Figure:
 def _with_error(column: dict[str, Any]) -> str:
     if "frechet_distance" not in column:
         return f"{NOT_MEASURED} ({column['reason']})"
-    return f"{column['frechet_distance']:.4g} ± {1.96 * column['standard_error']:.2g}"
+    error = float(f"{1.96 * column['standard_error']:.2g}")  # two digits, and no exponent
+    return f"{column['frechet_distance']:.4g} ± {error:g}"
 
 
 def _number(column: dict[str, Any], name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -15,10 +16,17 @@ from ..latents.vae import weights_sha256
 from ..pipelines.attributes import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder
-from ..storage import shipped_file, write_text
+from ..storage import read_json, shipped_file, write_text
 
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
+# What is read of the report of an evaluation.
+_REPORT = {
+    "model": {"name", "transformer_sha256"},
+    "protocol": {"dtype", "features", "guidance_scale", "num_inference_steps", "reference", "seed"},
+    "figures": {"frechet_distance", "kid", "num_samples", "precision", "recall"},
+    "floor": {"real", "vae"},
+}
 CELEBA = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 
 
@@ -55,7 +63,9 @@ def write_card(
         "example": _literal(example_attributes(pipeline)),
         "guidance_scale": pipeline.config.guidance_scale,
         "training": training,
-        "results": [(r.metric_name or r.metric_type, r.metric_value, _protocol(r)) for r in results],
+        "results": [(result.metric_name or result.metric_type, result.metric_value) for result in results],
+        "protocol": _protocol(results[0]) if results else None,
+        **_project(),
         "celeba": CELEBA if is_celeba(training) else None,
         "avatars": training.get("source") == AVATARS,
         # The template tests these, so they must be defined.
@@ -147,12 +157,26 @@ def eval_results(report: Path, pipeline: LatentDiTPipeline) -> list[EvalResult]:
     """Return the `model-index` entries of a report, or none if it is missing or belongs to other weights."""
     if not report.is_file():
         return []
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = read_report(report)
     # A model that was evaluated in half precision is compared in half precision.
     dtype = getattr(torch, content["protocol"]["dtype"])
     if content["model"]["transformer_sha256"] != weights_sha256(pipeline.transformer, dtype):
         return []
     return model_index(content)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read the report of an evaluation.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    remedy = "delete it, or evaluate again"
+    report = read_json(path, remedy, keys=("name", "attributes", *_REPORT))
+    for section, keys in _REPORT.items():
+        if not isinstance(report[section], dict) or not keys <= report[section].keys():
+            raise ValueError(f"{path} is damaged (no {section} with {', '.join(sorted(keys))}); {remedy}")
+    return report
 
 
 def is_celeba(training: dict[str, Any]) -> bool:
@@ -179,6 +203,17 @@ def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]
     return {}
 
 
+def _project() -> dict[str, str]:
+    """Return dit_hf as a link and the command that installs it, by the address in its metadata if it has one."""
+    urls = importlib.metadata.metadata("dit_hf").get_all("Project-URL") or []
+    address = next(
+        (url.partition(", ")[2] for url in urls if url.lower().startswith(("repository,", "source,"))), None
+    )
+    if address is None:
+        return {"project": "dit_hf", "install": "in a clone of it: `pip install .`"}
+    return {"project": f"[dit_hf]({address})", "install": f"`pip install git+{address}`"}
+
+
 def _literal(attributes: dict[str, AttributeValue]) -> str:
     """Return attributes as Python code; '' if there are none."""
     items = [f"{json.dumps(k)}: {json.dumps(v) if isinstance(v, str) else v}" for k, v in attributes.items()]
@@ -186,7 +221,7 @@ def _literal(attributes: dict[str, AttributeValue]) -> str:
 
 
 def _protocol(result: EvalResult) -> str:
-    """Return the protocol of a figure in one line."""
+    """Return the protocol of a figure, which is that of all, in one line."""
     args = dict(result.metric_args or {})
     floor = {f"floor ({name})": value and f"{value:.4g}" for name, value in args.pop("floor", {}).items()}
     reference = args.pop("reference_sha256", None)

@@ -18,6 +18,7 @@ from ..config import PRESETS
 from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
+from ..runs import CONFIG
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
 
@@ -228,6 +229,12 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
         other = DiffusionPipeline.from_pretrained(source)
         labels = DiffusionPipeline.load_config(source).get("id2label") or {}
     except Exception as error:  # no such folder, no network, a damaged file: each has its own exception
+        if (Path(source) / CONFIG).is_file():
+            raise ValueError(f"{source} is a run of dit_hf already, not a DiT of another project") from error
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: a folder without model_index.json, which a diffusers pipeline has") from error
+        if "/" not in source or Path(source).suffix in (".pt", ".safetensors"):
+            raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME") from error
         reason = first_line(error)
         raise ValueError(f"{source}: not a file, and no pipeline could be loaded from there ({reason})") from error
     if not isinstance(other, DiTPipeline):
@@ -343,7 +350,8 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = first_line(error)
+        # torch's text for a file with anything but tensors advises to run it.
+        reason = "not a file of tensors alone" if isinstance(error, UnpicklingError) else first_line(error)
         raise ValueError(f"{path}: no weights can be read from it ({reason})") from error
     weights: Any = content if isinstance(content, dict) else {}
     for name in ("ema", "model"):

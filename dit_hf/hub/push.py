@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -37,9 +37,9 @@ from ..runs import (
     load_pipeline,
 )
 from ..sampling.generate import generate_images
-from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_text
+from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_json, write_text
 from ..upload import upload_folder
-from .card import example_attributes, write_card
+from .card import example_attributes, read_report, write_card
 from .to_diffusers import BuiltinExport, to_builtin
 
 GRID_SIZE = 8
@@ -99,6 +99,8 @@ def push(
         raise ValueError("where to? Name a repository (dit-hf push MODEL OWNER/NAME) or a folder (--output_dir)")
     if attributes is not None and not builtin:
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
+    if not re.fullmatch(r"\d+ *[KMGT]B", max_shard_size.upper()):
+        raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as 500MB or 5GB")
     folder = Path(output_dir) if output_dir is not None else None
 
     with contextlib.ExitStack() as stack:
@@ -158,7 +160,7 @@ def write_repository(
     run = find_run(model)
     training = training if training is not None else exported_summary(run or _metadata_folder(model))
     if training:
-        write_text(folder / EXPORT, json.dumps({"training": training}, indent=2) + "\n")
+        write_json(folder / EXPORT, {"training": training})
         # Log, image grid and figures describe the run's last step, not an earlier checkpoint.
         if run is not None and not is_checkpoint(model):
             card_options |= _copy_run(run, folder)
@@ -220,8 +222,8 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
             shutil.copyfile(path, RunFolder(folder).evaluation / name)
     report = RunFolder(folder).evaluation / EVALUATION_REPORT
     if report.is_file():
-        content = without_paths(read_json(report, "delete it, or evaluate again"))
-        write_text(report, json.dumps(content, indent=2) + "\n")
+        content = without_paths(read_report(report))
+        write_json(report, content)
     return {option: _CARD_IMAGES[option] for option in images}
 
 
@@ -278,8 +280,8 @@ def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | No
         return
     name = "transformer/config.json"
     if name in files:
-        remote = json.loads(Path(api.hf_hub_download(repo_id, name, revision=revision)).read_text(encoding="utf-8"))
-        local = json.loads((folder / name).read_text(encoding="utf-8"))
+        remote = read_json(Path(api.hf_hub_download(repo_id, name, revision=revision)))
+        local = read_json(folder / name)
         # The same model saved by another version of diffusers is the same model.
         if {**remote, "_diffusers_version": None} == {**local, "_diffusers_version": None}:
             return

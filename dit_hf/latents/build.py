@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from ..storage import (
     locked,
     partial_folder,
     put_in_place,
-    read_manifest,
-    write_text,
+    read_json,
+    write_json,
 )
 from .cache import (
     EARLIER_FORMAT,
@@ -30,6 +30,7 @@ from .cache import (
     finished_identity,
     format_identity,
     parse_identity,
+    read_cache_info,
 )
 from .encode import ShardEncoder, encode_in_processes
 from .finish import finish
@@ -41,13 +42,14 @@ from .vae import latent_shape
 PATCH_SIZE = 2  # of every preset: latents that it does not divide could not be trained on
 
 
-def is_finished(final: Path, spec: CacheSpec, job: Job) -> bool:
-    """Check whether `final` holds the finished cache of the same images.
+def is_finished(final: Path, spec: CacheSpec, job: Job, verify: bool) -> bool:
+    """Check whether `final` holds the finished cache of the same images, whose every byte is compared with `verify`.
 
     Raises:
         FileExistsError: if it holds another cache, or something else.
+        ValueError: if it is damaged.
     """
-    before, place = finished_identity(final), f"output_dir {final}"
+    before, place = finished_identity(final, verify), f"output_dir {final}"
     if before is None:
         return False
     version = _known_format(before, place)
@@ -129,9 +131,12 @@ def build(final: Path, spec: CacheSpec, num_proc: int, state: PartialState) -> N
 
 
 def _holds_latents(partial: Path) -> bool:
-    """Check whether an unfinished cache holds any image."""
+    """Check whether an unfinished cache holds any image, or may."""
     notes = [path for path in partial.glob("building/*.json") if path.stem.isdigit()]
-    return (partial / CACHE_INFO).is_file() or any(json.loads(path.read_text())["count"] for path in notes)
+    try:
+        return (partial / CACHE_INFO).is_file() or any(read_json(path).get("count") for path in notes)
+    except ValueError:
+        return True
 
 
 def _encode(final: Path, job: Job, spec: CacheSpec, shards: list[int], num_proc: int, state: PartialState) -> None:
@@ -157,22 +162,23 @@ def _open_partial(partial: Path, final: Path, spec: CacheSpec) -> None:
     """
     begun = partial / "building" / "identity.json"
     if (partial / CACHE_INFO).is_file():  # complete: it was interrupted before it was put in place
-        _compare_partial(parse_identity(read_manifest(partial, CACHE_INFO)["identity"]), partial, spec)
+        _compare_partial(parse_identity(read_cache_info(partial, hashes=True)["identity"]), partial, spec)
         return
     if begun.is_file():
-        _compare_partial(parse_identity(json.loads(begun.read_text(encoding="utf-8"))), partial, spec)
+        identity = read_json(begun, f"delete {partial} to encode all images again")
+        _compare_partial(parse_identity(identity), partial, spec)
 
     # Only what belongs to finished shards (.json, .npy) and the lock survive; files of `write_text` begin with a dot.
     for path in (partial / "building").iterdir():
         if path.suffix not in (".json", ".npy", "") or path.name.startswith("."):
             path.unlink()
 
-    # identity.json comes last: once it is there, the VAE beside it is complete.
+    # Each time, because what an interrupted call left may be damaged; processes that encode read it.
+    spec.vae.save_pretrained(partial / "vae")
     if not begun.is_file():
         if (final / CACHE_INFO).is_file():
             _take_over(final, plan_job(partial, spec))
-        spec.vae.save_pretrained(partial / "vae")
-        write_text(begun, json.dumps(format_identity(spec.identity)))
+        write_json(begun, format_identity(spec.identity))
         if (final / CACHE_INFO).is_file():
             _compare_partial(spec.identity, partial, spec)
 
@@ -189,7 +195,7 @@ def _take_over(final: Path, job: Job) -> None:
         except OSError:  # the file system has no links
             shutil.copy2(final / job.file_name(shard), job.path(shard))
         np.save(job.stamps_path(shard), stamps[job.rows_of(shard).start : job.rows_of(shard).stop])
-        write_text(job.notes_path(shard), json.dumps(notes[shard].__dict__))
+        write_json(job.notes_path(shard), asdict(notes[shard]))
 
 
 def _compare_partial(before: dict[str, Any], partial: Path, spec: CacheSpec) -> None:
@@ -203,10 +209,10 @@ def _compare_partial(before: dict[str, Any], partial: Path, spec: CacheSpec) -> 
     if version == EARLIER_FORMAT or (partial / CACHE_INFO).is_file():
         return
     job = plan_job(partial, spec)
+    job.forget_damaged()
+    unfinished = job.unfinished()
     shards: dict[int, np.ndarray | None] = {
-        shard: np.load(job.stamps_path(shard))
-        for shard in range(job.num_shards)
-        if job.notes_path(shard).is_file() and job.path(shard).is_file()
+        shard: job.stamps(shard) for shard in range(job.num_shards) if shard not in unfinished
     }
     compared = compare_images(spec.source.rows, job, partial, shards)
     _check_unchanged(compared, len(spec.source.rows), str(partial), "an unfinished cache")
@@ -245,7 +251,7 @@ def plan_job(folder: Path, spec: CacheSpec) -> Job:
 def _begun_format(folder: Path) -> int:
     """Return the format of the unfinished cache in `folder`, or the newest if none was begun."""
     with contextlib.suppress(OSError, ValueError):
-        begun = json.loads((folder / "building" / "identity.json").read_text(encoding="utf-8"))
+        begun = read_json(folder / "building" / "identity.json")
         if begun.get("format") == EARLIER_FORMAT:
             return EARLIER_FORMAT
     return FORMAT_VERSION

@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, load_from_disk
+import torch
+from datasets import Dataset
 
 from ..data.files import CACHE_INFO
 from ..data.sources import Source
@@ -19,9 +20,11 @@ from ..data.transforms import DECODING_VERSION, Geometry
 from ..storage import folder_taken, is_missing_or_empty, read_manifest
 from ..upload import upload_folder
 from .reuse import SOURCE_FILES
-from .vae import VAE, weights_sha256
+from .shards import load_rows
+from .vae import VAE, load_vae, weights_sha256
 
-CARD = "README.md"  # its owner's to edit
+EDITABLE = ("README.md", "left_out.csv", "reconstructions.png")  # the owner's to change: nothing reads them
+_KEYS = ("identity", "settings", "latent_shape", "conditions", "condition_labels", "statistics", "vae_sha256")
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
 # Format 2 spells parts of the identity as text; a name may itself hold commas, parentheses and line breaks.
@@ -30,36 +33,48 @@ _VAE_TEXT = re.compile(r"(?P<name>.*) \((?P<sha256>\w+)\)", re.DOTALL)
 _RESOLUTION_TEXT = re.compile(r"(?P<height>\d+)x(?P<width>\d+)")
 
 
-def read_cache_info(folder: str | Path) -> dict[str, Any]:
+def read_cache_info(folder: str | Path, hashes: bool | str = False) -> dict[str, Any]:
     """Return the content of a cache's `latents.json`; [`parse_identity`] reads the identity in it.
 
+    Args:
+        folder: The cache.
+        hashes: Which large files are compared by content, see [`read_manifest`]; the others are by their sizes.
+
     Raises:
-        ValueError: if the folder is not a latent cache, is incomplete, or has another format.
+        ValueError: if the folder is not a latent cache, is incomplete or damaged, or has another format.
     """
     folder = Path(folder)
     if not (folder / CACHE_INFO).is_file():
-        here = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        raise ValueError(
-            f"{folder} is not a latent cache (no {CACHE_INFO}{here}); make one with dit-hf prepare-latents"
-        )
-    info = read_manifest(folder, CACHE_INFO, editable=[CARD])
+        there = f"no {CACHE_INFO} in it" if folder.is_dir() else f"no such folder in {Path.cwd()}"
+        raise ValueError(f"{folder} is not a latent cache ({there}); make one with dit-hf prepare-latents")
+    info = read_manifest(folder, CACHE_INFO, hashes, EDITABLE, f"delete {folder} and make it again", _KEYS)
     version = info["identity"]["format"]
     if version not in (EARLIER_FORMAT, FORMAT_VERSION):
         raise ValueError(f"{folder}: expected a latent cache of format {FORMAT_VERSION}, got format {version}")
     return info
 
 
-def open_latents(folder: str | Path) -> tuple[Dataset, dict[str, Any]]:
-    """Open a latent cache.
+def load_cache_vae(folder: str | Path, device: str | torch.device | None = None) -> VAE:
+    """Load the VAE of a latent cache, in float32.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    read_cache_info(folder, hashes="vae")
+    return load_vae(str(Path(folder) / "vae"), device)
+
+
+def open_latents(folder: str | Path, hashes: bool | str = False) -> tuple[Dataset, dict[str, Any]]:
+    """Open a latent cache; see [`read_cache_info`] for the arguments.
 
     Returns:
         The rows, memory-mapped, and what [`read_cache_info`] returns.
 
     Raises:
-        ValueError: if the folder is not a latent cache, is incomplete, or has another format.
+        ValueError: if the folder is not a latent cache, is incomplete or damaged, or has another format.
     """
-    info = read_cache_info(folder)
-    return load_from_disk(str(folder)), info
+    info = read_cache_info(folder, hashes)
+    return load_rows(Path(folder)), info
 
 
 def content_sha256(info: dict[str, Any]) -> str:
@@ -74,7 +89,7 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
         ValueError: if the folder is not a complete cache, or the Hub refuses it, with the reason.
         OSError: if the Hub cannot be reached.
     """
-    read_cache_info(folder)
+    read_cache_info(folder, hashes=True)
     try:
         url = upload_folder(
             folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=[SOURCE_FILES]
@@ -202,17 +217,22 @@ def _parse(pattern: re.Pattern[str], name: str, written: dict[str, Any]) -> dict
     return match.groupdict()
 
 
-def finished_identity(folder: Path) -> dict[str, Any] | None:
+def finished_identity(folder: Path, verify: bool) -> dict[str, Any] | None:
     """Return the identity of the finished cache in `folder`; None if there is nothing.
+
+    Args:
+        folder: Where a cache is to be made.
+        verify: Compare the hashes of all files with those that were recorded.
 
     Raises:
         FileExistsError: if it holds something else.
+        ValueError: if it is damaged.
     """
     if is_missing_or_empty(folder):
         return None
     if not (folder / CACHE_INFO).is_file():
         raise FileExistsError(folder_taken(f"output_dir {folder}", missing=CACHE_INFO))
-    return parse_identity(read_manifest(folder, CACHE_INFO, editable=[CARD]).get("identity", {}))
+    return parse_identity(read_cache_info(folder, hashes=verify)["identity"])
 
 
 def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str, contents: str) -> None:
@@ -228,7 +248,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
         FileExistsError: listing every entry that differs, before and now.
     """
     differences = [
-        f"{name} {_describe(before.get(name))}, now {_describe(value)}"
+        f"{name} was {_describe(before.get(name))} and is {_describe(value)}"
         for name, value in now.items()
         if name != "labels" and _comparable(before.get(name)) != _comparable(value)
     ]
@@ -240,7 +260,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
         named = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
         differences = [f"other labels ({named}: values or names of classes have changed since)"]
     if differences:
-        raise FileExistsError(folder_taken(place, f"holds {contents} of {'; '.join(differences)}"))
+        raise FileExistsError(folder_taken(place, f"holds {contents} of other settings: {'; '.join(differences)}"))
 
 
 def _comparable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.transforms import decode_image
 from ..image_grid import make_grid, save_grid
-from .shards import Job
+from .shards import Job, load_rows
 from .vae import VAE, decode
 
 GRID_IMAGES = 16
@@ -26,6 +26,15 @@ def quality(psnr: float) -> str:
     """Return how good reconstructions of this PSNR in dB are, with what follows from poor ones."""
     word = next((word for least, word in QUALITY.items() if psnr >= least), "poor")
     return word if word != "poor" else "poor: a model trained on these latents cannot generate better images than this"
+
+
+def describe_copies(info: dict[str, Any]) -> list[str]:
+    """Return a sentence for each held-out split that holds training images; caches of earlier versions have none."""
+    return [
+        f"{found['count']:,} of {info['counts'][split]:,} {split} images are training images too, by content (first "
+        f"{found['first'][0]} is {found['first'][1]}): what is measured on them is too good"
+        for split, found in info.get("copies", {}).items()
+    ]
 
 
 def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
@@ -76,11 +85,14 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     """
     settings, counts = info["settings"], info["counts"]
     channels, height, width = info["latent_shape"]
-    columns = [name for name in Dataset.load_from_disk(str(folder)).column_names if name.startswith("latent_")]
+    columns = [name for name in load_rows(folder).column_names if name.startswith("latent_")]
     size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
     reasons = Counter(reason for _, reason in left_out).most_common(10)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    # The size that was raced on such latents.
+    recipe = "celeba" if height * width >= 32 * 32 else "avatars"
     word, source = quality(info["psnr"]), "\n".join(plan)
+    copies = "".join(f"\n| copies | {sentence} |" for sentence in describe_copies(info))
     text = f"""---
 tags:
 - dit_hf
@@ -97,7 +109,7 @@ configs:
 | | |
 |---|---|
 | images | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
-| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |
+| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |{copies}
 | geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
 | VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the grid, {word} |
 | latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |
@@ -123,7 +135,7 @@ latents = load_from_disk("latents")  # this folder
 
 ```sh
 hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
-dit-hf train --config recipes/celeba.yaml --data.latents latents
+dit-hf train {recipe} --data.latents latents --train.output_dir runs/mine
 ```
 
 Made by `dit-hf prepare-latents`. The terms of use of the images are those of their source.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -27,7 +26,7 @@ from datasets import Dataset
 from ..data.splits import is_held_out
 from ..data.transforms import decode_image
 from ..devices import available_cpus
-from ..storage import sha256, sync, write_text
+from ..storage import sha256, sync, write_json
 from .reuse import NO_STAMP, Stamp, read_image
 from .shards import IMAGE_SHA256, Job, ShardNotes, ShardWriter, latent_array
 from .vae import VAE, encode, load_vae
@@ -105,7 +104,7 @@ class ShardEncoder:
         np.save(job.stamps_path(shard), np.array(stamps, np.int64).reshape(-1, 3))
         sync(job.stamps_path(shard))
         sync(job.folder)
-        write_text(job.notes_path(shard), json.dumps(dataclasses.asdict(notes)))
+        write_json(job.notes_path(shard), dataclasses.asdict(notes))
 
     def _encode_batch(
         self, table: pa.Table, decoded: list[Decoded], notes: ShardNotes, sums: torch.Tensor

@@ -12,12 +12,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset, load_from_disk
+from datasets import ClassLabel, Dataset
 
 from ..data.files import CACHE_INFO
 from ..storage import (
     hash_json,
+    read_json,
     write_manifest,
     write_text,
 )
@@ -30,7 +32,7 @@ from .cache import (
 from .card import save_reconstruction_grid, write_cache_card
 from .progress import LeftOut
 from .reuse import SOURCE_FILES, write_source_files
-from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, spell_features
+from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, load_rows, spell_features
 from .vae import weights_sha256
 
 
@@ -46,7 +48,7 @@ def finish(job: Job, spec: CacheSpec) -> None:
 
     # The dataset's own files, without which it cannot be opened.
     _write_index(job)
-    cache = load_from_disk(str(job.folder))
+    cache = load_rows(job.folder)
     if not len(cache):
         raise ValueError(f"no image of {spec.source.name} can be used: {': '.join(left_out.all()[0])}")
 
@@ -59,7 +61,7 @@ def finish(job: Job, spec: CacheSpec) -> None:
 
     # For the next call on this machine, after the manifest, which does not list it.
     if IMAGE_SHA256 in job.features:
-        stamps = [np.load(job.stamps_path(shard)) for shard in range(job.num_shards)]
+        stamps = [job.stamps(shard) for shard in range(job.num_shards)]
         write_source_files(job.folder / SOURCE_FILES, np.concatenate(stamps), notes)
 
 
@@ -84,8 +86,28 @@ def _cache_info(
         "scaling_factor": spec.vae.config.get("scaling_factor") or 1.0,
         "shift_factor": spec.vae.config.get("shift_factor") or 0.0,
         "vae_sha256": weights_sha256(spec.vae),
+        "copies": _copies(cache),
         "counts": {name: splits.count(name) for name in ("train", "validation", "test")} | {"left_out": num_left_out},
     }
+
+
+def _copies(cache: Dataset) -> dict[str, dict[str, Any]]:
+    """Return, by held-out split, the number of images that are training images too, by content, and the first pair."""
+    if IMAGE_SHA256 not in cache.column_names:
+        return {}
+    copies = {}
+    table = cache.select_columns(["id", "split", IMAGE_SHA256]).with_format("arrow")[:]
+    train = table.filter(pc.equal(table["split"], "train"))
+    for split in ("validation", "test"):
+        held_out = table.filter(pc.equal(table["split"], split))
+        found = pc.index_in(train[IMAGE_SHA256], pc.unique(held_out[IMAGE_SHA256]))
+        first = train.filter(pc.is_valid(found))
+        if len(first):
+            of_training = held_out.filter(pc.is_in(held_out[IMAGE_SHA256], first[IMAGE_SHA256].combine_chunks()))
+            sha256, image_id = of_training[IMAGE_SHA256][0], of_training["id"][0].as_py()
+            trained = first["id"][pc.index(first[IMAGE_SHA256], sha256).as_py()].as_py()
+            copies[split] = {"count": len(of_training), "first": [image_id, trained]}
+    return copies
 
 
 def _content_sha256(identity: dict[str, Any], cache: Dataset) -> dict[str, str]:
@@ -103,11 +125,11 @@ def _write_index(job: Job) -> None:
     with _hidden_progress_bars():
         Dataset.from_dict({name: [] for name in job.features}, job.features).save_to_disk(str(empty))
     # The keys of state.json are private to datasets (read in 5.2).
-    state = json.loads((empty / "state.json").read_text(encoding="utf-8"))
+    state = read_json(empty / "state.json")
     state["_data_files"] = [{"filename": job.path(shard).name} for shard in range(job.num_shards)]
     state["_fingerprint"] = job.sha256[:16]
     write_text(job.folder / "state.json", json.dumps(state, indent=2, sort_keys=True))
-    info = json.loads((empty / "dataset_info.json").read_text(encoding="utf-8"))
+    info = read_json(empty / "dataset_info.json")
     info["features"] = spell_features(job.features)
     write_text(job.folder / "dataset_info.json", json.dumps(info, indent=2))
     shutil.rmtree(empty)

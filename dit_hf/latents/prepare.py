@@ -10,15 +10,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
-from ..data.files import CACHE_INFO
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, parse_resolution
 from ..devices import memory_errors
-from ..storage import disk_errors, read_manifest
+from ..storage import disk_errors
 from .build import build, is_finished, plan_job
-from .cache import CARD, CacheSpec, cache_identity, push_latents
-from .card import quality
+from .cache import CacheSpec, cache_identity, push_latents, read_cache_info
+from .card import describe_copies, quality
 from .progress import LeftOut
+from .shards import check_name
 from .vae import load_vae
 
 
@@ -42,6 +42,7 @@ def prepare_latents(
     num_proc: int = 1,
     batch_size: int | None = None,
     max_left_out: float = MAX_LEFT_OUT,
+    verify: bool = True,
     dry_run: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -79,6 +80,7 @@ def prepare_latents(
         batch_size: images that the VAE encodes at once; by default 64, 16 of 256 px, 4 of 512 px. It is halved when
             memory runs out.
         max_left_out: the share of images that may be left out because they cannot be used; more stop the build.
+        verify: compare every byte of a finished cache with the hashes that were recorded.
         dry_run: only print what was understood of the source.
         push_to_hub: upload the finished cache as this dataset (`OWNER/NAME`).
         private: make that repository private if it is a new one.
@@ -103,6 +105,7 @@ def prepare_latents(
     if geometry.resolution is None:
         raise ValueError("resolution is needed: all latents of a cache have one shape")
     final = Path(output_dir)
+    check_name(final)
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
         split=split,
@@ -134,7 +137,7 @@ def prepare_latents(
     # Everything that can be refused is refused before any file is written. The main rank looks at the folder for all.
     job = plan_job(final, spec)
     LeftOut(max_left_out, opened)
-    finished = [state.is_main_process and is_finished(final, spec, job)]
+    finished = [state.is_main_process and is_finished(final, spec, job, verify)]
     broadcast_object_list(finished)
     if not finished[0]:
         advice = "a smaller --batch_size or --resolution needs less"
@@ -159,8 +162,10 @@ def _check_num_proc(num_proc: int, state: PartialState) -> None:
 
 def _report(folder: Path, was_there: bool) -> None:
     """Print how many images a finished cache holds, and how well its VAE reconstructs them."""
-    info = read_manifest(folder, CACHE_INFO, editable=[CARD])
+    info = read_cache_info(folder)
     counts = info["counts"]
     text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
     print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out", flush=True)
+    for sentence in describe_copies(info):
+        print(f"warning: {sentence}", flush=True)
     print(f"reconstructions.png: PSNR {info['psnr']:.1f} dB, {quality(info['psnr'])}", flush=True)

@@ -6,10 +6,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from tqdm import tqdm
-
 from ..data.sources import Source
 from ..devices import peak_memory
+from ..progress import ProgressBar
 from .shards import Job
 
 
@@ -54,35 +53,35 @@ class Progress:
     """
 
     def __init__(self, job: Job, shards: list[int], num_proc: int, shown: bool):
-        self.job, self.shown = job, shown
+        self.job = job
         # The calls of `update` between which the speed is measured. One process reports each batch, of which the first
         # warms up. Several report whole shards, the first of all processes at nearly the same time.
         self.measured = (1, 3) if num_proc == 1 else (0, num_proc)
         total = sum(len(job.rows_of(shard)) for shard in shards)
-        self.bar = tqdm(total=total, desc="encoding", unit="images", disable=not shown)
-        self.done, self.total, self.calls = 0, total, 0
+        self.bar = ProgressBar(total, "encoding", "images", shown=shown)
+        self.calls = 0
         self.first = (0, time.monotonic())  # images and time when the measurement began
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
+    def __exit__(self, *error: Any) -> None:
+        self.bar.__exit__(*error)
 
     def update(self, count: int) -> None:
         """Count `count` images that were encoded."""
         self.bar.update(count)
-        self.done, self.calls = self.done + count, self.calls + 1
+        self.calls += 1
         begin, end = self.measured
         if self.calls == begin:
-            self.first = (self.done, time.monotonic())
-        if self.calls == end and self.shown and self.done < self.total:
-            images, seconds = self.done - self.first[0], time.monotonic() - self.first[1]
+            self.first = (self.bar.done, time.monotonic())
+        if self.calls == end and self.bar.done < self.bar.total:
+            images, seconds = self.bar.done - self.first[0], time.monotonic() - self.first[1]
             self.bar.write(self.estimate(images / max(seconds, 1e-9)))
 
     def estimate(self, speed: float) -> str:
         """Return what is left to be encoded at `speed` images/s, and what it takes."""
-        left = self.total - self.done
+        left = self.bar.total - self.bar.done
         return (
             f"{left:,} images left at {speed:,.1f} images/s: about {timedelta(seconds=round(left / speed))}, "
             f"{peak_memory()}, {left * self.job.bytes_per_row / 1e9:,.2f} GB on the disk"

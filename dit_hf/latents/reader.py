@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from ..data.conditions import remap_class_ids
+from ..storage import read_json
 from .cache import read_cache_info
 from .shards import open_shards
 
@@ -51,7 +51,7 @@ class LatentReader:
         self.conditions = {name: available[name] for name in names}
 
         # The files of the shards, which `datasets` would map for reading in order (see `open_shards`).
-        files = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        files = read_json(Path(folder) / "state.json", keys=["_data_files"])["_data_files"]
         self._table = open_shards([Path(folder) / file["filename"] for file in files])
 
         # Latents.

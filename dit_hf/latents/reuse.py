@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from ..data.transforms import Geometry, decode_image
 from ..devices import available_cpus
-from ..storage import new_file
+from ..storage import new_file, read_arrays
 from .shards import IMAGE_SHA256, Job, ShardNotes, open_shards
 
 # Size, time of modification in ns, and inode of a file.
@@ -146,9 +146,9 @@ def write_source_files(path: Path, stamps: np.ndarray, notes: list[ShardNotes]) 
 
 
 def read_source_files(folder: Path) -> tuple[np.ndarray, list[ShardNotes]] | None:
-    """Return what [`write_source_files`] wrote; None if it is not there, as in a cache that was downloaded."""
+    """Return what [`write_source_files`] wrote; None if it is damaged or not there, as in a downloaded cache."""
     try:
-        with np.load(folder / SOURCE_FILES) as arrays:
-            return arrays["stamps"], [ShardNotes(**shard) for shard in json.loads(str(arrays["notes"]))]
-    except (OSError, ValueError, KeyError):
+        arrays = read_arrays(folder / SOURCE_FILES)
+        return arrays["stamps"], [ShardNotes(**shard) for shard in json.loads(str(arrays["notes"]))]
+    except (OSError, ValueError, KeyError, TypeError):
         return None

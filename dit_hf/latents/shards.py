@@ -6,10 +6,11 @@ holds depends on the source alone, not on the number of processes or the batch s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..data.transforms import Geometry
-from ..storage import sha256
+from ..storage import first_line, read_json, sha256
 from .vae import CHUNK_PIXELS, VAE, has_posterior
 
 MIN_SHARD, MAX_SHARD, NUM_SHARDS = 512, 65536, 256
@@ -88,17 +89,40 @@ class Job:
         return self.folder / "building" / f"{shard:05}.npy"
 
     def notes(self, shard: int) -> ShardNotes:
-        """Read the notes of a finished shard."""
-        return ShardNotes(**json.loads(self.notes_path(shard).read_text(encoding="utf-8")))
+        """Read the notes of a finished shard.
+
+        Raises:
+            ValueError: naming the file, if they are damaged.
+        """
+        names = [each.name for each in fields(ShardNotes)]
+        content = read_json(self.notes_path(shard), keys=names)
+        return ShardNotes(**{name: content[name] for name in names})
+
+    def stamps(self, shard: int) -> np.ndarray:
+        """Read the stamps of a shard's images, int64 [rows, 3]; where they are damaged, those of no file."""
+        shape = len(self.rows_of(shard)), 3
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            stamps = np.load(self.stamps_path(shard))
+            if stamps.shape == shape and stamps.dtype == np.int64:
+                return stamps
+        return np.zeros(shape, np.int64)
 
     def unfinished(self) -> list[int]:
-        """Return the shards to encode, among them finished ones whose file is damaged."""
-        return [shard for shard in range(self.num_shards) if not self._is_finished(shard)]
+        """Return the shards to encode."""
+        return [shard for shard in range(self.num_shards) if not self.notes_path(shard).is_file()]
 
-    def _is_finished(self, shard: int) -> bool:
-        if not self.notes_path(shard).is_file():
+    def forget_damaged(self) -> None:
+        """Let finished shards that are damaged, or whose notes are, count as unfinished."""
+        for shard in range(self.num_shards):
+            if self.notes_path(shard).is_file() and not self._is_intact(shard):
+                self.notes_path(shard).unlink()
+
+    def _is_intact(self, shard: int) -> bool:
+        path = self.path(shard)
+        try:
+            notes = self.notes(shard)
+        except ValueError:
             return False
-        path, notes = self.path(shard), self.notes(shard)
         return path.is_file() and path.stat().st_size == notes.size and sha256(path) == notes.sha256
 
 
@@ -212,17 +236,51 @@ def open_shards(paths: list[Path]) -> pa.Table:
     """Map the Arrow files of a cache into memory as one table.
 
     Random reads are announced to the system: otherwise it reads up to a megabyte around each of them.
+
+    Raises:
+        ValueError: naming the file, if one is damaged.
     """
-    tables = []
+    tables: list[pa.Table] = []
     for path in paths:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-            mapped.madvise(mmap.MADV_RANDOM)
-        # The buffer keeps the map open as long as an array needs it.
-        tables.append(pa.ipc.open_stream(pa.py_buffer(mapped)).read_all())
-    # Metadata differs where a cache of format 2 was finished by this version.
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+        try:
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+                mapped.madvise(mmap.MADV_RANDOM)
+            # The buffer keeps the map open as long as an array needs it.
+            table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+            table.validate()
+            # Metadata differs where a cache of format 2 was finished by this version.
+            table = table.replace_schema_metadata(None)
+            if tables and table.schema != tables[0].schema:
+                raise ValueError(f"other columns than {paths[0].name}")
+        except (ValueError, OSError) as error:  # of Arrow too
+            raise ValueError(f"{path} is damaged ({first_line(error)}); make the cache again") from error
+        tables.append(table)
+    return pa.concat_tables(tables)
+
+
+def check_name(folder: Path) -> None:
+    """Refuse a folder that datasets cannot open: it takes `::` for a chain of file systems.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if "::" in str(folder.resolve()):
+        raise ValueError(f"{folder.resolve()}: datasets cannot open a folder with :: in its path; name another one")
+
+
+def load_rows(folder: Path) -> Dataset:
+    """Open the rows of a cache, memory-mapped, whose manifest has been checked or is not written yet.
+
+    Raises:
+        ValueError: naming the folder, if its files are damaged.
+    """
+    check_name(folder)
+    try:
+        return Dataset.load_from_disk(str(folder))
+    except Exception as error:  # datasets and Arrow have an exception for each kind of damage
+        raise ValueError(f"{folder} is damaged ({first_line(error)}); make the cache again") from error
 
 
 def latent_array(latents: np.ndarray) -> pa.FixedSizeListArray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,20 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from PIL.Image import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..data.contents import SplitFrom
 from ..data.images import open_images
 from ..data.sources import MAX_LEFT_OUT
 from ..data.splits import is_held_out
 from ..devices import available_cpus, default_device
+from ..progress import ProgressBar
 from ..storage import folder_taken, is_missing_or_empty, new_folder
 from .vae import encode
 
 KL_WEIGHT = 1e-4
 MSE_WEIGHT = 0.5
 EMA_DECAY = 0.999
+LOGGING_STEPS = 100
 
 
 def train_autoencoder(
@@ -230,9 +233,8 @@ def _fit(vae: AutoencoderKL, batches: DataLoader, steps: int, learning_rate: flo
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
     ema = EMAModel(vae.parameters(), decay=EMA_DECAY, foreach=True)
-    progress = tqdm(total=steps, desc="train-autoencoder")
-    while progress.n < steps:
-        for pixels in batches:
+    with ProgressBar(steps, "training", "steps") as progress:
+        for pixels in _repeated(batches, steps):
             # Loss and gradients.
             loss = _loss(vae, pixels.to(vae.device), bf16)
             loss.backward()
@@ -244,14 +246,17 @@ def _fit(vae: AutoencoderKL, batches: DataLoader, steps: int, learning_rate: flo
             optimizer.zero_grad(set_to_none=True)
             ema.step(vae.parameters())
 
-            # `.item()` waits for the device, so the loss is shown every 50 steps only.
-            if progress.n % 50 == 0:
-                progress.set_postfix(loss=f"{loss.item():.4f}")
+            # `.item()` waits for the device, so the loss is shown every so many steps only.
             progress.update()
-            if progress.n == steps:
-                break
-    progress.close()
+            if progress.done % LOGGING_STEPS == 0:
+                progress.report(f"loss {loss.item():.4f}")
     return ema
+
+
+def _repeated(batches: DataLoader, count: int) -> Iterator[torch.Tensor]:
+    """Yield `count` batches, in a new order each time that the images have been gone through."""
+    endless = itertools.chain.from_iterable(itertools.repeat(batches))
+    return itertools.islice(endless, count)
 
 
 def _loss(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool) -> torch.Tensor:

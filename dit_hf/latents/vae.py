@@ -14,15 +14,14 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
-from huggingface_hub import constants, get_session
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from ..devices import default_device
 from ..storage import first_line
+from ..upload import hub_problem
 
 BUNDLED = "avatar"
-NETWORK_TIMEOUT = 4  # seconds until the Hub counts as out of reach
 # Pixels of the images that a VAE encodes or decodes at once; Stable Diffusion's needs about 3 GB for this many.
 CHUNK_PIXELS = 16 * 256 * 256
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
@@ -65,8 +64,9 @@ def _load_named(name: str) -> Any:
         path = f"{owner}/{repository}"
     advice = "give a folder, 'avatar', or a Hub id (which needs the network the first time)"
 
-    # The Hub is asked once whether it is there: huggingface_hub would retry for 50 seconds.
-    problem = None if is_path else _network_problem()
+    if not is_path and "/" not in name:
+        raise ValueError(f"vae {name}: no such folder; {advice}")
+    problem = None if is_path else hub_problem()
     try:
         return _load_folder(path, subfolder, local_files_only=is_path or problem is not None)
     except Exception as error:  # a missing folder, no network and a damaged file each raise a class of their own
@@ -113,7 +113,7 @@ def _load_file(path: Path) -> Any:
     if path.suffix != ".safetensors":
         raise ValueError(f"vae {path}: expected a .safetensors file, a folder or a Hub id, got a {path.suffix} file")
     has_config = (path.parent / "config.json").is_file()
-    problem = None if has_config else _network_problem()  # the config of Stable Diffusion's own files is on the Hub
+    problem = None if has_config else hub_problem()  # the config of Stable Diffusion's own files is on the Hub
     try:
         if has_config:
             vae = AutoModel.from_config(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
@@ -142,15 +142,6 @@ def _quiet_hub() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")
         yield
-
-
-def _network_problem() -> str | None:
-    """Return why the Hub cannot be reached, or None if it answers."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=NETWORK_TIMEOUT)
-    except Exception as error:  # of the HTTP library, whose classes are not part of huggingface_hub's interface
-        return first_line(error)
-    return None
 
 
 def has_posterior(vae: VAE) -> bool:

@@ -21,6 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..short_card import TRANSFORMER_CARD, ShortCardMixin
 from .adapters import LatentDiTAdapterMixin
 
 
@@ -178,7 +179,7 @@ class LatentDiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(modulated)  # [batch, tokens, dim]
 
 
-class LatentDiTTransformer2DModel(LatentDiTAdapterMixin, ModelMixin, ConfigMixin, CacheMixin):
+class LatentDiTTransformer2DModel(ShortCardMixin, LatentDiTAdapterMixin, ModelMixin, ConfigMixin, CacheMixin):
     r"""
     A Diffusion Transformer on latents, conditioned on any number of categorical labels, or on none.
 
@@ -207,11 +208,12 @@ class LatentDiTTransformer2DModel(LatentDiTAdapterMixin, ModelMixin, ConfigMixin
             https://arxiv.org/abs/2403.13298).
 
     Raises:
-        ValueError: if `sample_size` is not divisible by `patch_size`, the model's width is not divisible by 4, or with
-            rotary positions `attention_head_dim` is not divisible by 4.
+        ValueError: if a size is out of range, `sample_size` is not divisible by `patch_size`, the model's width is not
+            divisible by 4, or with rotary positions `attention_head_dim` is not divisible by 4.
     """
 
     # The names from which ModelMixin of diffusers 0.42.1 reads what a model supports.
+    _card = TRANSFORMER_CARD
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LatentDiTTransformerBlock"]
     _repeated_blocks = ["LatentDiTTransformerBlock"]
@@ -236,8 +238,18 @@ class LatentDiTTransformer2DModel(LatentDiTAdapterMixin, ModelMixin, ConfigMixin
         use_rotary_positional_embeddings: bool = False,
     ):
         super().__init__()
-        # 1. Check the sizes.
+        # 1. Check the sizes. A config may come from anywhere, and absurd ones would take hours or all memory.
         height, width = height_and_width(sample_size)
+        for name, value, most in (
+            ("sample_size", height, 10_000),
+            ("sample_size", width, 10_000),
+            ("patch_size", patch_size, 10_000),
+            ("num_layers", num_layers, 1_000),
+            ("num_attention_heads", num_attention_heads, 1_000),
+            ("attention_head_dim", attention_head_dim, 10_000),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"expected {name} from 1 to {most:,}, got {value}")
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}")
         dim = num_attention_heads * attention_head_dim

@@ -74,7 +74,7 @@ def _value_id(name: str, value: AttributeValue, count: int, labels: list[str] | 
         return labels.index(value)
     try:
         number = int(value)
-    except (TypeError, ValueError):  # a list, NaN and the like
+    except (TypeError, ValueError, OverflowError):  # a list, NaN, infinity and the like
         number = -1
     # The comparison with `value` refuses 0.9, which int() would truncate.
     if number != value or not 0 <= number < count:

@@ -24,10 +24,17 @@ def exclusive(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
     Raises:
         RuntimeError: from the method, if another thread, or a callback of this one, calls it meanwhile.
+        TypeError: from the method, for a prompt, which pipelines of text have.
     """
 
     @functools.wraps(method)
     def alone(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        for name in ("prompt", "negative_prompt"):
+            if name in kwargs:
+                raise TypeError(
+                    f"{type(self).__name__} reads no text and has no {name}; request attributes instead: "
+                    'pipe({"Smiling": True}), with the names in pipe.transformer.config.conditions'
+                )
         with contextlib.ExitStack() as held:
             parts = [self, self.scheduler]
             if getattr(self.transformer, "is_cache_enabled", False):

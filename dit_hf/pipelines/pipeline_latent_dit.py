@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -17,7 +14,6 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..models.adapters import LatentDiTAdapterMixin
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.accuracy import check_num_inference_steps, schedule_of
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
@@ -25,7 +21,7 @@ from .attributes import Attributes, attribute_rows, check_attributes, condition_
 from .exclusive import exclusive
 from .guidance import Guidance, GuidanceOptions, build_guidance
 from .interpolation import interpolate_noises
-from .standalone import CODE_FILE, check_target, standalone_source, write_short_card
+from .saving import LatentDiTSavingMixin
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +29,7 @@ logger = logging.getLogger(__name__)
 VAE_PIXELS = 16 * 256 * 256
 
 
-class LatentDiTPipeline(DiffusionPipeline):
+class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
     r"""
     Generates images with a [`LatentDiTTransformer2DModel`].
 
@@ -58,7 +54,7 @@ class LatentDiTPipeline(DiffusionPipeline):
     _num_timesteps = 0
     _interrupt = False
     _guidance_scale: float
-    scheduler: SchedulerMixin
+    scheduler: CosineLatentScheduler | SchedulerMixin
 
     def __init__(
         self,
@@ -278,84 +274,6 @@ class LatentDiTPipeline(DiffusionPipeline):
         height, width = self.transformer.latent_size
         factor = self.image_processor.config.vae_scale_factor
         return height * factor, width * factor
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """All arguments of `__init__`, so that another pipeline made with them works on the same latents."""
-        return {**super().components, **super().parameters}
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """An empty dict: the arguments that diffusers lists here are among the `components`."""
-        return {}
-
-    def to_json_string(self) -> str:
-        """Return the index as JSON, with which `DiffusionPipeline.from_pretrained` works after `import dit_hf`.
-
-        Subclasses write the index of a [`LatentDiTPipeline`] too, which loads without dit_hf as well.
-        """
-        index = json.loads(super().to_json_string())
-        index["_class_name"] = LatentDiTPipeline.__name__
-        index.pop("_name_or_path", None)  # a path of this machine
-        # diffusers looks for our classes in its own module, where importing dit_hf puts them.
-        for name, value in index.items():
-            if (
-                isinstance(value, list)
-                and len(value) == 2
-                and str(value[0]).startswith(("dit_hf.", "diffusers_modules."))
-            ):
-                index[name] = ["diffusers", value[1]]
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline; see diffusers.
-
-        Raises:
-            ValueError: if the transformer has adapters, or is stored in fewer bits; see its `save_pretrained`.
-            FileExistsError: if the folder holds a `pipeline.py` or `model_index.json` of something else, or with
-                `push_to_hub` a `README.md`, which diffusers writes.
-        """
-        if self.transformer is not None:
-            self.transformer.check_can_be_saved()
-        check_target(Path(save_directory), with_card=kwargs.get("push_to_hub", False))
-        # As text, which diffusers takes the repository's name from.
-        super().save_pretrained(str(Path(save_directory)), *args, **kwargs)
-
-    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **options: Any) -> Any:
-        """Upload a saved pipeline, by diffusers' private method of 0.42.1, with a card that says how to load it."""
-        write_short_card(Path(working_dir), repo_id)
-        return super()._upload_folder(working_dir, repo_id, **options)
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the index, and beside it `pipeline.py`, with which the pipeline loads without dit_hf.
-
-        Also remove from the configs of the components, which diffusers saves first, where they were loaded from.
-        """
-        # 1. Paths of this machine do not belong into a folder that is published.
-        for name in super().components:
-            for path in (Path(save_directory) / name / file for file in ("config.json", "scheduler_config.json")):
-                config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                if config.pop("_name_or_path", None) is not None:
-                    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-        # 2. The code, as the files of all that this one imports from the package, in the order of their imports.
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        code = standalone_source(
-            LatentDiTAdapterMixin,
-            LatentDiTTransformer2DModel,
-            CosineLatentScheduler,
-            check_num_inference_steps,
-            condition_ids,
-            exclusive,
-            Guidance,
-            interpolate_noises,
-            standalone_source,
-            LatentDiTPipeline,
-        )
-        (Path(save_directory) / CODE_FILE).write_text(code, encoding="utf-8")
-
-        # 3. The index last, because its presence makes the folder a pipeline; it may also push the folder.
-        super().save_config(save_directory, push_to_hub, **kwargs)
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation of the VAE's latents by channel, each [1, channels, 1, 1]."""

@@ -36,6 +36,9 @@ def model_sha256(pipeline: LatentDiTPipeline) -> str:
     return hash_json({**describe_model(pipeline), "guidance_scale": pipeline.config.guidance_scale})
 
 
+MAX_IMAGES = 10_000_000  # of a series
+
+
 def batches(num_images: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
     """Return the batches of images that a rank generates, as ranges of their numbers.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from ..image_grid import grids_beside_images
 from ..latents.reader import LatentReader
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..storage import sha256
+from ..storage import parse_json, sha256
 from .writer import CONTENTS
 
 Rows = dict[str, Any] | list[dict[str, Any]] | str | None
@@ -101,13 +103,16 @@ def _read_rows(
     """Return rows of attributes from JSON, a JSON file, or the first `count` of a latent cache (None is its first)."""
     if isinstance(given, str):
         # A folder is a latent cache; JSON itself has been parsed by the command line, so that the rest is a file.
-        if Path(given).is_dir():
+        if os.path.isdir(given):
             conditions = list(pipeline.transformer.config.conditions or {})
             return LatentReader(given, conditions=conditions).attributes(count or 1, pipeline.config.condition_labels)
         try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
+            given = parse_json(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"--{option} {given}: neither JSON, nor a JSON file, nor a latent cache") from error
+            shown = textwrap.shorten(str(given), 80)
+            raise ValueError(
+                f"--{option} {shown}: expected JSON such as '{{\"Smiling\": true}}', a JSON file or a latent cache"
+            ) from error
     rows = [given] if isinstance(given, dict) else given
     if rows is not None and not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ValueError(f'--{option} {given!r}: expected a dict like {{"Smiling": true}}, or a list of them')

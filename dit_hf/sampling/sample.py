@@ -24,7 +24,7 @@ from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..runs import load_pipeline
 from ..schedulers.accuracy import check_num_inference_steps
 from ..storage import disk_errors
-from .generate import batch_options, generate_images, generators, model_sha256, to_uint8
+from .generate import MAX_IMAGES, batch_options, generate_images, generators, model_sha256, to_uint8
 from .inputs import Inputs, Rows, read_inputs
 from .writer import GRID, Series, write_series
 
@@ -206,6 +206,9 @@ def _check(settings: dict[str, Any], mode: str) -> None:
     for name, least in (("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("seed", 0)):
         if settings.get(name, least) < least:
             raise ValueError(f"--{name} {settings[name]} must be at least {least}")
+    for name in ("num_images", "num_frames"):
+        if settings.get(name, 0) > MAX_IMAGES:
+            raise ValueError(f"--{name} {settings[name]} must be at most {MAX_IMAGES:,}")
     for name in ("strength", "eta"):
         if not 0 <= settings.get(name, 0) <= 1:
             raise ValueError(f"--{name} {settings[name]} must be between 0 and 1")
@@ -360,6 +363,9 @@ def _film(
         raise ValueError(
             f"--mode interpolate needs two noises or images and two frames, got {num_stops} and {num_frames}"
         )
+    num_images = (num_stops - 1) * (num_frames - 1) + 1
+    if num_images > MAX_IMAGES:
+        raise ValueError(f"--num_images and --num_frames make {num_images:,} frames, more than {MAX_IMAGES:,}")
 
     # 2. Noises that were found by inversion return the images only by the steps that were inverted.
     if paths:
@@ -384,7 +390,7 @@ def _film(
         (pixels,) = pipeline(attributes, len(images), latents=latents, output_type="pt", return_dict=False, **call)
         return to_uint8(pixels)
 
-    return Series((num_stops - 1) * (num_frames - 1) + 1, generate, lambda image: {}, is_film=True)
+    return Series(num_images, generate, lambda image: {}, is_film=True)
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:

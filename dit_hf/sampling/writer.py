@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +15,10 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from ..image_grid import FILM, GRID, SETTINGS, make_grid, save_grid
-from ..storage import folder_taken, is_missing_or_empty, new_file, write_text
+from ..progress import ProgressBar
+from ..storage import first_line, folder_taken, is_missing_or_empty, new_file, read_arrays, read_json, write_text
 from .generate import batches
 
 NPZ = "samples.npz"
@@ -68,9 +70,7 @@ def write_series(
     if not (folder / NPZ).is_file():
         own = batches(series.num_images, batch_size, state.process_index, state.num_processes)
         write_batch = _write_array if as_npz else _write_images
-        with tqdm(
-            total=sum(map(len, own)), desc="generating", unit="images", disable=not state.is_main_process
-        ) as progress:
+        with ProgressBar(sum(map(len, own)), "generating", "images", shown=state.is_main_process) as progress:
             for images in own:
                 write_batch(folder, series, images, settings)
                 progress.update(len(images))
@@ -102,7 +102,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=2) + "\n"
     if path.is_file() and any(_is_output(file.name) for file in folder.iterdir()):
         # Both through JSON, which turns tuples into lists.
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        before, now = read_json(path, "name a new folder"), json.loads(text)
         if CONTENTS in now and CONTENTS not in before:
             print(f"{place} was begun by version 0.1.0: its images are compared by name and size alone", flush=True)
             del now[CONTENTS]
@@ -124,7 +124,7 @@ def _is_output(name: str) -> bool:
 def _write_images(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
     """Generate a batch as PNG files, each with its settings as metadata, unless all of them are there."""
     paths = [folder / f"{image:05}.png" for image in images]
-    if all(path.is_file() for path in paths):
+    if all(_is_intact(path) for path in paths):
         return
     for image, path, pixels in zip(images, paths, series.generate(images), strict=True):
         info = PngImagePlugin.PngInfo()
@@ -132,22 +132,36 @@ def _write_images(folder: Path, series: Series, images: range, settings: dict[st
         _save(path, functools.partial(Image.fromarray(pixels).save, format="png", pnginfo=info))
 
 
+def _is_intact(path: Path) -> bool:
+    """Check that an image is there and the checksums in it are right."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, struct.error):  # Pillow's, and those that it lets pass
+        return False
+    return True
+
+
 def _write_array(folder: Path, series: Series, images: range, settings: dict[str, Any]) -> None:
     """Generate a batch as one array, from which the npz is made, unless it is there."""
     path = _batch_path(folder, images)
-    if not path.is_file():
-        pixels = series.generate(images)
-        _save(path, lambda file: np.save(file, pixels))
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged
+        read_arrays(path)
+        return
+    pixels = series.generate(images)
+    _save(path, lambda file: np.savez(file, pixels))
 
 
 def _join_batches(folder: Path, series: Series, batch_size: int) -> list[Image.Image]:
     """Write the npz, batch by batch so that only one is in memory, and return the first images for the grid."""
     paths = [_batch_path(folder, images) for images in batches(series.num_images, batch_size)]
-    if not (folder / NPZ).is_file():
+    if (folder / NPZ).is_file():
+        _check_npz(folder / NPZ)
+    else:
         _save(folder / NPZ, lambda file: _write_npz(file, paths, series.num_images))
     # Only after the npz is in its place: a kill in between loses nothing, and the next call deletes them.
-    for path in paths:
-        path.unlink(missing_ok=True)
+    for path in folder.glob(".images-*"):
+        path.unlink()
     # The first images alone, from the beginning of the array in the archive.
     with zipfile.ZipFile(folder / NPZ) as archive, archive.open("arr_0.npy") as array:
         np.lib.format.read_magic(array)
@@ -160,10 +174,25 @@ def _join_batches(folder: Path, series: Series, batch_size: int) -> list[Image.I
 def _write_npz(file: Any, paths: list[Path], num_images: int) -> None:
     """Write an npz as `numpy.savez` would, without holding the whole array in memory."""
     with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
-        shape = (num_images, *np.load(paths[0], mmap_mode="r").shape[1:])
+        shape = (num_images, *read_arrays(paths[0])["arr_0"].shape[1:])
         np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for path in paths:
-            array.write(np.load(path).tobytes())
+            array.write(read_arrays(path)["arr_0"].tobytes())
+
+
+def _check_npz(path: Path) -> None:
+    """Compare the checksum of a finished npz, without holding it in memory.
+
+    Raises:
+        ValueError: naming it, if it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile and zlib have an exception for each kind of damage
+        damaged = first_line(error)
+    if damaged:
+        raise ValueError(f"{path} is damaged ({damaged}); delete it to generate its images again")
 
 
 def _read_images(folder: Path, count: int) -> list[Image.Image]:
@@ -178,7 +207,7 @@ def _read_images(folder: Path, count: int) -> list[Image.Image]:
 
 def _batch_path(folder: Path, images: range) -> Path:
     """Return where a batch of an npz waits for the others; hidden, because it is not for users."""
-    return folder / f".images-{images.start:07}.npy"
+    return folder / f".images-{images.start:07}.npz"
 
 
 def _save(path: Path, write: Callable[[Any], Any]) -> None:

@@ -12,6 +12,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..short_card import SCHEDULER_CARD, ShortCardMixin
+
 MAX_BETA = 0.999  # keeps the noisiest level from being pure noise, at which alpha, a divisor, would be 0
 
 
@@ -29,7 +31,7 @@ class CosineLatentSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
+class CosineLatentScheduler(ShortCardMixin, SchedulerMixin, ConfigMixin):
     r"""
     The cosine noise schedule for any number of steps, by DPM-Solver++ (2M) or DDIM.
 
@@ -58,6 +60,7 @@ class CosineLatentScheduler(SchedulerMixin, ConfigMixin):
             argument that must have a certain one.
     """
 
+    _card = SCHEDULER_CARD
     # SchedulerMixin of diffusers 0.42.1 reads this as the classes that `compatibles` offers.
     _compatibles = [
         "DDIMScheduler",

@@ -12,8 +12,13 @@ from ..runs import read_log
 from .step import TrainingStep
 
 # Bytes that the backward pass keeps for each token, channel and block in half precision: 46 were measured on an H100
-# with `recipes/celeba.yaml`, 39 with compiled blocks (batches of 67 to 255 images). In float32 twice as many.
-ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES = 46, 39
+# with `recipes/celeba.yaml`, 39 with compiled blocks (batches of 67 to 255 images), and 64 on a CPU (in float32, with
+# what its allocator wastes; batches of 4 and 8). In float32 twice as many.
+ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES, CPU_ACTIVATION_BYTES = 46, 39, 64
+# Share of the free memory that a run should need at most: estimates are not exact.
+SAFE_SHARE = 0.9
+
+PRECISIONS = {"no": "float32", "fp16": "fp16 mixed precision", "bf16": "bf16 mixed precision"}
 
 
 def announce(
@@ -40,10 +45,10 @@ def announce(
     disk = (kept + 1) * checkpoint_bytes / 1e9  # a new checkpoint stands before an old one goes
     place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
     lines = [
-        f"model      {parameters / 1e6:,.1f} million parameters, {accelerator.mixed_precision or 'no'} precision, "
+        f"model      {parameters / 1e6:,.1f} million parameters, {PRECISIONS[accelerator.mixed_precision]}, "
         f"{step.optimizer_name}",
-        f"images     {len(step.reader):,}; {epoch:,.0f} steps are an epoch, {train.max_train_steps:,} steps are "
-        f"{train.max_train_steps / epoch:,.1f} epochs",
+        f"images     {len(step.reader):,}; an epoch is {_rounded(epoch)} steps, the run is {train.max_train_steps:,} "
+        f"steps or {_rounded(train.max_train_steps / epoch)} epochs",
         f"batch      {train.global_batch_size} = {ranks} {'rank' if ranks == 1 else 'ranks'} x {parts} "
         f"{'micro-batch' if parts == 1 else 'micro-batches'} x {micro_batch} images",
         f"output     {run}: at most {kept} checkpoints of {checkpoint_bytes / 1e9:.2f} GB, {disk:.1f} GB in all "
@@ -54,17 +59,24 @@ def announce(
     return lines + memory_lines(step, train, parameters, micro_batch, compiled)
 
 
+def _rounded(number: float) -> str:
+    """Write a number with one digit after the point where that tells something."""
+    return f"{number:,.0f}" if number >= 100 or number == round(number) else f"{number:.1f}"
+
+
 def summary(run: Path) -> list[str]:
     """Describe a finished run: figures, and what can be done with it."""
     figures = ""
     for row in read_log(run)[-1:]:  # none if somebody has deleted the log
-        figures = f", {int(row['step']):,} steps, loss {float(row['loss']):.4f}"
+        figures = f": {int(row['step']):,} steps, loss {float(row['loss']):.4f}"
         if row["validation_loss"]:
             figures += f", validation loss {float(row['validation_loss']):.4f}"
     return [
-        f"finished: {run}{figures}",
-        f"next: dit-hf sample {run} --output_dir samples | dit-hf evaluate {run} | dit-hf app {run} | "
-        f"dit-hf push {run} OWNER/NAME",
+        f"finished   {run}{figures}",
+        f"next       dit-hf sample {run} --output_dir samples",
+        f"           dit-hf evaluate {run}",
+        f"           dit-hf app {run}",
+        f"           dit-hf push {run} OWNER/NAME",
     ]
 
 
@@ -84,19 +96,20 @@ def memory_lines(
     place, free = free_memory(step.device)
     if free is None:
         return []
-    line = f"memory     about {(fixed + images) / 2**30:.1f} GiB of {free / 2**30:.1f} GiB of {place} (an estimate)"
+    needed, available = f"{(fixed + images) / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB"
+    line = f"memory     about {needed} of {place} needed, {available} free (an estimate)"
     if fixed > free:
         raise OSError(
             f"weights, gradients, optimizer and EMA alone need {fixed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
             f"{place} are free; train a smaller model (--model.preset)"
         )
-    if fixed + images > free:
+    if fixed + images > SAFE_SHARE * free:
         # The fewest micro-batches that divide the batch and fit.
-        most = (free - fixed) / (images / micro_batch)  # images
+        most = (SAFE_SHARE * free - fixed) / (images / micro_batch)  # images
         of_a_rank = train.global_batch_size // step.accelerator.num_processes
         parts = [n for n in range(1, of_a_rank + 1) if of_a_rank % n == 0 and of_a_rank / n <= most]
         fits = f"--train.gradient_accumulation_steps {parts[0]} would fit" if parts else "a smaller model would fit"
-        line += f": too little, probably; {fits}"
+        line += f": probably too little; {fits}"
     return [line]
 
 
@@ -106,7 +119,9 @@ def activation_bytes(step: TrainingStep, half: bool, compiled: bool, checkpointe
     height, width = height_and_width(config.sample_size)
     tokens = height * width / config.patch_size**2
     channels = config.num_attention_heads * config.attention_head_dim
-    a_block = tokens * channels * (COMPILED_ACTIVATION_BYTES if compiled else ACTIVATION_BYTES) * (1 if half else 2)
+    on_cpu = step.device.type == "cpu"
+    each = COMPILED_ACTIVATION_BYTES if compiled else CPU_ACTIVATION_BYTES if on_cpu else ACTIVATION_BYTES
+    a_block = tokens * channels * each * (1 if half else 2)
     # With checkpointing a block keeps its input alone, and one block at a time everything.
     return (
         config.num_layers * tokens * channels * (2 if half else 4) + a_block

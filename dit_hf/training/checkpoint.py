@@ -30,9 +30,16 @@ from ..runs import (
     WEIGHTS,
     RunFolder,
     read_state,
-    read_tensors,
 )
-from ..storage import new_folder, read_json, read_manifest, remove_folder, write_manifest, write_text
+from ..storage import (
+    new_folder,
+    read_json,
+    read_manifest,
+    read_tensors,
+    remove_folder,
+    write_manifest,
+    write_text,
+)
 from .accelerator import on_first_rank
 from .ema import EMA
 
@@ -334,4 +341,7 @@ def check_same_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path)
         and (section != "found" or (name in before[section] and name != "optimizer"))
     ]
     if different:
-        raise ValueError(f"{folder} was trained with another recipe: {'; '.join(different)}")
+        raise ValueError(
+            f"{folder} was trained with another recipe: {'; '.join(different)}; give its own values, or name a new "
+            "--train.output_dir"
+        )

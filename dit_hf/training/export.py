@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import RunFolder, check_exported_pipeline, read_export, training_summary
-from ..storage import MANIFEST, new_folder, sha256, write_manifest, write_text
+from ..storage import MANIFEST, new_folder, sha256, write_json, write_manifest
 from .log import plot_loss_curve
 
 GRID_SIZE = 16
@@ -98,7 +97,7 @@ def export(
     content = {"step": steps, "sampling": sampling, "training": training}
     if (folder.pipeline / MANIFEST).is_file():  # not of version 0.1.0
         content["pipeline_sha256"] = sha256(folder.pipeline / MANIFEST)
-    write_text(folder.export, json.dumps(content, indent=2) + "\n")
+    write_json(folder.export, content)
 
 
 def _readable_export(run: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..recipe_file import read_recipe
 from ..runs import RunFolder, read_log
-from ..storage import folder_taken
+from ..storage import check_link, folder_taken
 
 
 def check_run_folder(run: Path, resumed: bool) -> None:
@@ -18,8 +18,7 @@ def check_run_folder(run: Path, resumed: bool) -> None:
         FileExistsError: naming what is in the way.
     """
     folder, place = RunFolder(run), f"train.output_dir {run}"
-    if run.is_symlink() and not run.exists():
-        raise FileExistsError(f"{place} is a link that leads nowhere; name a new folder")
+    check_link(run, "train.output_dir")
     if run.exists() and not run.is_dir():
         raise FileExistsError(folder_taken(place, "is a file"))
     is_run = folder.config.is_file() and _is_recipe(folder.config)

@@ -62,8 +62,8 @@ class TrainingStep:
         train, ranks = config.train, accelerator.num_processes
         if train.global_batch_size % (ranks * train.gradient_accumulation_steps):
             raise ValueError(
-                f"train.global_batch_size={train.global_batch_size} is not divisible by {ranks} ranks x "
-                f"{train.gradient_accumulation_steps} accumulations"
+                f"train.global_batch_size={train.global_batch_size} must be divisible by the number of ranks times "
+                f"train.gradient_accumulation_steps, {ranks} x {train.gradient_accumulation_steps}"
             )
         self.micro_batch_size = train.global_batch_size // (ranks * train.gradient_accumulation_steps)
         self.batches = BatchPrefetcher(self._read, self.device)

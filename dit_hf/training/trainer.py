@@ -83,7 +83,7 @@ def train(config: Config, dry_run: bool = False) -> Path:
 
     advice = (
         "a larger train.gradient_accumulation_steps, or train.gradient_checkpointing true, needs less; "
-        f"checkpoints in {run} are good"
+        f"checkpoints in {run}, if there are any, are intact"
     )
     with memory_errors(advice):
         trainer = Trainer(config)
@@ -175,7 +175,7 @@ class Trainer:
                 start_tracker(
                     self.accelerator, run, self.tracker, self.tracker_options, self.recipe, start, print_once
                 )
-            self._print(f"training {run} on {self.device}, steps {start:,} to {total:,}")
+            self._print(f"training   steps {start + 1:,} to {total:,} on {self.device}")
 
         stop, speed = StopSignal(), Speed()
         began = time.monotonic()
@@ -190,7 +190,7 @@ class Trainer:
                 speed.steps += 1
                 bar.update()
                 if done == start + ESTIMATED_AFTER < total and (left := bar.remaining()) is not None:
-                    bar.write(f"about {timedelta(seconds=round(left))} of training are left")
+                    bar.write(f"about {timedelta(seconds=round(left))} of training left")
 
                 # Log, validate, sample and save where it is due.
                 saved = self._report_and_save(run, done, grad_norm, speed, bar)
@@ -199,7 +199,7 @@ class Trainer:
                 if stop.is_set() and done < total:
                     self._stop_early(run, done, saved)
 
-        self._print("exporting the pipeline")
+        self._print("exporting  the pipeline")
         self._export(run)
         end_trackers(self.accelerator, print_once)
         self._print(*summary(run))

@@ -9,7 +9,7 @@ from conftest import tiny_pipeline
 from PIL import Image
 
 from dit_hf.app.page import build_page
-from dit_hf.app.server import MAX_FILE_BYTES, MAX_WAITING, check_host, serve
+from dit_hf.app.server import MAX_FILE_BYTES, MAX_WAITING, check_address, serve
 from dit_hf.app.studio import Studio
 
 FORM = "multipart/form-data; boundary=x"
@@ -149,6 +149,6 @@ def test_a_full_queue_says_so(served):
 
 def test_an_address_of_another_machine_is_one_line():
     with pytest.raises(ValueError, match=r"host 192\.0\.2\.1: not an address of this machine"):
-        check_host("192.0.2.1")
-    check_host("127.0.0.1")
-    check_host("localhost")
+        check_address("192.0.2.1", None)
+    check_address("127.0.0.1", None)
+    check_address("localhost", None)

@@ -1,8 +1,9 @@
-"""Folders of small images, and how they are read."""
+"""Folders and datasets of small images, and how they are read."""
 
 from pathlib import Path
 
-from celeba import save_image
+from celeba import save_image, small_image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import Source, open_source
@@ -25,3 +26,11 @@ def classes(source: Source, name: str = "class") -> dict[str, str | None]:
     names = source.rows.features[name].names
     pairs = zip(source.rows["id"][:], source.rows[name][:], strict=True)
     return {image_id: None if value is None else names[value] for image_id, value in pairs}
+
+
+def data_set(count: int) -> Dataset:
+    """Return rows with a column of images called face, an attribute and a class."""
+    smiling = [i % 2 == 0 for i in range(count)]
+    rows = {"face": [small_image()] * count, "Smiling": smiling, "kind": [0, 1] * (count // 2)}
+    kinds = ClassLabel(names=["round", "square"])
+    return Dataset.from_dict(rows, Features({"face": Image(), "Smiling": Value("bool"), "kind": kinds}))

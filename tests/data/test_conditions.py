@@ -6,8 +6,8 @@ from dit_hf.data.conditions import infer_condition, remap_class_ids
 from dit_hf.data.contents import Column
 
 
-def infer(*values, requested=False, **column):
-    return infer_condition(Column(list(values), **column), requested)
+def infer(*values, requested=False, name="pet", **column):
+    return infer_condition(name, Column(list(values), **column), requested)
 
 
 def test_yes_and_no_in_every_spelling():
@@ -28,6 +28,17 @@ def test_names_are_classes():
     assert infer("one", "two", "three") == "3 different texts in 3 rows"
     assert infer("one", "two", "three", requested=True)[1] == ClassLabel(names=["one", "three", "two"])
     assert infer("a", "a", "a") == "always a"
+
+
+@pytest.mark.parametrize("name", ["caption", "Text", "prompt"])
+def test_captions_are_classes_only_if_requested(name):
+    reason = "2 different texts (--conditions reads them as classes)"
+    assert infer(*["cat", "dog"] * 4, name=name) == reason
+    assert infer(*["a cat on a mat", "the dog of my aunt's neighbor"] * 4) == reason  # by their words
+    for said in ({"requested": True}, {"declared": True}):
+        assert infer(*["cat", "dog"] * 2, name=name, **said) == ([0, 1] * 2, ClassLabel(names=["cat", "dog"]))
+    names = ["german shepherd dog", "golden retriever"]
+    assert infer(*names * 2)[1] == ClassLabel(names=names)
 
 
 def test_whole_numbers_are_classes_only_where_that_is_said():

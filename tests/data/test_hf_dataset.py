@@ -7,20 +7,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from celeba import save_image, small_image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image
+from layouts import data_set
 
 from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.hf_dataset import read_hf_dataset
 from dit_hf.data.sources import open_source
 from dit_hf.data.stored_paths import drop_foreign_paths, own_folders
-
-
-def data_set(count: int) -> Dataset:
-    smiling = [i % 2 == 0 for i in range(count)]
-    rows = {"face": [small_image()] * count, "Smiling": smiling, "kind": [0, 1] * (count // 2)}
-    kinds = ClassLabel(names=["round", "square"])
-    return Dataset.from_dict(rows, Features({"face": Image(), "Smiling": Value("bool"), "kind": kinds}))
 
 
 def check_data_set(rows):
@@ -136,39 +130,6 @@ def test_a_column_split_with_unknown_names(tmp_path):
     assert source.plan.counts == {"train": 2, "validation": 1}
     assert source.left_out == [("train-3", "split 'unseen' is unknown")]
     assert open_source(str(tmp_path), SourceOptions(split_from="none")).plan.counts == {"train": 4}
-
-
-def test_a_shard_and_its_folder_that_name_different_splits(tmp_path):
-    for name in ("test/train-0.parquet", "train/train-0.parquet"):
-        (tmp_path / name).parent.mkdir()
-        data_set(2).to_parquet(tmp_path / name)
-    with pytest.raises(ValueError, match=r"test/train-0\.parquet is named like the train split and in a folder named"):
-        open_source(str(tmp_path))
-    assert open_source(str(tmp_path), SourceOptions(split_from="files")).plan.counts == {"train": 4}
-    assert open_source(str(tmp_path), SourceOptions(split_from="folders")).plan.counts == {"train": 2, "test": 2}
-
-
-def test_images_beside_shards_can_be_excluded(tmp_path):
-    data_set(4).to_parquet(tmp_path / "train.parquet")
-    for i in range(12):
-        save_image(tmp_path / "assets" / f"{i}.png")
-    with pytest.raises(ValueError, match=r"12 images .* and 1 shards .* or --exclude the others"):
-        open_source(str(tmp_path))
-    assert len(open_source(str(tmp_path), SourceOptions(exclude=["assets"])).rows) == 4
-
-
-def test_shards_whose_splits_number_their_classes_each_by_itself(tmp_path):
-    for name, names in (("train", ["crow", "owl", "wren"]), ("test", ["owl", "wren"])):
-        rows = {"image": [small_image()] * 6, "bird": [i % len(names) for i in range(6)]}
-        features = Features({"image": Image(), "bird": ClassLabel(names=names)})
-        Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{name}-0.parquet")
-    rows = open_source(str(tmp_path)).rows
-    names = [rows.features["bird"].names[value] for value in rows["bird"]]
-    assert names == ["crow", "owl", "wren"] * 2 + ["owl", "wren"] * 3
-    # Within a split they cannot be told apart by the reader of datasets.
-    (tmp_path / "test-0.parquet").rename(tmp_path / "train-1.parquet")
-    with pytest.raises(ValueError, match=r"train-0\.parquet and train-1\.parquet have different classes"):
-        open_source(str(tmp_path))
 
 
 def test_paths_in_rows_are_read_only_inside_the_source(tmp_path):

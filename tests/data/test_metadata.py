@@ -35,7 +35,7 @@ def test_metadata(tmp_path, name):
     assert "caption" not in source.rows.column_names
     assert source.plan.contents.unused == {
         "column age": "2 different texts in 3 rows",  # too few to be classes
-        "column caption": "3 different texts in 3 rows",
+        "column caption": "3 different texts (--conditions reads them as classes)",
     }
     left_out = dict(source.left_out)
     assert left_out["images/2.png"].startswith("duplicate row: 4")
@@ -143,3 +143,16 @@ def test_columns_that_tell_splits_apart_are_no_conditions(tmp_path):
     source = open_source(str(tmp_path))
     assert source.plan.counts == {"train": 8}
     assert "2 images in folders of another split, first val/6.png" in source.plan.contents.choices[0]
+
+
+def test_paths_that_windows_wrote(tmp_path):
+    for i in range(2):
+        save_image(tmp_path / f"images/{i}.png")
+    save_image(tmp_path / "a\\b.png")  # a name elsewhere
+    (tmp_path / "metadata.csv").write_text("file_name,hat\nimages\\0.png,yes\nimages\\1.png,no\na\\b.png,yes\n")
+    source = open_source(str(tmp_path))
+    assert dict(zip(source.rows["id"], source.rows["hat"], strict=True)) == {
+        "a\\b.png": 1,
+        "images/0.png": 1,
+        "images/1.png": 0,
+    }

@@ -51,3 +51,10 @@ def test_lines_break_between_words_and_nowhere_else(tmp_path):
         "file_name,hat\n" + "".join(f'"{name}/{i}.png","big\n red"\n' for name in names for i in range(2))
     )
     assert "  hat         1 classes: big red 8 (metadata.csv)" in read(tmp_path, conditions=["hat"]).plan.lines()
+
+
+def test_classes_that_may_be_one_are_noted(tmp_path):
+    write(tmp_path, "Golden Retriever*2", "golden_retriever*2", "pug*2")
+    plan = read(tmp_path).plan
+    assert len(plan.conditions) == 1
+    assert "  note        class: Golden Retriever and golden_retriever are two classes" in plan.lines()

@@ -57,6 +57,13 @@ def test_samples_may_differ_in_the_suffix_of_their_image_and_in_their_values(tmp
     assert all(row["image"]["bytes"] for row in source.rows)
 
 
+def test_a_sample_without_an_image_is_named_with_its_key(tmp_path):
+    write_archive(tmp_path / "a.tar", [("0.png", stored()), ("0.cls", b"0"), ("1.cls", b"1")])
+    plan = read(tmp_path).plan
+    assert plan.counts == {"train": 1}
+    assert "  left out    1 images or rows: 1 no image (a/1)" in plan.lines()
+
+
 def test_equal_keys_in_two_splits_stay_apart(tmp_path):
     for split in ("train", "val"):
         write_archive(tmp_path / split / "00000.tar", [(f"{i}.png", stored()) for i in range(2)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -50,14 +51,14 @@ def report_of(folder):
 
 def test_the_figure_is_the_distance_of_the_generated_images(evaluated, run, net, statistics):
     real, network = load_reference(statistics), load_features(net)
-    rows = real.attributes(["Smiling", "class"])
+    rows = real.attributes(["Smiling", "class"])[::2]  # 40 of 80, evenly spread
     pipeline = load_pipeline(str(run))
     images = [generate_images(pipeline, range(i, i + 8), rows, 0, num_inference_steps=2) for i in range(0, 40, 8)]
     report = report_of(evaluated)
     expected = frechet_distance(np.concatenate([network(part) for part in images]), real.features)
     assert report["figures"]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     assert report["name"] == "FD-dino-40"
-    assert report["protocol"]["attributes"].endswith("in order: Smiling")
+    assert report["protocol"]["attributes"].endswith("evenly spread: Smiling")
     assert report["floor"]["real"]["frechet_distance"] < report["figures"]["frechet_distance"]
     assert "statistics hold no images" in report["floor"]["vae"]["reason"]
     assert 0 <= report["attributes"]["accuracy"] <= 1
@@ -146,14 +147,42 @@ def test_a_run_is_evaluated_without_options(config, net, capsys):
     for name in ("evaluation.png", "settings.png", "neighbours.png"):
         Image.open(folder / name).verify()
     assert len(list((folder / "images" / "guidance-1-steps-2").glob("*/*.png"))) == 40
-    table = (folder / "evaluation.md").read_text()
-    assert table in capsys.readouterr().out
-    assert f"| {report['name']} | {report['figures']['frechet_distance']:.4g} ±" in table
+
     card = ModelCard.load(run / "README.md")
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results[report["name"]] == pytest.approx(report["figures"]["frechet_distance"], rel=1e-5)
     assert f"| {report['name']} | {results[report['name']]} | reference avatars" in card.text
     assert f"floor (vae) {report['floor']['vae']['frechet_distance']:.4g}" in card.text
+
+    # What is compared and the time come first; the figure and its floor last; the protocol is in the file alone.
+    table, protocol = (folder / "evaluation.md").read_text().split("\n\n## Protocol")
+    lines = (printed := capsys.readouterr().out).splitlines()
+    first = lines.index("samples    40 with guidance 1 and 2 steps, guidance 3 and 2 steps")
+    assert lines[first + 1] == "reference  200 images (avatars)"
+    assert re.fullmatch(
+        r"time       about [\d:]+ \(reference [\d:]+, samples [\d:]+, reconstructions [\d:]+\)", lines[first + 2]
+    )
+    assert table in printed
+    assert f"| {report['name']} | {report['figures']['frechet_distance']:.4g} ±" in table
+    assert "sha256" in protocol
+    assert "sha256" not in printed
+    figures, floor = report["figures"]["frechet_distance"], report["floor"]["vae"]["frechet_distance"]
+    assert lines[-1].startswith(f"FD-dino-40 {figures:.4g} ± ")
+    assert f", floor {floor:.4g} (the VAE's reconstructions), " in lines[-1]
+    assert lines[-1].endswith(f"the protocol is in {folder / 'evaluation.md'}")
+
+
+def test_few_samples_are_compared_with_a_part_of_the_training_images(config, net, capsys):
+    run = train(config)
+    options = {"features": net, "num_samples": 16, "batch_size": 8, "num_inference_steps": 2}
+    evaluate(str(run), **options)
+    reference = report_of(run / "evaluation")["protocol"]["reference"]
+    assert (reference["pictures"], reference["spread_over"]) == (160, 200)
+    assert "reference  160 of 200 images (avatars), evenly spread: 10 per sample" in capsys.readouterr().out
+    evaluate(str(run), **options)
+    assert "time       short: earlier calls have computed all features" in capsys.readouterr().out
+    evaluate(str(run), **options, num_images=200)
+    assert "spread_over" not in report_of(run / "evaluation")["protocol"]["reference"]
 
 
 @pytest.mark.parametrize(

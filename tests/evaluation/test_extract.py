@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_hf.evaluation.extract import collect
+from dit_hf.evaluation.extract import Extraction
 from dit_hf.evaluation.features import FeatureNet
 
 COLORS = np.arange(30, dtype=np.uint8).reshape(10, 3) * 7
@@ -34,7 +34,7 @@ def extract(tmp_path):
             images[:] = COLORS[intact][:, None, None]
             return images, np.array(intact, np.int64)
 
-        collected = collect(tmp_path, NET, read, range(10), batch_size, {"source": identity}, "colors")
+        collected = Extraction(tmp_path, NET, read, range(10), batch_size, {"source": identity}, "colors").collect()
         return collected, read_rows
 
     return extract

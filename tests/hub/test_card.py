@@ -1,7 +1,9 @@
 """The model card: valid metadata, figures with their protocol, terms of the data."""
 
+import importlib.metadata
 import json
 import re
+from email.message import EmailMessage
 
 import pytest
 import torch
@@ -93,7 +95,8 @@ def test_metadata_is_the_hubs_and_round_trips(tmp_path):
     assert entry["metrics"][0]["name"] == "FD-512"
     for metric in entry["metrics"]:
         assert metric["args"]["num_samples"] == 512  # no figure without its protocol
-    assert "| FD-512 | 12.5 | reference celeba" in text
+    assert "| FD-512 | 12.5 |" in text
+    assert text.count("reference celeba, 1,000 images of 256 px") == 1
 
 
 @pytest.mark.parametrize(
@@ -121,8 +124,13 @@ def test_terms_and_data_sets(training, options, expected):
 @pytest.mark.parametrize(
     ("training", "expected", "unexpected"),
     [
-        (TRAINING, ["non-commercial research only", "real people", "of 20", "up to 50 held-out"], ["Avataaars"]),
-        ({**TRAINING, "source": "avatars", "crop": "none"}, ["Avataaars"], ["non-commercial", "annotators"]),
+        (TRAINING, ["non-commercial research only", "annotators", "of 20", "up to 50 held-out"], ["Avataaars"]),
+        ({**TRAINING, "source": "avatars", "crop": "none"}, ["Avataaars"], ["annotators", "people"]),
+        (
+            {**TRAINING, "source": "rockets", "crop": "none", "columns": []},
+            ["at their source"],
+            ["generated face", "annotators"],
+        ),
         ({}, ["at their source", "not measured"], ["## Training", "images of `"]),
     ],
 )
@@ -194,3 +202,14 @@ def test_hub_ids_and_examples():
     unconditional = LatentDiTPipeline(**{**pipeline.components, "condition_labels": {}})
     unconditional.transformer.register_to_config(conditions=None)
     assert example_attributes(unconditional) == {}
+
+
+def test_the_card_says_where_dit_hf_lives(tmp_path, monkeypatch):
+    """By the address in the package's metadata, once it has one."""
+    write_card(tmp_path, tiny_pipeline(), "faces", "you/faces")
+    assert "With dit_hf installed (in a clone of it: `pip install .`):" in (tmp_path / "README.md").read_text()
+    metadata = EmailMessage()
+    metadata["Project-URL"] = "Repository, https://github.com/you/dit_hf"
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda _: metadata)
+    write_card(tmp_path, tiny_pipeline(), "faces", "you/faces")
+    assert "`pip install git+https://github.com/you/dit_hf`" in (tmp_path / "README.md").read_text()

@@ -8,7 +8,7 @@ from dit_hf.latents.progress import Progress
 
 def test_time_memory_and_disk_are_estimated_in_one_line(tmp_path, vae_folder, capsys):
     prepare_latents("avatars", str(tmp_path / "out"), str(vae_folder), "16", num_images=40, batch_size=5)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "images left at" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "images left at" in line]
     assert len(lines) == 1
     assert re.search(
         r"25 images left at [\d,.]+ images/s: about \d+:\d\d:\d\d, [\d.]+ GB of memory, 0\.00 GB on", lines[0]
@@ -22,5 +22,5 @@ def test_speed_of_processes_counts_the_time_before_their_first_reports(capsys):
         time.sleep(0.2)
         progress.update(512)
         progress.update(512)
-    speed = re.search(r"1,024 images left at ([\d,.]+) images/s", capsys.readouterr().out)
+    speed = re.search(r"1,024 images left at ([\d,.]+) images/s", capsys.readouterr().err)
     assert float(speed[1].replace(",", "")) < 1024 / 0.2

@@ -133,3 +133,21 @@ def test_parts_are_pushed_too(pushing_hub):
     assert scheduler.config.prediction_type == "v_prediction"
     config = json.loads(pushing_hub.repositories["you/parts"]["transformer/config.json"])
     assert config["conditions"] == {"Smiling": 2, "class": 3}
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers passes it
+def test_a_part_alone_has_a_card_whose_code_loads_it(pushing_hub, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.push_to_hub("you/transformer")
+    pipeline.transformer.save_pretrained(str(tmp_path / "again"), push_to_hub=True, repo_id="you/again")
+    pipeline.scheduler.push_to_hub("you/scheduler")
+    for name in ("transformer", "again", "scheduler"):
+        card = pushing_hub.repositories[f"you/{name}"]["README.md"].decode()
+        assert "More Information Needed" not in card
+        loaded: dict = {}
+        exec(card.split("```python\n")[1].split("```")[0], loaded)
+        part = "scheduler" if name == "scheduler" else "transformer"
+        assert dict(loaded[part].config)["prediction_type" if part == "scheduler" else "num_layers"] in (
+            "v_prediction",
+            2,
+        )

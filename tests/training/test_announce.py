@@ -27,10 +27,11 @@ def said(config, capsys, **options):
 def test_batch_steps_and_disk_are_computed(config, capsys):
     text = said(config, capsys, global_batch_size=8, gradient_accumulation_steps=2, max_train_steps=49)
     assert "batch      8 = 1 rank x 2 micro-batches x 4 images" in text
-    assert "images     196; 24 steps are an epoch, 49 steps are 2.0 epochs" in text
+    assert "images     196; an epoch is 24.5 steps, the run is 49 steps or 2 epochs" in text
     # 4 checkpoints are kept and one more is written before the oldest goes.
     size, whole = (float(number) for number in re.search(r"checkpoints of ([\d.]+) GB, ([\d.]+) GB", text).groups())
     assert whole == pytest.approx(5 * size, abs=0.1)
+    assert "parameters, float32, " in text
     assert "tracker" not in text
 
 
@@ -39,7 +40,7 @@ def test_memory_that_is_short_names_the_option_that_helps(config, capsys, monkey
     monkeypatch.setattr(module, "free_memory", lambda device: ("memory", fixed + 2 * 10**6))
     text = said(config, capsys, global_batch_size=64)
     assert "an estimate" in text
-    parts = int(re.search(r"too little, probably; --train.gradient_accumulation_steps (\d+) would fit", text)[1])
+    parts = int(re.search(r"probably too little; --train.gradient_accumulation_steps (\d+) would fit", text)[1])
     assert "too little" not in said(config, capsys, global_batch_size=64, gradient_accumulation_steps=parts)
     monkeypatch.setattr(module, "free_memory", lambda device: ("memory", fixed // 2))
     with pytest.raises(OSError, match=r"weights, gradients, optimizer and EMA alone need .* train a smaller model"):
@@ -83,5 +84,7 @@ def test_without_a_terminal_a_run_is_readable_lines(config, capsys):
     assert [line.split(" steps")[0] for line in lines][:3] == [f"training: {step} of 8" for step in (3, 4, 6)]
     assert re.match(r"training: 3 of 8 steps, loss \d\.\d{4}, [\d,]+ images/s, 0:00:0\d left", lines[0])
     assert re.search(r"step 4: validation loss \d\.\d{4}, the best so far", err)
-    assert out.splitlines()[-2].startswith(f"finished: {config.train.output_dir}, 8 steps, loss ")
-    assert f"dit-hf sample {config.train.output_dir}" in out.splitlines()[-1]
+    assert sum(line.startswith("training: 8 of 8 steps") for line in lines) == 1
+    ends = [line for line in out.splitlines() if line.startswith(("finished", "next"))]
+    assert ends[0].startswith(f"finished   {config.train.output_dir}: 8 steps, loss ")
+    assert ends[1] == f"next       dit-hf sample {config.train.output_dir} --output_dir samples"
