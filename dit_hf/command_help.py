@@ -94,7 +94,7 @@ GROUPS = {
         "Speed and memory": SPEED,
     },
     "push": {
-        "The repository": "private revision max_shard_size overwrite",
+        "The repository": "space private revision max_shard_size overwrite",
         "The card and the model": "license datasets attributes builtin",
     },
 }

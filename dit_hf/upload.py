@@ -37,7 +37,7 @@ def upload_folder(
     Args:
         folder: The folder to upload.
         repo_id: The repository, `OWNER/NAME`.
-        repo_type: `model` or `dataset`.
+        repo_type: `model`, `dataset` or `space` (of gradio).
         commit_message: Message of the commit.
         private: Make a new repository private.
         revision: The branch, which is created if it does not exist; None is main.
@@ -54,7 +54,8 @@ def upload_folder(
         raise OSError(f"{repo_id}: {api.endpoint} cannot be reached ({problem}); nothing was changed there")
 
     def attempt() -> str:
-        url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
+        sdk = "gradio" if repo_type == "space" else None
+        url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
         if revision is not None:
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         # Inside the retried part, so that every attempt compares with the newest commit.

@@ -132,7 +132,7 @@ def running_hub() -> Iterator[Hub]:
 
         def create(self, wanted: dict) -> None:
             owner, kind = wanted.get("organization") or "you", wanted.get("type", "model")
-            prefix, name = "datasets/" if kind == "dataset" else "", f"{owner}/{wanted['name']}"
+            prefix, name = "" if kind == "model" else f"{kind}s/", f"{owner}/{wanted['name']}"
             url = {"url": f"{hub.endpoint}/{prefix}{name}", "name": name}
             if prefix + name in hub.repositories:
                 self.answer(409, {"error": "You already created this repo", **url})
@@ -197,7 +197,7 @@ def running_hub() -> Iterator[Hub]:
             else:
                 siblings = [{"rfilename": p, "size": len(c)} for p, c in files.items()]
                 facts = {
-                    "id": name.removeprefix("datasets/"),
+                    "id": name.removeprefix("datasets/").removeprefix("spaces/"),
                     "sha": hub.commit(key),
                     "siblings": siblings,
                     "tags": [],

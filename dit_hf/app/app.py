@@ -1,4 +1,4 @@
-"""The app: a page that generates images with a model, and edits and inpaints given ones."""
+"""The app: a page that generates, edits, varies, inpaints and interpolates images with a model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
     """
     # gradio is an optional dependency, and takes seconds to import.
     try:
+        from .about import about
         from .page import build_page, look
         from .server import check_address, serve
     except ModuleNotFoundError as error:
@@ -31,8 +32,10 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
 
     # The page's title is a folder's name, without the path, or the Hub id.
     name = Path(model).absolute().name if Path(model).is_dir() else model
-    page = build_page(Studio(load_pipeline(model)), name)
+    studio = Studio(load_pipeline(model))
+    page = build_page(studio, model, f"dit_hf: {name}", about(model, name, studio))
 
     url = serve(page, host, port, **look())
     print(f"{model} at {url} (stop with Ctrl-C)", flush=True)
     page.block_thread()
+    studio.close()

@@ -1,11 +1,17 @@
-"""The model behind the app: it generates, varies, edits and inpaints images, and describes its controls."""
+"""The model behind the app: its controls, and calls that generate, edit, vary, inpaint and interpolate images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from PIL import Image, ImageChops, ImageOps
 
 from ..data.transforms import Geometry, decode_image
@@ -15,6 +21,7 @@ from ..pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..sampling.generate import generators
+from ..sampling.writer import PNG_TEXT
 
 OPEN = "any"
 # The groups of CelebA's attributes on the page, in this order; other conditions come last.
@@ -36,7 +43,15 @@ GROUPS = {
 }
 OTHERS = "Others"
 
-OnStep = Callable[[int, int], None]
+PIPELINES: dict[str, type[LatentDiTPipeline]] = {
+    "generate": LatentDiTPipeline,
+    "edit": LatentDiTEditPipeline,
+    "img2img": LatentDiTImg2ImgPipeline,
+    "inpaint": LatentDiTInpaintPipeline,
+    "interpolate": LatentDiTPipeline,
+}
+# A preview is decoded once at least this many times its own duration has passed since the last one.
+PREVIEW_INTERVAL = 4
 
 
 @dataclass(frozen=True)
@@ -63,17 +78,64 @@ class Control:
 class Settings:
     """Settings of sampling; see the arguments of [`LatentDiTPipeline`] and `sampling.generate.generators`."""
 
-    num_images: int = 4
+    num_images: int = 8
     seed: int = 0
     num_inference_steps: int = 25
     guidance_scale: float | None = None
 
 
-class Studio:
-    """The four pipelines of one model. Image i of a call is a function of the seed and i.
+@dataclass(frozen=True)
+class Call:
+    """One call of the model.
 
     Args:
-        pipeline: The model; the other pipelines share its components.
+        mode: A key of `PIPELINES`, as in `dit-hf sample --mode`.
+        settings: Settings of sampling.
+        arguments: Further arguments of the pipeline's call, or of `interpolate`.
+    """
+
+    mode: str
+    settings: Settings
+    arguments: dict[str, Any]
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call, but for its generator."""
+        settings = self.settings
+        own = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+        return {name: value for name, value in {**own, **self.arguments}.items() if value is not None}
+
+    def metadata(self, image_number: int) -> dict[str, Any]:
+        """Return what the PNG of an image says of it, with the keys of `dit-hf sample`."""
+        options = {name: value for name, value in self.options().items() if not isinstance(value, Image.Image)}
+        return {"mode": self.mode, **options, "seed": self.settings.seed, "image_number": image_number}
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far a call is.
+
+    Args:
+        step: Number of steps done.
+        num_steps: Number of steps in all.
+        images: A preview, or none; at last the results.
+        is_last: True for the results.
+    """
+
+    step: int
+    num_steps: int
+    images: list[Image.Image] = field(default_factory=list)
+    is_last: bool = False
+
+
+class Stopped(Exception):
+    """Raised inside a call whose results nobody waits for any more."""
+
+
+class Studio:
+    """One model. Image i of a call is a function of the seed and i.
+
+    Args:
+        pipeline: The model; the pipelines of all modes share its components.
 
     Raises:
         ValueError: if the pipeline has no VAE.
@@ -83,19 +145,19 @@ class Studio:
         if pipeline.vae is None:
             raise ValueError("this pipeline has no vae, without which there are no images")
 
-        # 1. One pipeline a mode; the page shows their progress itself.
-        parts = pipeline.components
-        self.text2img = LatentDiTPipeline(**parts)
-        self.img2img = LatentDiTImg2ImgPipeline(**parts)
-        self.inpainting = LatentDiTInpaintPipeline(**parts)
-        self.editing = LatentDiTEditPipeline(**parts)
-        for one in (self.text2img, self.img2img, self.inpainting, self.editing):
+        # 1. One pipeline a mode; the page shows their progress itself. One thread, because they share a scheduler.
+        self.pipelines = {mode: kind(**pipeline.components) for mode, kind in PIPELINES.items()}
+        for one in self.pipelines.values():
             one.set_progress_bar_config(disable=True)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._closed = threading.Event()
 
         # 2. Defaults and bounds of the page's sliders.
         self.guidance_scale = float(pipeline.config.guidance_scale)
         self.num_levels = int(pipeline.scheduler.config.num_train_timesteps)
+        self.num_inference_steps = min(25, self.num_levels)
         self.resolution = pipeline.resolution
+        self.num_parameters = sum(p.numel() for p in pipeline.transformer.parameters())
 
         # 3. The controls, in the order of `GROUPS`; conditions that are not in there keep the model's order.
         labels = pipeline.config.condition_labels
@@ -114,45 +176,93 @@ class Studio:
         """Return an image as the model gets it: its centre, at the model's size."""
         return Geometry(self.resolution, "center").fit(image)
 
-    def generate(self, attributes: Attributes, settings: Settings, on_step: OnStep) -> list[Image.Image]:
-        """Generate new images."""
-        return self.text2img(attributes or None, settings.num_images, **_options(settings, on_step))[0]
+    def generate(self, attributes: Attributes, settings: Settings) -> Call:
+        """Return the call that generates new images."""
+        return Call("generate", settings, {"attributes": attributes or None, "batch_size": settings.num_images})
 
-    def vary(
-        self, image: Image.Image, attributes: Attributes, strength: float, settings: Settings, on_step: OnStep
-    ) -> list[Image.Image]:
-        """Generate variations of an image, from a share of `strength` noise."""
-        options = _options(settings, on_step)
-        count = settings.num_images
-        return self.img2img(attributes or None, image, strength, num_images_per_prompt=count, **options)[0]
+    def vary(self, image: Image.Image, attributes: Attributes, strength: float, settings: Settings) -> Call:
+        """Return the call that generates variations of an image, from a share of `strength` noise."""
+        arguments = {"attributes": attributes or None, "image": image, "strength": strength}
+        return Call("img2img", settings, {**arguments, "num_images_per_prompt": settings.num_images})
 
-    def edit(
-        self, image: Image.Image, change: Attributes, strength: float, settings: Settings, on_step: OnStep
-    ) -> list[Image.Image]:
-        """Edit attributes of an image, by `strength`.
+    def edit(self, image: Image.Image, change: Attributes, edit_strength: float, settings: Settings) -> Call:
+        """Return the call that edits attributes of an image, by `edit_strength`.
 
         Raises:
             ValueError: if there is nothing to change.
         """
         if not change:
             raise ValueError("choose at least one attribute to edit")
-        options = _options(settings, on_step)
-        del options["generator"]  # an edit samples no noise
-        return self.editing(None, image, change, strength, **options)[0]
+        return Call("edit", settings, {"image": image, "edit": change, "edit_strength": edit_strength})
 
-    def inpaint(
-        self, image: Image.Image, mask: Image.Image, attributes: Attributes, settings: Settings, on_step: OnStep
-    ) -> list[Image.Image]:
-        """Inpaint an image where the mask is white, in several ways.
+    def inpaint(self, image: Image.Image, mask: Image.Image, attributes: Attributes, settings: Settings) -> Call:
+        """Return the call that inpaints an image where the mask is white, in several ways.
 
         Raises:
             ValueError: if the mask is black.
         """
         if mask.getbbox() is None:
             raise ValueError("paint over the part of the image that is to be inpainted")
-        options = _options(settings, on_step)
-        count = settings.num_images
-        return self.inpainting(attributes or None, image, mask, num_images_per_prompt=count, **options)[0]
+        arguments = {"attributes": attributes or None, "image": image, "mask_image": mask}
+        return Call("inpaint", settings, {**arguments, "num_images_per_prompt": settings.num_images})
+
+    def interpolate(self, attributes: Attributes, num_frames: int, settings: Settings) -> Call:
+        """Return the call that generates a film from the first to the second image of a seed."""
+        return Call("interpolate", settings, {"attributes": attributes or None, "num_frames": num_frames})
+
+    def start_examples(self) -> None:
+        """Begin to generate the images that the page shows at first."""
+        settings = Settings(num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        self._examples = self._submit(self.generate({}, settings), lambda update: None, self._closed)
+
+    def examples(self) -> list[Image.Image]:
+        """Return the images that the page shows at first, once they are generated; see `start_examples`."""
+        return self._examples.result()
+
+    def run(self, call: Call) -> Generator[Update]:
+        """Run a call and yield how far it is; closing the iterator stops it."""
+        updates: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
+        stopped = threading.Event()
+        images = self._submit(call, updates.put, stopped)
+        images.add_done_callback(lambda _: updates.put(None))
+        last = Update(0, 0)
+        try:
+            yield last
+            for last in iter(updates.get, None):
+                yield last
+            yield Update(last.num_steps, last.num_steps, images.result(), is_last=True)
+        finally:
+            stopped.set()
+            images.cancel()
+
+    def close(self) -> None:
+        """Stop what is under way."""
+        self._closed.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(
+        self, call: Call, report: Callable[[Update], None], stopped: threading.Event
+    ) -> Future[list[Image.Image]]:
+        """Run a call in the model's thread, after those before it."""
+
+        def perform() -> list[Image.Image]:
+            images = self._perform(call, _callback(report, lambda: stopped.is_set() or self._closed.is_set()))
+            for number, image in enumerate(images):
+                image.info[PNG_TEXT] = json.dumps(call.metadata(number))
+            return images
+
+        return self._thread.submit(perform)
+
+    def _perform(self, call: Call, callback: Callable) -> list[Image.Image]:
+        """Call the pipeline of a mode."""
+        pipeline: Any = self.pipelines[call.mode]
+        options = {**call.options(), "callback_on_step_end": callback}
+        seed = call.settings.seed
+        if call.mode == "interpolate":
+            return pipeline.interpolate(latents=pipeline.sample_noise(2, generators(seed, range(2))), **options)
+        if call.mode != "edit":  # an edit samples no noise
+            options["generator"] = generators(seed, range(call.settings.num_images))
+        return pipeline(**options).images
 
 
 def read_image(path: str) -> Image.Image:
@@ -186,17 +296,20 @@ def _control(name: str, count: int, labels: list[str] | None) -> Control:
     return Control(name, group, [(OPEN, None), *values])
 
 
-def _options(settings: Settings, on_step: OnStep) -> dict[str, Any]:
-    """Return the keywords that all of the pipelines' calls have; `on_step` gets the step and the number of steps."""
+def _callback(report: Callable[[Update], None], is_stopped: Callable[[], bool]) -> Callable:
+    """Return a `callback_on_step_end` that reports every step, some of them with a preview, until it is stopped."""
+    next_preview = 0.0
 
-    def callback(pipeline: LatentDiTPipeline, step: int, _timestep: Any, tensors: dict) -> dict:
-        on_step(step + 1, pipeline.num_timesteps)
+    def callback(pipeline: LatentDiTPipeline, step: int, _timestep: torch.Tensor, tensors: dict) -> dict:
+        nonlocal next_preview
+        if is_stopped():
+            raise Stopped
+        start, images = time.monotonic(), []
+        if start >= next_preview and step + 1 < pipeline.num_timesteps:
+            images = pipeline.decode_latents(tensors["latents"])
+            end = time.monotonic()
+            next_preview = end + PREVIEW_INTERVAL * (end - start)
+        report(Update(step + 1, pipeline.num_timesteps, images))
         return tensors
 
-    return {
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "generator": generators(settings.seed, range(settings.num_images)),
-        "callback_on_step_end": callback,
-        "return_dict": False,
-    }
+    return callback

@@ -203,12 +203,15 @@ def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]
     return {}
 
 
-def _project() -> dict[str, str]:
-    """Return dit_hf as a link and the command that installs it, by the address in its metadata if it has one."""
+def project_address() -> str | None:
+    """Return the public address of dit_hf's repository from the package's metadata, or None if it has none yet."""
     urls = importlib.metadata.metadata("dit_hf").get_all("Project-URL") or []
-    address = next(
-        (url.partition(", ")[2] for url in urls if url.lower().startswith(("repository,", "source,"))), None
-    )
+    return next((url.partition(", ")[2] for url in urls if url.lower().startswith(("repository,", "source,"))), None)
+
+
+def _project() -> dict[str, str]:
+    """Return dit_hf as a link and the command that installs it, by its address if it has one."""
+    address = project_address()
     if address is None:
         return {"project": "dit_hf", "install": "in a clone of it: `pip install .`"}
     return {"project": f"[dit_hf]({address})", "install": f"`pip install git+{address}`"}

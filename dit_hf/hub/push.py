@@ -40,6 +40,7 @@ from ..sampling.generate import generate_images
 from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_json, write_text
 from ..upload import upload_folder
 from .card import example_attributes, read_report, write_card
+from .space import is_space_file, upload_space, write_space
 from .to_diffusers import BuiltinExport, to_builtin
 
 GRID_SIZE = 8
@@ -71,6 +72,7 @@ def push(
     datasets: list[str] | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    space: bool = False,
 ) -> None:
     """Share a model: weights, card, image grid, recipe, log and evaluation, as a repository of the Hub or a folder.
 
@@ -87,6 +89,8 @@ def push(
         max_shard_size: largest size of a file of weights.
         overwrite: replace another model, or, on the Hub, any other content. A folder that holds files which no push
             has written is never replaced.
+        space: also push a Space of the same name, which runs the app with this model; of a folder, the files of the
+            Space are in `OUTPUT_DIR-space`.
 
     Raises:
         FileExistsError: if the folder or the repository holds something else and `overwrite` is not set, or the folder
@@ -101,6 +105,8 @@ def push(
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
     if not re.fullmatch(r"\d+ *[KMGT]B", max_shard_size.upper()):
         raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as 500MB or 5GB")
+    if space and (repo_id is None or builtin or private or revision is not None):
+        raise ValueError("--space loads a public OWNER/NAME: it takes no --builtin, --private or --revision")
     folder = Path(output_dir) if output_dir is not None else None
 
     with contextlib.ExitStack() as stack:
@@ -112,6 +118,9 @@ def push(
                 _check_folder(folder, overwrite)
         else:  # a push to the Hub alone is written to a temporary folder
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
+        space_folder = folder.with_name(f"{folder.name}-space")
+        if space and space_folder.exists():
+            _check_folder(space_folder, overwrite)
 
         pipeline = load_pipeline(model, "cpu")
         card_options: dict[str, Any] = {"revision": revision, "license": license, "datasets": datasets}
@@ -123,10 +132,16 @@ def push(
             write_repository(partial, pipeline, model, name, repo_id or ".", max_shard_size, export, **card_options)
             if license is None and not (partial / EXPORT).is_file():
                 print("the training data is unknown: name its terms by --license", flush=True)
+        # Before anything is uploaded, because the wheel may not be built.
+        if space and repo_id is not None:
+            with new_folder(space_folder) as partial:
+                write_space(partial, repo_id)
         if output_dir is not None:
-            print(f"{folder} holds the repository", flush=True)
+            print(f"{folder} holds the repository{f', {space_folder} the Space' if space else ''}", flush=True)
         if repo_id is not None:
             print(f"{model} is now {upload(folder, repo_id, private, revision, overwrite)}", flush=True)
+            if space:
+                print(f"its Space is {upload_space(space_folder, repo_id, overwrite)}", flush=True)
 
 
 def write_repository(
@@ -262,7 +277,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         FileExistsError: naming up to three such files.
     """
     place, names = f"output_dir {folder}", sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name not in (*_FOLDERS, *_FILES, *_SYSTEM_FILES)]
+    known = (*_FOLDERS, *_FILES, *_SYSTEM_FILES)
+    others = [name for name in names if name not in known and not is_space_file(name)]
     if others:
         raise FileExistsError(folder_taken(place, f"holds {', '.join(others[:3])}, which no push has written"))
     if names and not overwrite:

@@ -22,6 +22,7 @@ from ..storage import first_line, folder_taken, is_missing_or_empty, new_file, r
 from .generate import batches
 
 NPZ = "samples.npz"
+PNG_TEXT = "dit_hf"  # the text chunk of a PNG that holds its settings, as JSON
 CONTENTS = "contents_sha256"  # the setting that holds the hash of the given images, from version 0.2.0 on
 NUM_GRID_IMAGES = 64
 
@@ -127,7 +128,7 @@ def _write_images(folder: Path, series: Series, images: range, settings: dict[st
         return
     for image, path, pixels in zip(images, paths, series.generate(images), strict=True):
         info = PngImagePlugin.PngInfo()
-        info.add_text("dit_hf", json.dumps({**settings, "image_number": image, **series.metadata(image)}))
+        info.add_text(PNG_TEXT, json.dumps({**settings, "image_number": image, **series.metadata(image)}))
         _save(path, functools.partial(Image.fromarray(pixels).save, format="png", pnginfo=info))
 
 
