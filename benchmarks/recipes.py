@@ -111,7 +111,7 @@ class Commands:
 
 def compete(commands: Commands, race: dict, contestant: dict, seed: int, run: Path, latents: Path, real: Path) -> None:
     """Train a contestant with one seed, choose its guidance with few samples, and evaluate it with many others."""
-    recipe = merged(race["base"], {k: v for k, v in contestant.items() if k not in ("images", "seeds")})
+    recipe = contestant_recipe(race, contestant)
     steps = contestant["images"] // recipe["train"]["global_batch_size"]
     every = steps // max(1, contestant["images"] // race["curve_images"])
     own = {"output_dir": str(run), "max_train_steps": steps, "seed": seed, "report_to": "none"}
@@ -148,6 +148,11 @@ def best_guidance(run: Path) -> float:
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with the sections of `over` merged into its own."""
     return {name: {**base.get(name, {}), **over.get(name, {})} for name in {**base, **over}}
+
+
+def contestant_recipe(race: dict[str, Any], contestant: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a contestant's recipe, over the race's `base`."""
+    return merged(race["base"], {name: value for name, value in contestant.items() if name not in ("images", "seeds")})
 
 
 def on_record(recorded: dict[str, Any], name: str, images: int, seed: int) -> dict[str, Any]:

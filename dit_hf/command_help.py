@@ -63,7 +63,7 @@ SOURCE = (
     "dataset_config_name image_column conditions exclude split split_from missing num_images max_left_out "
     "allow_partial"
 )
-SPEED = "num_proc batch_size dtype"
+SPEED = "num_proc batch_size dtype verify"
 # The options of a verb by purpose. Those that no group names come first, without a title.
 GROUPS = {
     "prepare-latents": {
