@@ -220,7 +220,7 @@ class Evaluation:
         if not path.is_file():
             return
         previous = read_report(path)
-        previous_name = previous["model"].pop("name")
+        previous_name = previous["model"].pop("name", None)
         same_precision = previous["protocol"]["dtype"] == self.dtype
         same_model = previous["model"] == identity if same_precision else previous_name == name
         if not same_model:
