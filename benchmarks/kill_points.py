@@ -26,10 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-if "torch" not in sys.modules:  # bits depend on the number of threads
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # bits depend on the number of threads
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from local_hub import Hub, running_hub
 
 from dit_hf_cli import main as run_cli
 
@@ -45,6 +46,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "evaluate": ["evaluate", "run", "--reference", "pictures", "--num_samples", "16", "--num_inference_steps", "2"],
     "push": ["push", "run", "--output_dir", "out"],
+    "push-hub": ["push", "run", "you/run"],
 }
 RECIPE = """\
 data: {latents: latents}
@@ -62,11 +64,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, running_hub() as hub:
+        # Before anything of the Hub's is imported.
+        os.environ |= {**hub.environment(), "HF_HOME": f"{scratch}/hf", "TMPDIR": f"{scratch}/attempt/tmp"}
         base = prepare(Path(scratch) / "base")
         results = {}
         for verb in options.verbs.split(","):
-            results[verb] = try_points(verb, base, options.every)
+            results[verb] = try_points(verb, base, hub, options.every)
             print(verb, results[verb], flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
@@ -89,7 +93,7 @@ def prepare(base: Path) -> Path:
     return base
 
 
-def try_points(verb: str, base: Path, every: int = 1) -> dict[str, Any]:
+def try_points(verb: str, base: Path, hub: Hub, every: int = 1) -> dict[str, Any]:
     """Kill a command before every change of a file, or every `every`-th, and call it again.
 
     Returns:
@@ -97,16 +101,18 @@ def try_points(verb: str, base: Path, every: int = 1) -> dict[str, Any]:
     """
     command, started = COMMANDS[verb], time.monotonic()
     folder = base.with_name("attempt")
-    code, changes = attempt(start(verb, base, folder), command)
-    whole = contents(folder)
+    code, changes = attempt(start(verb, base, folder, hub), command)
+    whole = contents(folder, hub)
     different = [] if not code else [f"undisturbed: exit code {code}"]
+    # What has ended is refused by some verbs: of a call that is killed at its very end, too.
+    again, _ = attempt(folder, command)
     points = range(1, len(changes) + 1)[::every]
     for point in points:
-        attempt(start(verb, base, folder), command, point)
+        attempt(start(verb, base, folder, hub), command, point)
         code, _ = attempt(folder, command)
-        ended = contents(folder)
+        ended = contents(folder, hub)
         names = sorted(name for name in whole.keys() | ended.keys() if whole.get(name) != ended.get(name))
-        if code or names:
+        if code not in (0, again) or names:
             different.append(
                 f"{point}, {changes[point - 1]}: exit code {code}, {', '.join(names[:5]) or 'same files'}"
             )
@@ -114,11 +120,14 @@ def try_points(verb: str, base: Path, every: int = 1) -> dict[str, Any]:
     return {"points": len(changes), "tried": len(points), "seconds": seconds, "different": different}
 
 
-def start(verb: str, base: Path, folder: Path) -> Path:
-    """Copy what a command starts from."""
+def start(verb: str, base: Path, folder: Path, hub: Hub) -> Path:
+    """Copy what a command starts from, and empty the Hub."""
+    hub.repositories.clear()
+    hub.stored.clear()
     shutil.rmtree(folder, ignore_errors=True)
     left_out = ["run"] if verb == "train" else []
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(*left_out))
+    (folder / "tmp").mkdir()
     return folder
 
 
@@ -170,26 +179,26 @@ def watch(folder: Path, log: Path, point: int) -> None:
     sys.addaudithook(hook)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Return the hash of every file below `folder`, without what depends on the clock."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(steady(path)).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+def contents(folder: Path, hub: Hub) -> dict[str, str]:
+    """Return the hash of every file below `folder` and on the Hub, without what depends on the clock."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    # What a killed process leaves in the temporary folder is the system's to delete.
+    found = {name: path.read_bytes() for name, path in files.items() if not name.startswith("tmp/")}
+    for repository, pushed in hub.repositories.items():
+        found |= {f"{repository}:{name}": data for name, data in pushed.items()}
+    return {name: hashlib.sha256(steady(Path(name).name, data)).hexdigest() for name, data in found.items()}
 
 
-def steady(path: Path) -> bytes:
+def steady(name: str, data: bytes) -> bytes:
     """Return the content of a file without what depends on the clock."""
-    data = path.read_bytes()
-    if path.name == "training_log.csv":
+    if name == "training_log.csv":
         rows = [
             {k: v for k, v in row.items() if k not in VARYING} for row in csv.DictReader(io.StringIO(data.decode()))
         ]
         return json.dumps(rows).encode()
-    if path.name == "source_files.npz":  # inodes and times
+    if name == "source_files.npz":  # inodes and times
         return b""
-    if path.suffix == ".json":
+    if name.endswith(".json"):
         return json.dumps(_without_varying(json.loads(data))).encode()
     return data
 

@@ -116,13 +116,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps({**content, _OWN_SHA256: hash_json(content)}, indent=2) + "\n")
 
 
-def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, **metadata: Any) -> None:
+def write_manifest(folder: Path, name: str = MANIFEST, skip: Collection[str] = (), **metadata: Any) -> None:
     """Write a JSON file with `metadata` and the size and SHA-256 of every file of `folder`.
 
     Args:
         folder: The folder that the manifest describes.
         name: File name of the manifest inside `folder`.
-        skip: A subfolder whose files are not listed.
+        skip: Files and subfolders that are not listed.
         metadata: Further keys of the manifest.
     """
     # An earlier call may have been killed while it wrote the manifest.
@@ -130,7 +130,7 @@ def write_manifest(folder: Path, name: str = MANIFEST, skip: str | None = None, 
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in (name, skip)
+        if path.is_file() and path.relative_to(folder).parts[0] not in (name, *skip)
     }
     write_json(folder / name, {**metadata, "files": files})
 

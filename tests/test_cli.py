@@ -26,6 +26,17 @@ def run(capsys, *args):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.parametrize("verb", ["prepare-latents", "evaluate", "push", "demo", "train-autoencoder", "sample"])
+def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
+    (tmp_path / "loop").symlink_to("loop")
+    given = [] if verb == "demo" else ["x"]
+    code, _, error = run(capsys, verb, *given, "--output_dir", str(tmp_path / "loop"))
+    assert code == 1
+    assert (
+        error == f"dit-hf {verb}: error: output_dir {tmp_path}/loop is a link that leads nowhere; name a new folder\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

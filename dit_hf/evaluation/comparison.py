@@ -148,7 +148,7 @@ class Comparison:
         if not path.is_file():
             return
         previous = read_report(path)
-        previous_name = previous["model"].pop("name")
+        previous_name = previous["model"].pop("name", None)
         same_precision = previous["protocol"]["dtype"] == self.dtype
         same_model = previous["model"] == self.identity if same_precision else previous_name == name
         if not same_model:

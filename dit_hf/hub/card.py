@@ -22,7 +22,7 @@ TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
 # What is read of the report of an evaluation.
 _REPORT = {
-    "model": {"name", "transformer_sha256"},
+    "model": {"transformer_sha256"},
     "protocol": {"dtype", "features", "guidance_scale", "num_inference_steps", "reference", "seed"},
     "figures": {"frechet_distance", "kid", "num_samples", "precision", "recall"},
     "floor": {"real", "vae"},

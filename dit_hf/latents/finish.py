@@ -57,12 +57,10 @@ def finish(job: Job, spec: CacheSpec) -> None:
     grid = job.folder / "reconstructions.png"
     info["psnr"] = save_reconstruction_grid(cache, spec.source.rows, spec.vae, job, grid)
     write_cache_card(job.folder, info, left_out.all(), spec.source.plan.lines())
-    write_manifest(job.folder, CACHE_INFO, "building", **info)
-
-    # For the next call on this machine, after the manifest, which does not list it.
-    if IMAGE_SHA256 in job.features:
+    if IMAGE_SHA256 in job.features:  # for the next call on this machine
         stamps = [job.stamps(shard) for shard in range(job.num_shards)]
         write_source_files(job.folder / SOURCE_FILES, np.concatenate(stamps), notes)
+    write_manifest(job.folder, CACHE_INFO, ("building", SOURCE_FILES), **info)
 
 
 def _cache_info(

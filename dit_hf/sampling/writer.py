@@ -99,6 +99,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     Settings without an image do not count: the call that wrote them failed before its first batch.
     """
     path, place = folder / SETTINGS, f"output_dir {folder}"
+    (folder / f".{SETTINGS}.partial").unlink(missing_ok=True)  # of a call that was killed
     text = json.dumps(settings, indent=2) + "\n"
     if path.is_file() and any(_is_output(file.name) for file in folder.iterdir()):
         # Both through JSON, which turns tuples into lists.

@@ -1,10 +1,11 @@
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dit_hf import open_images
-from dit_hf.data.avatars import ATTRIBUTES, choose_face, render_face
+from dit_hf.data.avatars import ATTRIBUTES, choose_face, open_avatars, render_face
 
 
 def test_a_face_is_a_pure_function_of_seed_and_number():
@@ -31,6 +32,34 @@ def test_the_dataset_does_not_depend_on_the_number_of_processes():
         assert np.array_equal(np.asarray(few[i]["image"]), np.asarray(many[i]["image"]))
         assert few[i]["id"] == many[i]["id"] == f"avatar-3-{i}"
         assert {name: many[i][name] for name in ATTRIBUTES} == choose_face(3, i).attributes
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "gone", "flipped"])
+def test_avatars_whose_cached_file_is_damaged_are_rendered_again(damage):
+    whole = open_images("avatars", resolution=16, num_images=6, seed=5)
+    expected = [np.asarray(image) for image in whole["image"]]
+    (cached,) = {Path(file["filename"]) for file in open_avatars(6, 16, 5).cache_files}
+    data = cached.read_bytes()
+    flipped = data[:500] + bytes(byte ^ 255 for byte in data[500:600]) + data[600:]
+    cached.unlink()  # and not written over: it is mapped into memory
+    if damage != "gone":
+        cached.write_bytes({"half": data[: len(data) // 2], "empty": b"", "flipped": flipped}[damage])
+    again = open_images("avatars", resolution=16, num_images=6, seed=5)
+    assert all(np.array_equal(image, other) for image, other in zip(again["image"], expected, strict=True))
+
+
+def test_what_cannot_be_rendered_or_kept_is_one_line(monkeypatch):
+    with pytest.raises(ValueError, match="num_images=10000000000: expected at most 10,000,000 avatars"):
+        open_avatars(10**10, 16, 0)
+    with pytest.raises(ValueError, match="resolution=1000000000: expected sides of at most 32,768 pixels"):
+        open_images("avatars", resolution=10**9, num_images=1)
+
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dit_hf.data.avatars.Dataset.from_generator", fail)
+    with pytest.raises(OSError, match="cannot be written; set HF_HOME to a folder that can"):
+        open_avatars(7, 16, 5)
 
 
 def test_every_attribute_varies_and_sex_decides_hair_and_beard():

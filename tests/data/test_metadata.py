@@ -75,6 +75,23 @@ def test_rows_that_cannot_be_read_are_left_out_with_their_number(tmp_path):
     } <= set(source.left_out)
 
 
+@pytest.mark.parametrize("value", ["[" * 200_000 + "]" * 200_000, "9" * 5000])
+def test_a_row_of_absurd_depth_or_length_is_left_out(tmp_path, value):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png")
+    rows = [f'{{"file_name": "{i}.png", "smiling": {value if i == 2 else i % 2}}}' for i in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    source = open_source(str(tmp_path))
+    assert source.rows["id"] == ["0.png", "1.png", "3.png"]
+    assert ("metadata.jsonl:3", "not a JSON object") in source.left_out
+
+
+def test_a_row_of_a_missing_image_is_named_by_it_beside_an_index_column(tmp_path):
+    save_image(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text(",file_name,smiling\n0,0.png,1\n1,gone.png,0\n")
+    assert [name for name, _ in open_source(str(tmp_path)).left_out] == ["gone.png"]
+
+
 def test_a_csv_of_excel_with_spaces_in_its_header_and_a_capital_split(tmp_path):
     for i in range(4):
         save_image(tmp_path / "cat" / f"{i}.png")

@@ -53,6 +53,19 @@ def test_a_resumed_extraction_reads_only_the_missing_batches_and_gives_the_same_
     assert extract()[1] == []
 
 
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped", "[]"])
+def test_features_of_a_damaged_file_are_extracted_again(extract, tmp_path, damage):
+    whole, _ = extract()
+    (second,) = tmp_path.rglob("from-00000004.safetensors")
+    data = second.read_bytes()
+    flipped = data[:-20] + bytes([data[-20] ^ 4]) + data[-19:]
+    second.write_bytes({"half": data[: len(data) // 2], "empty": b"", "flipped": flipped, "[]": b"[]"}[damage])
+    again, read_rows = extract()
+    assert read_rows == [4, 5, 6, 7]
+    assert np.array_equal(again.features, whole.features)
+    assert second.read_bytes() == data
+
+
 def test_other_images_or_batches_never_use_features_that_are_there(extract):
     extract()
     for options in ({"identity": "others"}, {"batch_size": 5}):

@@ -14,10 +14,11 @@ from PIL import Image
 from repositories import read_snippets
 
 from dit_hf import LatentDiTPipeline
-from dit_hf.hub.card import card_data, example_attributes, is_hub_id, write_card, write_run_card
+from dit_hf.hub.card import card_data, eval_results, example_attributes, is_hub_id, write_card, write_run_card
 from dit_hf.hub.push import write_repository
 from dit_hf.latents.vae import weights_sha256
 from dit_hf.runs import exported_summary, load_pipeline
+from dit_hf.storage import write_json
 from dit_hf.training.trainer import train
 from dit_hf_cli import main
 
@@ -192,6 +193,17 @@ def test_the_evaluation_is_copied_without_paths_and_neighbours(config, tmp_path)
         write_run_card(run, pipeline, exported_summary(run))
         assert ("| FD-512 | 12.5 |" in (run / "README.md").read_text()) is (change == 0)
     assert "not measured" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "", '{"model": 5}', "changed"])
+def test_a_damaged_evaluation_is_named_with_the_way_out(tmp_path, text):
+    pipeline, path = tiny_pipeline(), tmp_path / "evaluation" / "evaluation.json"
+    path.parent.mkdir()
+    write_json(path, report(pipeline))
+    assert len(eval_results(path, pipeline)) == 4
+    path.write_text(path.read_text().replace("12.5", "12.6") if text == "changed" else text)
+    with pytest.raises(ValueError, match=r"evaluation\.json is damaged \(.*\); delete it, or evaluate again"):
+        eval_results(path, pipeline)
 
 
 def test_hub_ids_and_examples():

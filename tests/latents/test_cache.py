@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -8,9 +9,19 @@ import pytest
 from conftest import tiny_vae
 from local_hub import running_hub
 
+from dit_hf import storage
 from dit_hf.data.avatars import choose_face, render_face
-from dit_hf.latents.cache import format_identity, open_latents, parse_identity
+from dit_hf.evaluation.reference_images import open_reference_images
+from dit_hf.latents.cache import (
+    format_identity,
+    load_cache_vae,
+    open_latents,
+    parse_identity,
+    push_latents,
+    read_cache_info,
+)
 from dit_hf.latents.prepare import prepare_latents
+from dit_hf.latents.shards import load_rows, open_shards
 
 
 def test_an_unfinished_or_damaged_cache_is_not_read(latents, tmp_path):
@@ -22,6 +33,59 @@ def test_an_unfinished_or_damaged_cache_is_not_read(latents, tmp_path):
         open_latents(copy)
     with pytest.raises(ValueError, match="not a latent cache"):
         open_latents(tmp_path)
+
+
+def flip(path):
+    """Flip a bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_flipped_bit_is_found_by_the_same_call_and_where_weights_are_used(
+    latents, vae_folder, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(storage, "SMALL_FILE", 0)  # as if the files were large
+    copy = tmp_path / "copy"
+    shutil.copytree(latents, copy)
+    flip(copy / name)
+    again = functools.partial(prepare_latents, "avatars", str(copy), str(vae_folder), "16", flip=True, num_images=60)
+    message = f"damaged: {name} has changed in content since it was written; delete .*copy and make it again"
+    with pytest.raises(ValueError, match=message):
+        again()
+    again(verify=False)
+    read_cache_info(copy)
+    with pytest.raises(ValueError, match=message):
+        push_latents(copy, "you/x")
+    with pytest.raises(ValueError, match=message):
+        load_cache_vae(copy) if name.startswith("vae") else open_reference_images(str(copy), "16")
+
+
+def test_an_arrow_file_that_cannot_be_read_is_named(latents, tmp_path):
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json"):
+        copy = tmp_path / name / "copy"
+        shutil.copytree(latents, copy)
+        (copy / name).write_bytes(b"[]")
+        with pytest.raises(ValueError, match=r"copy is damaged .*; make the cache again"):
+            load_rows(copy)
+    with pytest.raises(ValueError, match=r"data-00000-of-00001\.arrow is damaged .*; make the cache again"):
+        open_shards([tmp_path / "data-00000-of-00001.arrow" / "copy" / "data-00000-of-00001.arrow"])
+
+
+def test_what_the_owner_edits_in_a_cache_does_not_bar_it(latents, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(latents, copy)
+    (copy / "README.md").write_text("mine")
+    (copy / "left_out.csv").write_text("saved by a spreadsheet")
+    (copy / "reconstructions.png").unlink()
+    assert len(open_latents(copy, hashes=True)[0]) == 60
+
+
+def test_a_folder_that_datasets_cannot_open_is_refused_before_any_work(tmp_path, vae_folder):
+    with pytest.raises(ValueError, match="a::b: datasets cannot open a folder with :: in its path; name another one"):
+        prepare_latents("avatars", str(tmp_path / "a::b"), str(vae_folder), "16", num_images=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_error_names_a_partly_copied_cache(tmp_path, latents, vae_folder):

@@ -242,6 +242,11 @@ def test_fused_projections_give_the_same():
     ("make", "message"),
     [
         (lambda: tiny_transformer(sample_size=7), "not divisible by patch_size"),
+        (lambda: tiny_transformer(num_layers=10**9), "expected num_layers from 1 to 1,000, got 1000000000"),
+        (lambda: tiny_transformer(num_layers=-1), "expected num_layers from 1 to 1,000, got -1"),
+        (lambda: tiny_transformer(num_attention_heads=-2), "expected num_attention_heads from 1 to 1,000, got -2"),
+        (lambda: tiny_transformer(sample_size=(8, 10**9)), "expected sample_size from 1 to 10,000"),
+        (lambda: tiny_transformer(patch_size=0), "expected patch_size from 1 to 10,000, got 0"),
         (lambda: tiny_transformer(attention_head_dim=3), "not divisible by 4"),
         (
             lambda: tiny_transformer(

@@ -9,6 +9,7 @@ from conftest import tiny_pipeline, tiny_transformer
 from PIL import Image
 from series import pixels, save_faces
 
+from dit_hf import LatentDiTPipeline
 from dit_hf.sampling.generate import generate_images
 from dit_hf.sampling.sample import sample
 
@@ -124,6 +125,30 @@ def test_autoguidance_by_a_weaker_model(model, tmp_path):
     assert np.abs(pixels(out) - expected).max() <= 1
 
 
+def test_a_weaker_model_of_other_conditions_is_refused(model, tmp_path):
+    weaker = tiny_pipeline()
+    LatentDiTPipeline(tiny_transformer(), weaker.scheduler, weaker.vae).save_pretrained(tmp_path / "weaker")
+    message = r"--guidance_model has other conditions \(none\) than the model \(\{'Smiling': 2, 'class': 3\}\)"
+    with pytest.raises(ValueError, match=message):
+        sample(model, str(tmp_path / "out"), guidance_model=str(tmp_path / "weaker"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_attributes_that_are_nested_too_deep_are_refused(model, tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ValueError, match=r"deep\.json: neither JSON, nor a JSON file, nor a latent cache"):
+        sample(model, str(tmp_path / "out"), attributes=str(tmp_path / "deep.json"))
+
+
+def test_a_cpu_s_full_memory_is_one_line(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes")
+
+    monkeypatch.setattr("dit_hf.sampling.sample.generate_images", fail)
+    with pytest.raises(OSError, match="the memory is full; a --batch_size below 16 needs less"):
+        sample(model, str(tmp_path / "out"), num_images=1)
+
+
 def test_a_stock_scheduler_and_half_precision(model, tmp_path):
     options = {"num_images": 2, "num_inference_steps": 10, "attributes": {"class": "owl"}}
     for scheduler in ("HeunDiscreteScheduler", "UniPCMultistepScheduler"):
@@ -145,6 +170,13 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
         ({"options": {"guidance_rescal": 1}}, "valid names are .*guidance_rescale"),
         ({"options": {"guidance_rescale": "x"}}, "--options guidance_rescale: expected a number, got 'x'"),
         ({"num_images": 0}, "at least 1"),
+        ({"num_images": 10**12}, "--num_images 1000000000000 must be at most 10,000,000"),
+        ({"mode": "interpolate", "num_frames": 10**11}, "--num_frames 100000000000 must be at most 10,000,000"),
+        ({"mode": "interpolate", "num_images": 10**5, "num_frames": 10**5}, "make 9,999,800,002 frames, more than"),
+        ({"attributes": {"Smiling": float("inf")}}, "expected Smiling between 0 and 1, got inf"),
+        ({"attributes": "[" * 100_000}, r"--attributes \S{1,80}: neither JSON"),
+        ({"options": {"attribute_weights": 5}}, "expected a dict of numbers .*, got attribute_weights=5"),
+        ({"options": {"negative_attributes": 5}}, "got negative_attributes=5"),
         ({"seed": -1}, "--seed -1 must be at least 0"),
         ({"mode": "interpolate", "attributes": [{}, {}]}, "one row of attributes"),
         ({"mode": "interpolate", "num_images": 1}, "two noises or images"),

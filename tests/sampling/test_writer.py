@@ -34,6 +34,36 @@ def test_missing_images_are_generated_and_the_others_left(model, tmp_path):
         sample(model, str(tmp_path), **options)
 
 
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped"])
+def test_a_damaged_image_is_generated_again(model, tmp_path, damage):
+    options = {"num_images": 4, "num_inference_steps": 2, "batch_size": 2}
+    folder = sample(model, str(tmp_path / "out"), **options)
+    data = (folder / "00003.png").read_bytes()
+    flipped = data[:-30] + bytes([data[-30] ^ 4]) + data[-29:]
+    (folder / "00003.png").write_bytes({"half": data[: len(data) // 2], "empty": b"", "flipped": flipped}[damage])
+    sample(model, str(folder), **options)
+    assert (folder / "00003.png").read_bytes() == data
+
+
+def test_a_damaged_npz_or_settings_are_named_with_the_way_out(model, tmp_path):
+    options = {"num_images": 2, "num_inference_steps": 2, "output_format": "npz"}
+    folder = sample(model, str(tmp_path / "out"), **options)
+    data = (folder / "samples.npz").read_bytes()
+    (folder / "samples.npz").write_bytes(data[:400] + bytes([data[400] ^ 4]) + data[401:])
+    with pytest.raises(ValueError, match=r"samples\.npz is damaged \(arr_0\.npy\); delete it to generate"):
+        sample(model, str(folder), **options)
+    (folder / "settings.json").write_text("{}x")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged \(.*\); name a new folder"):
+        sample(model, str(folder), **options)
+
+
+def test_a_call_that_was_killed_while_it_wrote_its_settings_blocks_nothing(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".settings.json.partial").write_text("{")
+    folder = sample(model, str(tmp_path / "out"), num_images=1, num_inference_steps=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "settings.json", "sheet.png"]
+
+
 def test_a_call_that_failed_before_the_first_image_blocks_nothing(model, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match="guidance_rescale=2"):
