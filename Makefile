@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu lint
+.PHONY: demo test test-slow test-gpu lint release
 demo: .venv/installed
 	.venv/bin/dit-hf demo --output_dir runs/demo
 
@@ -21,6 +21,10 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+
+# `make release RUN=runs/mine REPO=OWNER/NAME`; without RUN a model of avatars is trained first.
+release: .venv/installed
+	.venv/bin/python scripts/release.py $(if $(RUN),--run $(RUN)) $(if $(REPO),--repo_id $(REPO))
 
 # torch first and alone: its version then stands before anything else asks for one.
 .venv/installed: pyproject.toml constraints.txt

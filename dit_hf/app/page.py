@@ -62,7 +62,6 @@ def build_page(studio: Studio, model: str, title: str, header: str) -> gr.Blocks
         title: The title of the browser's window.
         header: Markdown at the top, see `about`.
     """
-    studio.start_examples()
     with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(header, elem_id="about")
         with gr.Row(elem_id="layout"):

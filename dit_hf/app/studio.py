@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import queue
 import threading
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from ..data.transforms import Geometry, decode_image
 from ..pipelines.attributes import Attributes, AttributeValue
@@ -22,6 +23,7 @@ from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..sampling.generate import generators
 from ..sampling.writer import PNG_TEXT
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 
 OPEN = "any"
 # The groups of CelebA's attributes on the page, in this order; other conditions come last.
@@ -50,6 +52,8 @@ PIPELINES: dict[str, type[LatentDiTPipeline]] = {
     "inpaint": LatentDiTInpaintPipeline,
     "interpolate": LatentDiTPipeline,
 }
+# How often a step of inpainting is done, so that both parts fit; there are as many fewer steps.
+INPAINT_REPEATS = 2
 # A preview is decoded once at least this many times its own duration has passed since the last one.
 PREVIEW_INTERVAL = 4
 
@@ -203,21 +207,30 @@ class Studio:
         """
         if mask.getbbox() is None:
             raise ValueError("paint over the part of the image that is to be inpainted")
-        arguments = {"attributes": attributes or None, "image": image, "mask_image": mask}
-        return Call("inpaint", settings, {**arguments, "num_images_per_prompt": settings.num_images})
+        repeats = INPAINT_REPEATS if isinstance(self.pipelines["inpaint"].scheduler, CosineLatentScheduler) else 1
+        repeats = min(repeats, settings.num_inference_steps)
+        arguments = {
+            "attributes": attributes or None,
+            "image": image,
+            "mask_image": _feather(mask, *self.resolution),
+            "num_inference_steps": settings.num_inference_steps // repeats,
+            "jump_n_sample": repeats,
+            "num_images_per_prompt": settings.num_images,
+        }
+        return Call("inpaint", settings, arguments)
 
     def interpolate(self, attributes: Attributes, num_frames: int, settings: Settings) -> Call:
         """Return the call that generates a film from the first to the second image of a seed."""
         return Call("interpolate", settings, {"attributes": attributes or None, "num_frames": num_frames})
 
-    def start_examples(self) -> None:
-        """Begin to generate the images that the page shows at first."""
-        settings = Settings(num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
-        self._examples = self._submit(self.generate({}, settings), lambda update: None, self._closed)
-
     def examples(self) -> list[Image.Image]:
-        """Return the images that the page shows at first, once they are generated; see `start_examples`."""
+        """Return the images that the page shows at first, which are generated once."""
         return self._examples.result()
+
+    @functools.cached_property
+    def _examples(self) -> Future[list[Image.Image]]:
+        settings = Settings(num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        return self._submit(self.generate({}, settings), lambda update: None, self._closed)
 
     def run(self, call: Call) -> Generator[Update]:
         """Run a call and yield how far it is; closing the iterator stops it."""
@@ -282,6 +295,13 @@ def union(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
         painted = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 16))
         mask = ImageChops.lighter(mask, ImageOps.fit(painted, size, Image.Resampling.NEAREST))
     return mask
+
+
+def _feather(mask: Image.Image, height: int, width: int) -> Image.Image:
+    """Return a mask at the model's size, with a soft edge outside of what is white."""
+    radius = min(height, width) // 64
+    mask = ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
+    return mask.filter(ImageFilter.MaxFilter(2 * radius + 1)).filter(ImageFilter.GaussianBlur(radius / 2))
 
 
 def _control(name: str, count: int, labels: list[str] | None) -> Control:
