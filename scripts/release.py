@@ -2,8 +2,8 @@
 
     python scripts/release.py [--run RUN] [--repo_id OWNER/NAME]
 
-Without RUN a model is trained on avatars: about a quarter of an hour on two idle cores. Everything is pushed to a Hub on
-this machine first, loaded from there and called, so that only a login is missing.
+Without RUN a model is trained on avatars: about a quarter of an hour on two idle cores. Everything is pushed to a Hub
+on this machine first, loaded from there and called, so that only a login is missing.
 """
 
 import argparse

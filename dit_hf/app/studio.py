@@ -301,7 +301,9 @@ def _feather(mask: Image.Image, height: int, width: int) -> Image.Image:
     """Return a mask at the model's size, with a soft edge outside of what is white."""
     radius = min(height, width) // 64
     mask = ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
-    return mask.filter(ImageFilter.MaxFilter(2 * radius + 1)).filter(ImageFilter.GaussianBlur(radius / 2))
+    if radius == 0:  # for which Pillow (12) divides by 0 and ends the process
+        return mask
+    return mask.filter(ImageFilter.MaxFilter(2 * radius + 1)).filter(ImageFilter.GaussianBlur(radius))
 
 
 def _control(name: str, count: int, labels: list[str] | None) -> Control:

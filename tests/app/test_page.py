@@ -1,10 +1,12 @@
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,6 +38,8 @@ from dit_hf_cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+TABS = ("Generate", "Edit", "Image to image", "Inpaint", "Interpolate")
+LOW_CONTRAST = Path(__file__).with_name("contrast.js").read_text()
 # Check that there are `count` images, all loaded and of the model's size.
 SHOWN = """([selector, count]) => {
     const images = [...document.querySelectorAll(selector)]
@@ -50,7 +54,7 @@ def serving(model, log):
         command = [sys.executable, "-c", SERVER, "app", str(model)]
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent, env=os.environ)
     try:
-        for _ in range(600):
+        for _ in range(1800):
             if (found := re.search(r"at (http://\S+)", log.read_text())) or server.poll() is not None:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -67,20 +71,44 @@ def browsing(folder, url):
     """A page of a Chromium with an empty profile, and a list of its requests to other hosts than the app."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
-            folder, executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1360, "height": 950}
+            folder, executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1280, "height": 800}
         )
         page, outside = browser.new_page(), []
         own = (url, "data:", "blob:")
         page.on("request", lambda request: None if request.url.startswith(own) else outside.append(request.url))
         page.goto(url)
-        page.set_default_timeout(180_000)
-        expect.set_options(timeout=180_000)
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
         yield page, outside
         browser.close()
 
 
+def audit(page):
+    """Check what every first screen must have: nothing cut off, readable text, named groups, Generate near the top."""
+    for width, height in ((1280, 800), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            page.reload()
+            expect(page.locator("#results .grid-container img")).to_have_count(8)
+            expect(page.locator("#run-generate")).to_be_in_viewport(ratio=1)
+            for name in TABS:
+                expect(page.get_by_role("tab", name=name, exact=True)).to_be_in_viewport(ratio=1)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(LOW_CONTRAST) == [], (width, theme)
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 384) == (theme == "dark")
+    expect(page.get_by_role("group", name="Smiling")).to_have_count(1)
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "run-generate":
+            break
+    else:
+        pytest.fail("Generate is not within ten tab stops")
+
+
 @pytest.mark.slow
-def test_a_person_generates_edits_and_inpaints_in_a_browser(tmp_path):
+def test_a_person_generates_edits_inpaints_and_interpolates_in_a_browser(tmp_path):
     if CHROMIUM is None:
         reason = "there is no chromium on this machine"
         (pytest.fail if os.environ.get("DIT_HF_BROWSER") == "required" else pytest.skip)(reason)
@@ -92,43 +120,62 @@ def test_a_person_generates_edits_and_inpaints_in_a_browser(tmp_path):
         listening = {c.laddr.ip for c in psutil.Process(server.pid).net_connections() if c.status == "LISTEN"}
         assert listening == {"127.0.0.1"}
         with browsing(tmp_path / "profile", url) as (page, outside):
-
-            def images(click, gallery, count):
-                page.click(click)
-                page.wait_for_function(SHOWN, arg=[f"{gallery} .grid-container img", count])
-                return page.locator(f"{gallery} .grid-container img").first.get_attribute("src")
-
-            def choose(name, word):
-                page.locator("fieldset.choice", has_text=name).get_by_text(word, exact=True).click()
-
-            # 1. Choose attributes and generate images by a click; another click generates others.
+            # 1. The first screen in both widths and themes, with images.
             expect(page).to_have_title("dit_hf: model")
-            expect(page.locator("#draw")).to_be_visible()
-            choose("Smiling", "no")
+            audit(page)
+            page.set_viewport_size({"width": 1280, "height": 800})
+
+            def tab(name):
+                page.get_by_role("tab", name=name, exact=True).click()
+
+            def images(mode, count):
+                """Run a mode and wait for its images; returns the address of the first."""
+                page.click(f"#run-{mode}")
+                expect(page.locator("#status")).to_have_text(re.compile("Starting|Step"))
+                expect(page.locator("#status")).to_have_text(re.compile("Seed"))
+                page.wait_for_function(SHOWN, arg=["#results .grid-container img", count])
+                return page.locator("#results .grid-container img").first.get_attribute("src")
+
+            # 2. Choose attributes and generate; another click generates others, the same seed the same.
+            page.locator("fieldset.choice", has_text="Smiling").get_by_text("no", exact=True).click()
             expect(page.get_by_text("Requested: not Smiling")).to_be_visible()
-            first = images("#draw", "#drawn", 8)
+            images("generate", 8)
             seed = page.get_by_label("Seed", exact=True).input_value()
-            page.screenshot(path=tmp_path / "draw.png")
-            page.click("#draw")
-            expect(page.get_by_label("Seed", exact=True)).not_to_have_value(seed)
-            expect(page.locator("#drawn .grid-container img").first).not_to_have_attribute("src", first)
-            # 2. Vary a generated image; then upload one and edit its attributes.
-            page.get_by_text("Edit the selected image").click()
-            images("#change", "#changed", 9)
-            page.locator("#upload input[type=file]").set_input_files(tmp_path / "good.png")
-            page.get_by_text("Edit attributes", exact=True).click()
-            images("#change", "#changed", 2)
-            # 3. Upload a file that is not an image.
-            page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")
+            page.get_by_text("Randomize seed").click()
+            images("generate", 8)
+            assert page.get_by_label("Seed", exact=True).input_value() == seed
+            page.get_by_text("Copy as Python").click()
+            expect(page.locator(".cm-content")).to_contain_text(f"generator=generators({seed}, range(8))")
+            # 3. An image must be chosen to be handed over; it is marked, and its file carries its settings.
+            page.get_by_text("Vary this image").click()
+            expect(page.get_by_text("choose an image of the results first").first).to_be_visible()
+            page.locator("#results .grid-container button").nth(2).click()
+            expect(page.locator("#results .preview .thumbnail-item.selected")).to_have_count(1)
+            with page.expect_download() as download:
+                page.locator("#results .preview").get_by_label("Download", exact=True).click()
+            with Image.open(download.value.path()) as image:
+                assert json.loads(image.text["dit_hf"])["image_number"] == 2
+            # 4. Vary it, and edit one of the results, which are the image before and those after.
+            page.get_by_text("Vary this image").click()
+            expect(page.locator("#run-img2img")).to_be_visible()
+            images("img2img", 9)
+            page.locator("#results .grid-container button").nth(1).click()
+            page.get_by_text("Edit this image").click()
+            expect(page.locator("#run-edit")).to_be_visible()
+            images("edit", 2)
+            # 5. Upload a file that is not an image, then one that is.
+            page.locator(".upload input[type=file]:visible, .upload:visible input[type=file]").first.set_input_files(
+                tmp_path / "good.png"
+            )
+            images("edit", 2)
+            page.locator(".upload:visible input[type=file]").first.set_input_files(tmp_path / "bad.png")
             expect(page.get_by_text("bad.png cannot be opened as an image").first).to_be_visible()
-            expect(page.locator("#upload img")).to_have_count(0)
-            page.screenshot(path=tmp_path / "change.png")
-            # 4. Inpaint: a message without a stroke, new images with one.
-            page.get_by_role("tab", name="Generate").click()
-            page.get_by_text("Inpaint the selected image").click()
+            # 6. Inpaint: a message without a stroke, new images with one.
+            page.locator("#results .grid-container button").first.click()
+            page.get_by_text("Inpaint this image").click()
             expect(page.locator("#editor canvas").first).to_be_visible()
             page.wait_for_timeout(1500)  # the canvas settles, without any sign in the page
-            page.click("#inpaint")
+            page.click("#run-inpaint")
             expect(page.get_by_text("paint over the part of the image").first).to_be_visible()
             box = page.locator("#editor canvas").first.bounding_box()
             x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -137,8 +184,17 @@ def test_a_person_generates_edits_and_inpaints_in_a_browser(tmp_path):
             page.mouse.move(x + 60, y, steps=12)
             page.mouse.up()
             page.wait_for_timeout(500)
-            images("#inpaint", "#painted", 8)
-            page.screenshot(path=tmp_path / "paint.png")
+            images("inpaint", 8)
+            # 7. A film and its frames; then stop a call.
+            tab("Interpolate")
+            images("interpolate", 13)
+            tab("Generate")
+            page.get_by_label("number input for Steps").fill("100")
+            page.click("#run-generate")
+            expect(page.locator("#status")).to_have_text(re.compile(r"Step \d+ of 100"))
+            page.click("#stop-generate")
+            page.wait_for_timeout(1000)
+            expect(page.locator("#status")).to_have_text(re.compile(r"Step \d+ of 100"))
             assert outside == []
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
