@@ -151,7 +151,8 @@ def test_a_run_is_evaluated_without_options(config, net, capsys):
     card = ModelCard.load(run / "README.md")
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results[report["name"]] == pytest.approx(report["figures"]["frechet_distance"], rel=1e-5)
-    assert f"| {report['name']} | {results[report['name']]} | reference avatars" in card.text
+    assert f"| {report['name']} | {results[report['name']]} |" in card.text
+    assert "Protocol: reference avatars" in card.text
     assert f"floor (vae) {report['floor']['vae']['frechet_distance']:.4g}" in card.text
 
     # What is compared and the time come first; the figure and its floor last; the protocol is in the file alone.

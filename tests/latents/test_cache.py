@@ -111,9 +111,9 @@ def test_a_changed_source_or_vae_is_refused_with_the_difference(tmp_path, vae_fo
     other = tiny_vae().requires_grad_(False)
     other.quant_conv.bias += 1
     other.save_pretrained(tmp_path / "vae")
-    with pytest.raises(FileExistsError, match=r"vae vae \(\w+\), now vae \(\w+\)"):
+    with pytest.raises(FileExistsError, match=r"vae was vae \(\w+\) and is vae \(\w+\)"):
         prepare_latents(str(source), str(tmp_path / "latents"), str(tmp_path / "vae"), "16")
-    with pytest.raises(FileExistsError, match="crop center, now none"):
+    with pytest.raises(FileExistsError, match="crop was center and is none"):
         prepare_latents(str(source), str(tmp_path / "latents"), str(vae_folder), "16", crop="none")
     source.rename(tmp_path / "faces2")  # the same images elsewhere are the same
     prepare_latents(str(tmp_path / "faces2"), str(tmp_path / "latents"), str(vae_folder), "16")

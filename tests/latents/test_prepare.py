@@ -46,7 +46,7 @@ def test_a_second_call_returns_the_cache_and_other_settings_are_refused(latents,
     before = (latents / "latents.json").stat().st_mtime_ns
     prepare_latents("avatars", str(latents), str(vae_folder), "16", flip=True, num_images=60)
     assert "already holds" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=r"source avatars, 60 images.*, now avatars, 61 images"):
+    with pytest.raises(FileExistsError, match=r"source was avatars, 60 images.* and is avatars, 61 images"):
         prepare_latents("avatars", str(latents), str(vae_folder), "16", flip=True, num_images=61)
     assert (latents / "latents.json").stat().st_mtime_ns == before
 
@@ -156,7 +156,7 @@ def test_a_resumed_build_gives_the_same_bytes(tmp_path, vae_folder, small_shards
     partial = tmp_path / ".stopped.partial"
     finished = {path: path.stat().st_mtime_ns for path in partial.glob("data-*.arrow")}
     assert len(finished) == 2
-    with pytest.raises(FileExistsError, match=r"unfinished cache of source avatars, 70 .*, now avatars, 80"):
+    with pytest.raises(FileExistsError, match=r"unfinished cache .* source was avatars, 70 .* and is avatars, 80"):
         prepare_latents("avatars", str(tmp_path / "stopped"), *options, num_images=80)
     (partial / "building" / "tmp123").write_bytes(b"half a shard")  # what a kill leaves of a shard begun
     resumed = prepare_latents("avatars", str(tmp_path / "stopped"), *options, num_images=70)

@@ -215,7 +215,7 @@ def test_a_cache_of_version_0_1_0_is_recognised_by_its_old_rule(tmp_path, capsys
     assert "format 2, which did not record the content of its images" in out
     assert "already holds 13 training" in out
     options["num_images"] = 17
-    with pytest.raises(FileExistsError, match=r"avatars, 16 images .*, now avatars, 17 images"):
+    with pytest.raises(FileExistsError, match=r"avatars, 16 images .* and is avatars, 17 images"):
         prepare_latents("avatars", str(tmp_path / "latents"), str(KEPT / "latents" / "vae"), "16", **options)
 
 
