@@ -1,7 +1,7 @@
 """What is listed of a folder, and what is not read of it."""
 
 import os
-import shutil
+import subprocess
 
 import pytest
 from layouts import read, write
@@ -85,4 +85,4 @@ def test_folders_of_absurd_depth_are_named_and_not_read(tmp_path):
     contents = read(tmp_path)
     assert contents.rows["id"] == ["a/0.png", "a/1.png"]
     assert any("more than 100 folders deep" in line for line in contents.plan.lines())
-    shutil.rmtree(tmp_path / "d")
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for shutil
