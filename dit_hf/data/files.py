@@ -157,7 +157,7 @@ def _walk(
             else:
                 yield f"{prefix}{entry.name}", entry
         elif prefix.count("/") >= _MAX_DEPTH:
-            skipped.folders[f"{printable(prefix + entry.name)}/"] = f"more than {_MAX_DEPTH} folders deep"
+            skipped.folders[f"{printable(prefix)[:20]}.../"] = f"more than {_MAX_DEPTH} folders deep"
         elif entry.name.startswith("__"):  # as in `datasets`
             skipped.folders[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
         else:

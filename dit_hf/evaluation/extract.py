@@ -120,21 +120,23 @@ class Extraction:
 
 def _save_batch(path: Path, features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> None:
     rows = rows.astype(np.int64)
-    metadata = {"pixels_sha256": pixels_sha256, "sha256": _batch_sha256(features, rows, pixels_sha256)}
+    # A tensor and not metadata: safetensors writes several keys of that in any order.
+    digest = np.frombuffer(bytes.fromhex(_batch_sha256(features, rows, pixels_sha256)), np.uint8)
     with new_file(path) as partial:
-        save_file({"features": features, "rows": rows}, partial, metadata)
+        save_file({"features": features, "rows": rows, "sha256": digest}, partial, {"pixels_sha256": pixels_sha256})
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray, str] | None:
     """Return the features, rows and hash of the pixels of a batch; None if it is missing or damaged."""
     try:
         with safe_open(path, "numpy") as opened:
-            metadata = opened.metadata()
-            batch = opened.get_tensor("features"), opened.get_tensor("rows"), metadata["pixels_sha256"]
+            pixels_sha256 = opened.metadata()["pixels_sha256"]
+            batch = opened.get_tensor("features"), opened.get_tensor("rows"), pixels_sha256
+            names = set(opened.keys())  # batches of version 0.1.0 have no hash
+            intact = "sha256" not in names or opened.get_tensor("sha256").tobytes().hex() == _batch_sha256(*batch)
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
-    # Batches of version 0.1.0 have no hash.
-    return batch if metadata.get("sha256") in (None, _batch_sha256(*batch)) else None
+    return batch if intact else None
 
 
 def _batch_sha256(features: np.ndarray, rows: np.ndarray, pixels_sha256: str) -> str:
