@@ -29,6 +29,7 @@ button[role="tab"].selected { color: var(--body-text-color); }
 #results .grid-wrap { min-height: 200px; max-height: none; }
 #results:has(.preview) .grid-wrap { min-height: 560px; }
 #results .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(20%, 140px), 1fr)); }
+#results .grid-container { grid-auto-rows: auto; }
 #results .grid-container .thumbnail-item { aspect-ratio: 1; height: auto; }
 .form:has(> fieldset.choice) { border: none; }
 fieldset.choice { display: flex; align-items: center; padding: 2px 0 !important; border: none !important; }
