@@ -46,7 +46,7 @@ def test_a_pipeline_by_its_folder_and_by_its_runs(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         load_pipeline(str(tmp_path / "nowhere"))
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no pipeline could be loaded"):
+    with pytest.raises(ValueError, match="is a file; a model is the folder of a run"):
         load_pipeline(str(tmp_path / "x.png"))
 
 

@@ -258,7 +258,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
     changed = [name for name in columns if labels_before.get(name) != labels_now.get(name)]
     if changed and not differences:
         named = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-        differences = [f"other labels ({named}: values or names of classes have changed since)"]
+        differences = [f"labels ({named}: values or names of classes have changed since)"]
     if differences:
         raise FileExistsError(folder_taken(place, f"holds {contents} of other settings: {'; '.join(differences)}"))
 

@@ -120,7 +120,7 @@ def test_changed_labels_are_noticed(images, vae_folder, animals, smiling):
     build(images, vae_folder)
     write_labels(images, ("animal", animals * 10), ("smiling", smiling * 10))
     changed = "smiling" if smiling == [1, 0] else "animal"
-    with pytest.raises(FileExistsError, match=rf"holds a cache of other labels \({changed}: values or names"):
+    with pytest.raises(FileExistsError, match=rf"holds a cache of other settings: labels \({changed}: values or names"):
         build(images, vae_folder)
 
 
