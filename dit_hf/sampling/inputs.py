@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,8 @@ def _read_rows(
         try:
             given = parse_json(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            shown = textwrap.shorten(str(given), 80)
             raise ValueError(
-                f"--{option} {shown}: expected JSON such as '{{\"Smiling\": true}}', a JSON file or a latent cache"
+                f"--{option} {given[:200]}: expected JSON such as '{{\"Smiling\": true}}', a JSON file or a latent cache"
             ) from error
     rows = [given] if isinstance(given, dict) else given
     if rows is not None and not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):

@@ -120,7 +120,7 @@ def test_changed_labels_are_noticed(images, vae_folder, animals, smiling):
     build(images, vae_folder)
     write_labels(images, ("animal", animals * 10), ("smiling", smiling * 10))
     changed = "smiling" if smiling == [1, 0] else "animal"
-    with pytest.raises(FileExistsError, match=rf"holds a cache of other settings: labels \({changed}: values or names"):
+    with pytest.raises(FileExistsError, match=rf"other settings: labels \({changed}: values or names"):
         build(images, vae_folder)
 
 
@@ -128,7 +128,7 @@ def test_a_changed_split_is_noticed(images, vae_folder):
     write_labels(images, ("split", ["train"] * 15 + ["test"] * 5))
     build(images, vae_folder)
     write_labels(images, ("split", ["train"] * 14 + ["test"] * 6))
-    with pytest.raises(FileExistsError, match=r"other labels \(split"):
+    with pytest.raises(FileExistsError, match=r"labels \(split"):
         build(images, vae_folder)
 
 
