@@ -108,8 +108,9 @@ def _read_rows(
         try:
             given = parse_json(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            shown = str(given)[:200]
             raise ValueError(
-                f"--{option} {given[:200]}: expected JSON such as '{{\"Smiling\": true}}', a JSON file or a latent cache"
+                f"--{option} {shown}: expected JSON such as '{{\"Smiling\": true}}', a JSON file or a latent cache"
             ) from error
     rows = [given] if isinstance(given, dict) else given
     if rows is not None and not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
