@@ -227,8 +227,8 @@ def test_other_files_are_refused_in_one_line(tmp_path, vae_folder, capsys):
         ("positions.pt", ["--num_attention_heads", "2"], "has other positions"),
         ("code.pt", [], "no weights can be read"),
         ("text.pt", [], "no weights can be read"),
-        ("nowhere", [], "not a file, and no pipeline could be loaded"),
-        (str(vae_folder), [], "no pipeline could be loaded"),
+        ("nowhere", [], "nowhere: no such file or folder; a pipeline on the Hub is OWNER/NAME"),
+        (str(vae_folder), [], "a folder without model_index.json"),
     ):
         arguments = ["--output_dir", str(tmp_path / "out"), "--vae", str(vae_folder), *options]
         assert main(["convert", str(tmp_path / source), *arguments]) == 1
