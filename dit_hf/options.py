@@ -66,6 +66,8 @@ class OneLineParser(ArgumentParser):
         if not argument.startswith("--"):
             return f"unknown option {argument}; options begin with two hyphens, and --help lists them"
         name = argument.lstrip("-").partition("=")[0]
+        if name in ("prompt", "negative_prompt") and "attributes" in self.names():
+            return f"""unknown option --{name}; models read no text: --attributes '{{"Smiling": true}}'"""
         sections = [known for known in self.names() if known.endswith(f".{name}")]
         if sections:  # of a recipe
             return f"unknown option --{name}; write it with its section: --{sections[0]}"

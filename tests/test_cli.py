@@ -58,6 +58,7 @@ def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
         (["prepare-latents", "x", "y"], 2, "'y' is one argument too many"),
         (["prepare-latents", "x", "--source", "y"], 2, "source is given twice, by position and as --source"),
         (["sample", "--output_dir", "x"], 2, "missing: MODEL"),
+        (["sample", "m", "--prompt", "a face"], 2, "models read no text: --attributes '{\"Smiling\": true}'"),
         (["sample", "m", "--mode", "magic"], 2, "--mode: expected one of generate, img2img, inpaint"),
         (["sample", "m", "--options", "3"], 2, "--options: expected a JSON object or null, got '3'"),
         (["sample", "nowhere", "--output_dir", "x"], 1, "nowhere: no such folder; a model on the Hub is OWNER/NAME"),

@@ -241,7 +241,7 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
             raise ValueError(f"{source} is a run of dit_hf already, not a DiT of another project") from error
         if Path(source).is_dir():
             raise ValueError(f"{source}: a folder without model_index.json, which a diffusers pipeline has") from error
-        if "/" not in source or Path(source).suffix in (".pt", ".safetensors"):
+        if source.count("/") != 1 or source[0] in "./~" or Path(source).suffix in (".pt", ".safetensors"):
             raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME") from error
         reason = first_line(error)
         raise ValueError(f"{source}: not a file, and no pipeline could be loaded from there ({reason})") from error

@@ -12,9 +12,11 @@ from ..runs import read_log
 from .step import TrainingStep
 
 # Bytes that the backward pass keeps for each token, channel and block in half precision: 46 were measured on an H100
-# with `recipes/celeba.yaml`, 39 with compiled blocks (batches of 67 to 255 images), and 64 on a CPU (in float32, with
-# what its allocator wastes; batches of 4 and 8). In float32 twice as many.
-ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES, CPU_ACTIVATION_BYTES = 46, 39, 64
+# with `recipes/celeba.yaml`, 39 with compiled blocks (batches of 67 to 255 images). In float32 twice as many.
+ACTIVATION_BYTES, COMPILED_ACTIVATION_BYTES = 46, 39
+# What a CPU takes of that: glibc does not reuse the memory of one micro-batch for the next, and wastes a quarter
+# (measured with `recipes/celeba.yaml`, micro-batches of 4 to 10 images).
+CPU_OVERHEAD = 2.5
 # Share of the free memory that a run should need at most: estimates are not exact.
 SAFE_SHARE = 0.9
 
@@ -94,6 +96,7 @@ def memory_lines(
     # Weights, gradients, moments and EMAs in float32, and autocast's copy of the weights.
     fixed = parameters * (4 * (2 + moments + len(step.emas)) + (2 if half else 0))
     images = micro_batch * activation_bytes(step, half, compiled, train.gradient_checkpointing)
+    images *= CPU_OVERHEAD if step.device.type == "cpu" else 1
     place, free = free_memory(step.device)
     if free is None:
         return []
@@ -120,9 +123,7 @@ def activation_bytes(step: TrainingStep, half: bool, compiled: bool, checkpointe
     height, width = height_and_width(config.sample_size)
     tokens = height * width / config.patch_size**2
     channels = config.num_attention_heads * config.attention_head_dim
-    on_cpu = step.device.type == "cpu"
-    each = COMPILED_ACTIVATION_BYTES if compiled else CPU_ACTIVATION_BYTES if on_cpu else ACTIVATION_BYTES
-    a_block = tokens * channels * each * (1 if half else 2)
+    a_block = tokens * channels * (COMPILED_ACTIVATION_BYTES if compiled else ACTIVATION_BYTES) * (1 if half else 2)
     # With checkpointing a block keeps its input alone, and one block at a time everything.
     return (
         config.num_layers * tokens * channels * (2 if half else 4) + a_block

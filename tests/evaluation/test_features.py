@@ -187,7 +187,7 @@ def test_a_pooler_that_is_missing_in_the_checkpoint_is_not_used(tmp_path):
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("inceptoin", None, "expected inception, "),
+        ("inceptoin", None, "features inceptoin: expected inception, "),
         ("inception", "nowhere.pth", "not measured"),
         ("inception", __file__, "not the weights of FID's Inception"),
         ("efficientnet-lite0", "some.pth", "only Inception takes a file"),

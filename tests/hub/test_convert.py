@@ -227,8 +227,8 @@ def test_other_files_are_refused_in_one_line(tmp_path, vae_folder, capsys):
         ("positions.pt", ["--num_attention_heads", "2"], "has other positions"),
         ("code.pt", [], "no weights can be read"),
         ("text.pt", [], "no weights can be read"),
-        ("nowhere", [], "not a file, and no pipeline could be loaded"),
-        (str(vae_folder), [], "a folder without model_index.json, which a diffusers pipeline has"),
+        ("nowhere", [], "nowhere: no such file or folder; a pipeline on the Hub is OWNER/NAME"),
+        (str(vae_folder), [], "a folder without model_index.json"),
     ):
         arguments = ["--output_dir", str(tmp_path / "out"), "--vae", str(vae_folder), *options]
         assert main(["convert", str(tmp_path / source), *arguments]) == 1
@@ -254,23 +254,6 @@ def changed(**changes):
             "final_layer.linear.bias has values",
         ),
         (changed(pos_embed=torch.zeros(1, 17, WIDTH)), [], "pos_embed has the shape [1, 17, 24]; expected a square"),
-        (changed(pos_embed=torch.zeros(0, 16, WIDTH)), [], "pos_embed has the shape [0, 16, 24]; expected a square"),
-        (changed(final_layer__linear__weight=torch.tensor(1.0)), [], "final_layer.linear.weight is a single number"),
-        (
-            changed(extra=torch.zeros(1).expand(10**6, 10**6)),
-            [],
-            "extra is torch.strided, torch.float32, cpu; expected",
-        ),
-        (changed(extra=torch.zeros(3).to_sparse()), [], "extra is torch.sparse_coo"),
-        (
-            changed(extra=torch.zeros(3).to(torch.float8_e4m3fn)),
-            [],
-            "torch.float8_e4m3fn, cpu; expected plain weights",
-        ),
-        (changed(extra=torch.zeros(3, device="meta")), [], "torch.float32, meta; expected plain weights"),
-        ({"model": research_weights(), "ema": [1]}, [], "ema is no dict of weights"),
-        ({5: torch.zeros(1)}, [], "not a checkpoint of facebookresearch/DiT"),
-        (changed(), ["--num_attention_heads=-2"], "expected num_attention_heads from 1 to 1,000, got -2"),
         (changed(pos_embed=torch.zeros(16, WIDTH)), [], "pos_embed has the shape [16, 24]; expected 3 dimensions"),
         (changed(blocks__1__attn__qkv__bias=None), [], "it has no blocks.1.attn.qkv.bias"),
         (changed(blocks__1__mlp__fc1__bias=None), [], "blocks.1.mlp.fc1.bias is missing"),
