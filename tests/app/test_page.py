@@ -54,7 +54,7 @@ def serving(model, log):
         command = [sys.executable, "-c", SERVER, "app", str(model)]
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent, env=os.environ)
     try:
-        for _ in range(1800):
+        for _ in range(3000):
             if (found := re.search(r"at (http://\S+)", log.read_text())) or server.poll() is not None:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -77,8 +77,8 @@ def browsing(folder, url):
         own = (url, "data:", "blob:")
         page.on("request", lambda request: None if request.url.startswith(own) else outside.append(request.url))
         page.goto(url)
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        page.set_default_timeout(180_000)
+        expect.set_options(timeout=180_000)
         yield page, outside
         browser.close()
 
