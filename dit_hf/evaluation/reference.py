@@ -190,9 +190,11 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
     # All ranks must have looked at the folder before the main process writes to it.
     state.wait_for_everyone()
     content = _content_sha256(folder, images)
+    # Features are collected beside the folder, so that it appears complete or not at all.
+    parts = partial_folder(folder).with_name(f".{folder.name}.features")
+    if finished and state.is_main_process:
+        shutil.rmtree(parts, ignore_errors=True)  # of a call that was killed while it did so
     if not finished:
-        # Features are collected beside the folder, so that it appears complete or not at all.
-        parts = partial_folder(folder).with_name(f".{folder.name}.features")
         with disk_errors(place):
             collected = Extraction(
                 parts,

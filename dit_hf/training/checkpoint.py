@@ -172,15 +172,21 @@ def save_checkpoint(
                 (partial / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         write_manifest(partial)
 
-    # Remove old ones only now, when the new one is good. Those of later steps are no candidates for the best.
+    # Remove old ones only now, when the new one is good.
+    remove_superseded(run, folder, total_limit, best_limit)
+    return folder
+
+
+def remove_superseded(run: Path, last: Path, total_limit: int, best_limit: int) -> None:
+    """Remove the checkpoints that `save_checkpoint` does not keep once `last` stands, and write `best.json`."""
+    # Those of later steps are no candidates for the best.
     checkpoints = RunFolder(run).checkpoints()
-    count = checkpoints.index(folder) + 1
+    count = checkpoints.index(last) + 1
     newest = checkpoints[max(0, count - total_limit) : count]
     best = [run / entry["checkpoint"] for entry in _validated(checkpoints[:count])[:best_limit]]
     for superseded in {*checkpoints} - {*newest, *best}:
         remove_folder(superseded)
-    write_best(run, best_limit)
-    return folder
+    _write_best(run, best_limit)
 
 
 def is_best(run: Path, step: int) -> bool:
@@ -190,7 +196,7 @@ def is_best(run: Path, step: int) -> bool:
     return bool(listed) and listed[0]["checkpoint"] == RunFolder(run).checkpoint(step).name
 
 
-def write_best(run: Path, limit: int) -> None:
+def _write_best(run: Path, limit: int) -> None:
     """Write `best.json`: the `limit` best of the existing checkpoints, with their validation losses."""
     best = _validated(RunFolder(run).checkpoints())[:limit]
     if best:

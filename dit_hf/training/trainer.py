@@ -29,8 +29,8 @@ from .checkpoint import (
     check_disk_space,
     is_best,
     remove_partial_checkpoints,
+    remove_superseded,
     save_checkpoint,
-    write_best,
 )
 from .export import export, save_sample_grid, share
 from .folder import check_run_folder
@@ -436,7 +436,9 @@ class Trainer:
 
         def write() -> None:
             assert pipeline is not None  # on the first rank
-            write_best(run, train.best_checkpoints_limit)
+            # Again, because the process that saved the last checkpoint may have been killed before it had done so.
+            last = RunFolder(run).checkpoints()[-1]
+            remove_superseded(run, last, train.checkpoints_total_limit, train.best_checkpoints_limit)
             transformers = {name: self._transformer_with(weights) for name, weights in extra.items()}
             export(run, self.config, self.reader, pipeline, transformers, self.recipe)
 

@@ -87,6 +87,13 @@ def test_images_whose_files_have_not_changed_are_not_read_again(net, tmp_path, m
         reference(str(source), str(out), net, resolution="16")
 
 
+def test_what_a_killed_call_left_beside_finished_statistics_is_removed(net, tmp_path):
+    out = reference("avatars", str(tmp_path / "out"), net, resolution="16", num_images=40)
+    (tmp_path / ".out.features").mkdir()
+    reference("avatars", str(out), net, resolution="16", num_images=40)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_folder_with_other_content_is_not_replaced(net, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match=r"holds something else \(no reference\.json\); name a new folder"):

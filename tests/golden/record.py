@@ -222,6 +222,7 @@ def record_evaluation(run: Path) -> dict[str, Any]:
     """What the evaluation of a run says, without what tells of the machine."""
     run_verb("evaluate", run, "--num_samples", "16", "--num_inference_steps", "2")
     report = json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    report.pop("json_sha256", None)
     for name in ("machine", "versions"):
         del report["protocol"][name]
     report["model"]["scheduler"] = hash_json(report["model"]["scheduler"])  # it lists 500 betas

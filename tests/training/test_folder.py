@@ -12,7 +12,7 @@ from training_runs import changed, comparable, rows
 
 from dit_hf.config import Config
 from dit_hf.hub.push import push
-from dit_hf.runs import load_pipeline, read_run_config
+from dit_hf.runs import RunFolder, load_pipeline, read_run_config
 from dit_hf.storage import sha256
 from dit_hf.training.trainer import Trainer, train
 
@@ -159,6 +159,13 @@ def test_a_pipeline_that_is_damaged_is_refused_and_exported_again(finished, copi
         assert not (tmp_path / "out").exists()
         train(changed(copied, train=LATEST))
         assert contents(run / "pipeline") == good
+
+
+def test_a_finished_run_removes_checkpoints_that_a_killed_process_left(copied):
+    run = Path(copied.train.output_dir)
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["checkpoint-4", "checkpoint-8"]
+    train(changed(copied, train={**LATEST, "checkpoints_total_limit": 1, "best_checkpoints_limit": 0}))
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["checkpoint-8"]
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "x", "", '{"training": 5}', '{"training": {"steps": 1}}'])
