@@ -74,7 +74,12 @@ def test_two_ranks_build_the_same_cache_and_read_its_batches_in_slices(tmp_path,
         json.loads((folder / "latents.json").read_text()) for folder in (unbroken, tmp_path / "latents")
     )
     for files, info in ((one, one_info), (two, two_info)):
-        del files["reconstructions.png"], files["latents.json"], info["files"]["reconstructions.png"], info["json_sha256"]
+        del (
+            files["reconstructions.png"],
+            files["latents.json"],
+            info["files"]["reconstructions.png"],
+            info["json_sha256"],
+        )
     assert one == two
     assert one_info == two_info
     reader = LatentReader(tmp_path / "latents")
