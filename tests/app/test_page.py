@@ -23,7 +23,7 @@ FLAGS = [
 ]
 # The command, in a process that prints when any of its code connects to another machine.
 SERVER = """
-import ipaddress, signal, sys
+import functools, ipaddress, signal, sys, time
 
 def watch(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
@@ -34,6 +34,13 @@ def watch(event, args):
 
 sys.addaudithook(watch)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells disable it for what they start with &
+# A step takes as long as one of a real model does, so that a call can be stopped.
+from dit_hf import CosineLatentScheduler
+
+def slow(step):
+    return functools.wraps(step)(lambda *args, **options: time.sleep(0.1) or step(*args, **options))
+
+CosineLatentScheduler.step = slow(CosineLatentScheduler.step)
 from dit_hf_cli import main
 sys.exit(main(sys.argv[1:]))
 """
