@@ -367,7 +367,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             weights = weights[name]
             break
         if weights.get(name) is not None:
-            raise ValueError(f"{path}: {name} is no dict of weights")
+            raise ValueError(f"{path}: {name} is not a dict of weights")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
     for name, tensor in weights.items():
         # A view can claim any size: only what the file holds is read.
