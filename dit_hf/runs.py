@@ -267,7 +267,9 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     exported = (run.path / "model_index.json").is_file()
     finished = run.pipeline.is_dir() and run.export.is_file()
     if not exported and not finished and find_run(model) == run.path:
-        raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
+        names = ", ".join(str(checkpoint) for checkpoint in run.checkpoints())
+        there = f"name one of its checkpoints ({names})" if names else "it has no checkpoint yet"
+        raise ValueError(f"{model}: the run is not finished; {there}")
     if not exported:
         check_exported_pipeline(run.path)
 

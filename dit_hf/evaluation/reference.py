@@ -169,6 +169,8 @@ def reference(
         allow_partial=allow_partial,
     )
     images = open_reference_images(source, resolution, crop, options, verbose=ranks().is_main_process)
+    if images.count < 2:
+        raise ValueError(f"source {source}: a covariance needs at least two images, got {images.count} (--num_images)")
     statistics = make_reference(Path(output_dir), images, net, batch_size)
     if ranks().is_main_process:
         print(f"{output_dir}: {describe(statistics)}", flush=True)

@@ -116,7 +116,9 @@ def train_autoencoder(
     images = _readable(opened)
     train, validation = _hold_out(images)
     if not len(validation) or len(train) < train_batch_size:
-        raise ValueError(f"source {source}: {len(images)} images are too few for batches of {train_batch_size}")
+        advice = f"; --train_batch_size {len(train)} fits" if len(validation) and len(train) else ""
+        few = f"{len(images)} images are too few for batches of {train_batch_size}"
+        raise ValueError(f"source {source}: {few}{advice}")
 
     # Training.
     vae = new_autoencoder(resolution).to(default_device())
@@ -180,8 +182,9 @@ def _check_options(
     """Refuse a folder that is not empty, and options that do not fit."""
     if not is_missing_or_empty(folder):
         raise FileExistsError(folder_taken(f"output_dir {folder}", "is not empty"))
-    if max_train_steps < 1 or train_batch_size < 1:
-        raise ValueError("max_train_steps and train_batch_size must be at least 1")
+    for name, number in (("max_train_steps", max_train_steps), ("train_batch_size", train_batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
     if resolution % 4:
         raise ValueError(f"resolution={resolution} must be divisible by 4")
     if mixed_precision not in ("no", "bf16"):
