@@ -45,8 +45,8 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        advice = "a tab; indent with spaces" if "'\\t'" in problem else f"expected a line `key: value` ({problem})"
-        raise ValueError(f"{path}{where}: {advice}") from error
+        problem = "a tab; indent with spaces" if "'\\t'" in problem else f"{problem}; expected lines of `key: value`"
+        raise ValueError(f"{path}{where}: {problem}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is not a recipe: its values are nested too deep") from error
     sections = typing.get_type_hints(Config)

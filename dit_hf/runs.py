@@ -307,7 +307,10 @@ def check_model(model: str) -> None:
         raise ValueError(f"{model} is a file; a model is the folder of a run, a checkpoint or a pipeline, or a Hub id")
     names = ("model_index.json", STATE, CONFIG, RunFolder(path).pipeline.name)
     if path.is_dir() and not any((path / name).exists() for name in names):
-        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline")
+        folders = [entry for entry in path.iterdir() if not (entry / CACHE_INFO).exists()]
+        inside = sorted(entry for entry in folders if any((entry / name).exists() for name in names))
+        advice = f"; did you mean {inside[0]}?" if inside else ""
+        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline{advice}")
     if path.exists():
         return
 

@@ -109,6 +109,8 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
 
 def _check(source: str, options: SourceOptions) -> None:
     """Check the options before anything is read or rendered."""
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source: expected a folder, a dataset on the Hub (OWNER/NAME) or {AVATARS!r}, got {source!r}")
     if options.num_images is not None and options.num_images < 1:
         raise ValueError(f"num_images={options.num_images} must be at least 1")
     if options.seed < 0:
