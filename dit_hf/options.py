@@ -62,8 +62,7 @@ class OneLineParser(ArgumentParser):
 
     def _unknown(self, argument: str) -> str:
         if not argument.startswith("-"):
-            hint = f"; the folder to write is --output_dir {argument}" if "output_dir" in self.names() else ""
-            return f"{argument!r} is one argument too many{hint}"
+            return f"{argument!r} is one argument too many"
         if not argument.startswith("--"):
             return f"unknown option {argument}; options begin with two hyphens, and --help lists them"
         name = argument.lstrip("-").partition("=")[0]
@@ -118,8 +117,12 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
             flag = name if not equals else ""
         elif left and not argument.startswith("-"):
             name, equals, value = left.pop(0), "=", argument
-        elif flag and not argument.startswith("-"):
+        elif argument.startswith("-"):
+            parser.error(f"unrecognized arguments: {argument}")
+        elif flag:
             parser.error(f"--{flag}: expected {in_words(parser.type_of(flag))}, got {argument!r}")
+        elif "output_dir" in known and not any(re.match("--output[-_]dir", other) for other in args):
+            parser.error(f"{argument!r} is one argument too many; the folder to write is --output_dir {argument}")
         else:
             parser.error(f"unrecognized arguments: {argument}")
         if name == "config":

@@ -59,6 +59,7 @@ def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
         (["prepare-latents", "x", "--flip=3"], 2, "--flip: expected true or false, got '3'"),
         (["prepare-latents", "x"], 2, "missing: --output_dir (dit-hf prepare-latents --help explains it)"),
         (["prepare-latents", "x", "y"], 2, "'y' is one argument too many; the folder to write is --output_dir y"),
+        (["prepare-latents", "x", "--output-dir", "y", "--resolution", "8", "8"], 2, "'8' is one argument too many\n"),
         (["app", "m", "7860"], 2, "'7860' is one argument too many"),
         (["prepare-latents", "x", "--output_dir", "y", "--max_left_out", "2"], 1, "max_left_out=2: expected a share"),
         (["prepare-latents", "x", "--output_dir", "y", "--push_to_hub", "faces"], 1, "faces: expected OWNER/NAME"),
@@ -117,7 +118,7 @@ def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, args, code, messag
     lines = [line for line in err.splitlines() if "error" in line]
     assert got == code
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message in f"{lines[0]}\n"
     assert "Traceback" not in err
     assert not any(tmp_path.iterdir())
 
