@@ -117,14 +117,8 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
             flag = name if not equals else ""
         elif left and not argument.startswith("-"):
             name, equals, value = left.pop(0), "=", argument
-        elif argument.startswith("-"):
-            parser.error(f"unrecognized arguments: {argument}")
-        elif flag:
-            parser.error(f"--{flag}: expected {in_words(parser.type_of(flag))}, got {argument!r}")
-        elif "output_dir" in known and not any(re.match("--output[-_]dir", other) for other in args):
-            parser.error(f"{argument!r} is one argument too many; the folder to write is --output_dir {argument}")
         else:
-            parser.error(f"unrecognized arguments: {argument}")
+            parser.error(_superfluous(argument, flag, args, parser))
         if name == "config":
             if not equals:
                 parser.error(f"--config needs a value: a recipe such as {recipe_names()[0]}, or a file of your own")
@@ -136,3 +130,13 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
                 parser.error(str(error))
         options.append(f"--{name}{equals}{value}")
     return options
+
+
+def _superfluous(argument: str, flag: str, args: list[str], parser: OneLineParser) -> str:
+    """Say what an argument that has no place may have been meant for; `flag` is the flag before it, if any."""
+    if flag and not argument.startswith("-"):
+        return f"--{flag}: expected {in_words(parser.type_of(flag))}, got {argument!r}"
+    has_folder = "output_dir" not in parser.names() or any(re.match("--output[-_]dir", other) for other in args)
+    if not has_folder and not argument.startswith("-"):
+        return f"{argument!r} is one argument too many; the folder to write is --output_dir {argument}"
+    return f"unrecognized arguments: {argument}"
