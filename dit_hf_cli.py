@@ -31,7 +31,9 @@ def main(args: list[str] | None = None) -> int:
     elif verb in ("-h", "--help"):
         print(help_text("dit-hf"), end="")
     elif verb not in verbs:
-        nearest = difflib.get_close_matches(verb, verbs, 1)
+        nearest = difflib.get_close_matches(verb.lower(), [*verbs, "--help", "--version"], 1)
+        if verb == "help":
+            nearest = [f"{args[1]} --help" if args[1:] and args[1] in verbs else "--help"]
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the verbs are {', '.join(verbs)}"
         print(f"dit-hf: error: unknown verb {verb!r}; {hint}", file=sys.stderr)
         return 2

@@ -267,7 +267,9 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     exported = (run.path / "model_index.json").is_file()
     finished = run.pipeline.is_dir() and run.export.is_file()
     if not exported and not finished and find_run(model) == run.path:
-        raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
+        names = ", ".join(str(checkpoint) for checkpoint in run.checkpoints())
+        there = f"name one of its checkpoints ({names})" if names else "it has no checkpoint yet"
+        raise ValueError(f"{model}: the run is not finished; {there}")
     if not exported:
         check_exported_pipeline(run.path)
 
@@ -305,7 +307,10 @@ def check_model(model: str) -> None:
         raise ValueError(f"{model} is a file; a model is the folder of a run, a checkpoint or a pipeline, or a Hub id")
     names = ("model_index.json", STATE, CONFIG, RunFolder(path).pipeline.name)
     if path.is_dir() and not any((path / name).exists() for name in names):
-        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline")
+        folders = [entry for entry in path.iterdir() if not (entry / CACHE_INFO).exists()]
+        inside = sorted(entry for entry in folders if any((entry / name).exists() for name in names))
+        advice = f"; did you mean {inside[0]}?" if inside else ""
+        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline{advice}")
     if path.exists():
         return
 

@@ -70,14 +70,16 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def check_link(folder: Path, place: str) -> None:
-    """Refuse a link that leads nowhere, or to itself, as a folder to write.
+def check_folder(folder: Path, place: str) -> None:
+    """Refuse a file, or a link that leads nowhere or to itself, as a folder to write.
 
     Raises:
         FileExistsError: naming `place`, the option.
     """
     if folder.is_symlink() and not folder.exists():
-        raise FileExistsError(f"{place} {folder} is a link that leads nowhere; name a new folder")
+        raise FileExistsError(folder_taken(f"{place} {folder}", "is a link that leads nowhere"))
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(folder_taken(f"{place} {folder}", "is a file"))
 
 
 def is_missing_or_empty(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import CONFIG
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
+from ..upload import is_hub_id
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
@@ -233,6 +234,9 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
     Raises:
         ValueError: if it is not one, or has parts that our transformer lacks.
     """
+    # On the Hub a model is OWNER/NAME; anything else is not asked for there.
+    if not Path(source).exists() and (not is_hub_id(source) or Path(source).suffix in (".pt", ".safetensors")):
+        raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME")
     try:
         other = DiffusionPipeline.from_pretrained(source)
         labels = DiffusionPipeline.load_config(source).get("id2label") or {}
@@ -241,8 +245,6 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
             raise ValueError(f"{source} is a run of dit_hf already, not a DiT of another project") from error
         if Path(source).is_dir():
             raise ValueError(f"{source}: a folder without model_index.json, which a diffusers pipeline has") from error
-        if source.count("/") != 1 or source[0] in "./~" or Path(source).suffix in (".pt", ".safetensors"):
-            raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME") from error
         reason = first_line(error)
         raise ValueError(f"{source}: not a file, and no pipeline could be loaded from there ({reason})") from error
     if not isinstance(other, DiTPipeline):

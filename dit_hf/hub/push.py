@@ -38,7 +38,7 @@ from ..runs import (
 )
 from ..sampling.generate import generate_images
 from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_json, write_text
-from ..upload import upload_folder
+from ..upload import check_repo_id, upload_folder
 from .card import example_attributes, read_report, write_card
 from .space import is_space_file, upload_space, write_space
 from .to_diffusers import BuiltinExport, to_builtin
@@ -101,6 +101,10 @@ def push(
     # Refuse before the model is loaded.
     if repo_id is None and output_dir is None:
         raise ValueError("where to? Name a repository (dit-hf push MODEL OWNER/NAME) or a folder (--output_dir)")
+    if repo_id is not None and Path(repo_id).is_dir() and not Path(model).exists():
+        raise ValueError(f"{repo_id} is a folder: the model comes first (dit-hf push {repo_id} {model})")
+    if repo_id is not None:
+        check_repo_id(repo_id, "REPO_ID")
     if attributes is not None and not builtin:
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
     if not re.fullmatch(r"\d+ *[KMGT]B", max_shard_size.upper()):

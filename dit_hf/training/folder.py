@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..recipe_file import read_recipe
 from ..runs import RunFolder, read_log
-from ..storage import check_link, folder_taken
+from ..storage import check_folder, folder_taken
 
 
 def check_run_folder(run: Path, resumed: bool) -> None:
@@ -18,9 +18,7 @@ def check_run_folder(run: Path, resumed: bool) -> None:
         FileExistsError: naming what is in the way.
     """
     folder, place = RunFolder(run), f"train.output_dir {run}"
-    check_link(run, "train.output_dir")
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(folder_taken(place, "is a file"))
+    check_folder(run, "train.output_dir")
     is_run = folder.config.is_file() and _is_recipe(folder.config)
     has_checkpoints, rows = bool(folder.checkpoints()), _readable_rows(run)
     if not resumed and is_run and (has_checkpoints or rows):
