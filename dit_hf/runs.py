@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,16 @@ from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .storage import MANIFEST, first_line, nearest_folder, read_json, read_manifest, read_tensors, sha256
+from .storage import (
+    MANIFEST,
+    first_line,
+    nearest_folder,
+    read_json,
+    read_manifest,
+    read_tensors,
+    sha256,
+    temporary_folder,
+)
 from .upload import hub_problem
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
@@ -258,9 +266,9 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
 
     # A checkpoint: saved to a folder first, so that `options` mean the same as for a saved pipeline.
     if is_checkpoint(model):
-        with tempfile.TemporaryDirectory(prefix="dit_hf-checkpoint-") as saved:
+        with temporary_folder("checkpoint") as saved:
             checkpoint_pipeline(Path(model)).save_pretrained(saved)
-            return load_pipeline(saved, device, **options)
+            return load_pipeline(str(saved), device, **options)
 
     # A run must be finished: one that is being trained for more steps still has the pipeline of its earlier end, but
     # no export.json. A repository that `dit-hf push` wrote has a run's log and config too, and is a pipeline itself.

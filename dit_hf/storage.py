@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -346,6 +347,21 @@ def disk_errors(place: str) -> Iterator[None]:
         else:
             raise
         raise OSError(f"{place}: {os.strerror(number)}; {advice}") from error
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Make a folder for temporary files, and remove it in the end.
+
+    Args:
+        purpose: Part of its name.
+
+    Raises:
+        OSError: naming TMPDIR, if there is no room for it.
+    """
+    place = f"the temporary folder {tempfile.gettempdir()} (TMPDIR)"
+    with disk_errors(place), tempfile.TemporaryDirectory(prefix=f"dit_hf-{purpose}-") as folder:
+        yield Path(folder)
 
 
 def is_lfs_pointer(path: Path) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,16 @@ from ..runs import (
     load_pipeline,
 )
 from ..sampling.generate import generate_images
-from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_json, write_text
+from ..storage import (
+    disk_errors,
+    folder_taken,
+    locked_beside,
+    new_folder,
+    read_json,
+    temporary_folder,
+    write_json,
+    write_text,
+)
 from ..upload import check_repo_id, upload_folder
 from .card import example_attributes, read_report, write_card
 from .space import is_space_file, upload_space, write_space
@@ -121,7 +129,7 @@ def push(
             if folder.exists():
                 _check_folder(folder, overwrite)
         else:  # a push to the Hub alone is written to a temporary folder
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
+            folder = stack.enter_context(temporary_folder("push")) / "repository"
         space_folder = folder.with_name(f"{folder.name}-space")
         if space and space_folder.exists():
             _check_folder(space_folder, overwrite)

@@ -183,7 +183,7 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
     [
         ({"image": "x.png"}, "--image is for --mode img2img or inpaint or interpolate or edit, not generate"),
         ({"mode": "edit"}, "--mode edit needs --image and --edit"),
-        ({"mode": "img2img", "image": "nowhere.png"}, "nowhere.png: no image there"),
+        ({"mode": "img2img", "image": "nowhere.png"}, "nowhere.png: no such file or folder"),
         ({"attributes": {"Tall": True}}, "valid names are Smiling, class"),
         ({"attributes": "nowhere.json"}, "nowhere.json: expected JSON"),
         ({"attributes": []}, "expected a dict"),
