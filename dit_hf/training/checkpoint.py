@@ -140,7 +140,8 @@ def check_disk_space(run: Path, needed: int) -> None:
     free = shutil.disk_usage(run).free
     if needed > free:
         raise OSError(
-            f"train.output_dir {run}: a checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+            f"train.output_dir {run}: a checkpoint needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
+            "are free; make room, or name a folder on another disk"
         )
 
 

@@ -139,5 +139,5 @@ def test_an_early_recipe_with_resolved_values_among_the_requested_ones_is_read(t
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
-    with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
+    with pytest.raises(OSError, match=r"a checkpoint needs 1,000,000,000,000.0 MB, and"):
         check_disk_space(tmp_path, 10**18)
