@@ -4,6 +4,7 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from celeba import save_image, small_image
@@ -41,6 +42,15 @@ def test_parquet_shards_and_saved_datasets(tmp_path):
     one = open_images(str(tmp_path / "shards" / "train-00000-of-00001.parquet"), resolution=8)
     assert np.asarray(one[3]["image"]).shape == (8, 8, 3)
     assert len(one) == 4
+
+
+def test_a_plain_struct_of_bytes_and_path_is_an_image(tmp_path):
+    """Written without `datasets`, whose metadata would say so."""
+    save_image(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table({"image": pa.array([image] * 3), "smiling": [0, 1, 0]}), tmp_path / "shards" / "a.parquet")
+    assert len(open_images(str(tmp_path / "shards"), resolution=8)) == 3
 
 
 def test_a_column_that_a_split_lacks_has_no_values_there(tmp_path):

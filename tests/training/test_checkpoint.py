@@ -94,6 +94,20 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, 
         find_checkpoint(tmp_path, "latest")
 
 
+def test_a_checkpoint_of_another_run_is_refused_and_a_name_that_is_none_lists_those_there(tmp_path):
+    other = save(tmp_path / "other", 2)
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 is not in train\.output_dir .*; --model\.init_from .* starts a new"
+    ):
+        find_checkpoint(tmp_path / "run", str(other))
+    with pytest.raises(ValueError, match=r"last: expected latest or .* \(there: checkpoint-1, checkpoint-2\)"):
+        find_checkpoint(tmp_path / "run", "last")
+    own = tmp_path / "run" / "checkpoint-1"
+    assert find_checkpoint(tmp_path / "run", str(own)) == own
+
+
 def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
