@@ -128,7 +128,8 @@ def remove_partial_checkpoints(run: Path) -> None:
     """Remove what interrupted saves left in `run`."""
     for kind in ("partial", "replaced"):  # the names that `new_folder` gives
         for leftover in run.glob(f".checkpoint-*.{kind}"):
-            shutil.rmtree(leftover)
+            # Of a link only the link.
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def check_disk_space(run: Path, needed: int) -> None:

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from dit_hf.config import Config, OptimConfig
-from dit_hf.runs import RunFolder, migrate_recipe
+from dit_hf.runs import RunFolder, migrate_recipe, read_state
 from dit_hf.training.checkpoint import (
     TrainingTensors,
     check_disk_space,
     check_same_recipe,
     find_checkpoint,
+    remove_partial_checkpoints,
     save_checkpoint,
 )
 from dit_hf.training.ema import EMA
@@ -106,6 +107,27 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_name_that_is_none_lists_th
         find_checkpoint(tmp_path / "run", "last")
     own = tmp_path / "run" / "checkpoint-1"
     assert find_checkpoint(tmp_path / "run", str(own)) == own
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", "20"), ("recipe", []), ("transformer", 3), ("normalization", None)]
+)
+def test_a_state_of_other_types_is_named(tmp_path, key, value):
+    """As in a checkpoint of somebody else, whose hashes fit."""
+    folder = save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, key: value}))
+    with pytest.raises(ValueError, match=rf"state\.json is damaged \({key} is no"):
+        read_state(folder)
+
+
+def test_what_is_left_of_a_save_is_removed_and_of_a_link_the_link_alone(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".checkpoint-1.partial").mkdir()
+    (tmp_path / ".checkpoint-2.partial").write_text("x")
+    (tmp_path / ".checkpoint-3.replaced").symlink_to(tmp_path / "kept")
+    remove_partial_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
