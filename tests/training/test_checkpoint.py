@@ -109,9 +109,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_name_that_is_none_lists_th
     assert find_checkpoint(tmp_path / "run", str(own)) == own
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("step", "20"), ("recipe", []), ("transformer", 3), ("normalization", None)]
-)
+@pytest.mark.parametrize(("key", "value"), [("step", "20"), ("recipe", []), ("transformer", 3)])
 def test_a_state_of_other_types_is_named(tmp_path, key, value):
     """As in a checkpoint of somebody else, whose hashes fit."""
     folder = save(tmp_path, 1)
