@@ -177,6 +177,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT_VERSION:
         raise ValueError(f"{checkpoint} was written by another version of dit_hf; begin a new run")
+    for key, kind in (("step", int), ("recipe", dict), ("transformer", dict)):
+        if not isinstance(state.get(key, kind()), kind):
+            raise ValueError(f"{checkpoint / STATE} is damaged ({key} is no {kind.__name__}); delete this checkpoint")
     return state
 
 

@@ -196,13 +196,14 @@ def _check_shapes(path: Path, weights: dict[str, torch.Tensor]) -> None:
     ):
         shape = list(weights["pos_embed"].shape)
         raise ValueError(f"{path}: pos_embed has the shape {shape}; expected a square of tokens of the model's width")
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    qkv = [f"blocks.{block}.attn.qkv.{kind}" for block in sorted(blocks) for kind in ("weight", "bias")]
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    qkv = [f"blocks.{block}.attn.qkv.{kind}" for block in range(blocks) for kind in ("weight", "bias")]
     for name in ("final_layer.linear.weight", "blocks.0.mlp.fc1.weight", *qkv):
         if name not in weights:
             raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {name}")
-        if not weights[name].ndim:
-            raise ValueError(f"{path}: {name} is a single number")
+    for name, tensor in weights.items():
+        if not tensor.ndim or not tensor.numel():
+            raise ValueError(f"{path}: {name} has the shape {list(tensor.shape)}; expected rows of numbers")
 
 
 def _add_null_row(path: Path, weights: dict[str, torch.Tensor], num_classes: int | None) -> int:

@@ -227,9 +227,11 @@ class Trainer:
         """Build the pipeline of the EMA weights, on the first rank (None on others); call it on all ranks."""
         # Gathering sharded weights is a collective operation, which other ranks must not skip.
         weights = self.tensors.ema_weights("ema")
-        if not self.accelerator.is_main_process:
-            return None
-        return build_pipeline(self.config, self.reader, self._transformer_with(weights), self.normalization)
+
+        def build() -> LatentDiTPipeline:
+            return build_pipeline(self.config, self.reader, self._transformer_with(weights), self.normalization)
+
+        return on_first_rank(build)
 
     def _build_step(self, state: dict[str, Any] | None) -> None:
         """Build the transformer on the device, compile it where that is wanted, and build its optimizer step."""
@@ -458,9 +460,16 @@ class Trainer:
             self.hub.wait()
 
     def _push(self, run: Path, done: int, pipeline: LatentDiTPipeline | None) -> None:
-        """Start to push the EMA weights, on the first rank."""
-        if self.hub is not None and pipeline is not None:
-            share(self.hub, run, self.config, self.reader, pipeline, self.recipe, done)
+        """Start to push the EMA weights, on the first rank; call it on all ranks."""
+        hub = self.hub
+        if hub is None:
+            return
+
+        def begin() -> None:
+            assert pipeline is not None  # on the first rank
+            share(hub, run, self.config, self.reader, pipeline, self.recipe, done)
+
+        on_first_rank(begin)
 
 
 def _open_reader(config: Config) -> LatentReader:

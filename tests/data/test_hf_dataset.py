@@ -45,6 +45,15 @@ def test_parquet_shards_and_saved_datasets(tmp_path):
     assert len(one) == 4
 
 
+def test_a_plain_struct_of_bytes_and_path_is_an_image(tmp_path):
+    """Written without `datasets`, whose metadata would say so."""
+    save_image(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table({"image": pa.array([image] * 3), "smiling": [0, 1, 0]}), tmp_path / "shards" / "a.parquet")
+    assert len(open_images(str(tmp_path / "shards"), resolution=8)) == 3
+
+
 def test_a_column_that_a_split_lacks_has_no_values_there(tmp_path):
     parts = {"train": data_set(4).remove_columns("kind"), "test": data_set(2).remove_columns("Smiling")}
     DatasetDict(parts).save_to_disk(tmp_path)

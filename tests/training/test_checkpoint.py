@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from dit_hf.config import Config, OptimConfig
-from dit_hf.runs import RunFolder, migrate_recipe
+from dit_hf.runs import RunFolder, migrate_recipe, read_state
 from dit_hf.training.checkpoint import (
     TrainingTensors,
     check_disk_space,
     check_same_recipe,
     find_checkpoint,
+    remove_partial_checkpoints,
     save_checkpoint,
 )
 from dit_hf.training.ema import EMA
@@ -94,6 +95,39 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, 
         find_checkpoint(tmp_path, "latest")
 
 
+def test_a_checkpoint_of_another_run_is_refused_and_a_name_that_is_none_lists_those_there(tmp_path):
+    other = save(tmp_path / "other", 2)
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 is not in train\.output_dir .*; --model\.init_from .* starts a new"
+    ):
+        find_checkpoint(tmp_path / "run", str(other))
+    with pytest.raises(ValueError, match=r"last: expected latest or .* \(there: checkpoint-1, checkpoint-2\)"):
+        find_checkpoint(tmp_path / "run", "last")
+    own = tmp_path / "run" / "checkpoint-1"
+    assert find_checkpoint(tmp_path / "run", str(own)) == own
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", "20"), ("recipe", []), ("transformer", 3)])
+def test_a_state_of_other_types_is_named(tmp_path, key, value):
+    """As in a checkpoint of somebody else, whose hashes fit."""
+    folder = save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, key: value}))
+    with pytest.raises(ValueError, match=rf"state\.json is damaged \({key} is no"):
+        read_state(folder)
+
+
+def test_what_is_left_of_a_save_is_removed_and_of_a_link_the_link_alone(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".checkpoint-1.partial").mkdir()
+    (tmp_path / ".checkpoint-2.partial").write_text("x")
+    (tmp_path / ".checkpoint-3.replaced").symlink_to(tmp_path / "kept")
+    remove_partial_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
@@ -139,5 +173,5 @@ def test_an_early_recipe_with_resolved_values_among_the_requested_ones_is_read(t
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
-    with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
+    with pytest.raises(OSError, match=r"a checkpoint needs 1,000,000,000,000.0 MB, and"):
         check_disk_space(tmp_path, 10**18)
