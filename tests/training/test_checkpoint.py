@@ -31,9 +31,10 @@ def parts(seed):
     return TrainingTensors(model, {"ema": ema}, optimizer)
 
 
-def save(run, step, seed=0, limit=2, best=0, validation_loss=None):
+def save(run, step, seed=0, limit=2, best=0, validation_loss=None, **further):
     levels = None if validation_loss is None else [validation_loss] * 10
     state = {"step": step, "validation_loss": validation_loss, "validation_loss_by_noise_level": levels}
+    state |= further
     return save_checkpoint(run, state, parts(seed).gather(), limit, best)
 
 
@@ -61,6 +62,13 @@ def test_the_best_stay_beside_the_newest(tmp_path):
     assert best["checkpoints"][0]["validation_loss_by_noise_level"] == [0.3] * 10
     save(tmp_path, 25, best=2, limit=1, validation_loss=0.2)
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-20", "checkpoint-25"]
+
+
+def test_only_losses_of_the_same_number_of_images_are_compared(tmp_path):
+    for step, loss, images in ((10, 0.1, 1), (20, 0.4, 8), (30, 0.3, 8)):
+        save(tmp_path, step, best=2, limit=1, validation_loss=loss, validation_images=images)
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert [entry["step"] for entry in best["checkpoints"]] == [30, 20]
 
 
 def test_the_oldest_are_removed_and_the_order_is_that_of_the_numbers(tmp_path):
