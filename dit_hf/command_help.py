@@ -225,7 +225,8 @@ def recipe_options() -> dict[str, list[Option]]:
     """Return the options of `train`: those of the command, then the keys of a recipe by section."""
     own = [
         Option("config", str, None, "A recipe: a file, or the name of one that comes with dit_hf "
-               f"({', '.join(recipe_names())}). The options below change single keys of it"),
+               f"({', '.join(recipe_names())}). --config RECIPE is the same. The options below change "
+               "single keys of it"),
         Option("print_config", bool, False, "Print the whole recipe and stop"),
         Option("dry_run", bool, False, documented(verb_function("train"))["dry_run"]),
     ]  # fmt: skip
