@@ -96,7 +96,9 @@ def assert_same_images(first, second):
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits_and_log(tmp_path):
     result = tmp_path / "kill.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "--kills", "10", "--json", str(result)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # Commands that ran in this process before have kept the folders of scripts from their children's path.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     assert json.loads(result.read_text())["kills"] == 10
 
