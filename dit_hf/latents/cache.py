@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 
 from ..data.files import CACHE_INFO
+from ..data.photographs import faces_identity
 from ..data.sources import Source
 from ..data.transforms import DECODING_VERSION, Geometry
 from ..storage import folder_taken, is_missing_or_empty, read_manifest
@@ -23,7 +24,12 @@ from .reuse import SOURCE_FILES
 from .shards import load_rows
 from .vae import VAE, load_vae, weights_sha256
 
-EDITABLE = ("README.md", "left_out.csv", "reconstructions.png")  # the owner's to change: nothing reads them
+EDITABLE = (
+    "README.md",
+    "left_out.csv",
+    "reconstructions.png",
+    "faces.png",
+)  # the owner's to change: nothing reads them
 _KEYS = ("identity", "settings", "latent_shape", "conditions", "condition_labels", "statistics", "vae_sha256")
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
@@ -135,8 +141,8 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
     Returns:
         `format`; `source` with name, number of images and SHA-256 of their ids; `labels` with the SHA-256 of each
         column; `vae` with name and SHA-256 of its weights; `preprocessing`; `crop`; `resolution` with height and width
-        in pixels; `flip`. Hashes have 12 hexadecimal digits. Names are for messages alone: the same images or weights
-        may be called by two names.
+        in pixels; `flip`; with crop `face` also `faces`. Hashes have 12 hexadecimal digits. Names are for messages
+        alone: the same images or weights may be called by two names.
     """
     assert geometry.resolution is not None  # `prepare_latents` refuses None
     height, width = geometry.resolution
@@ -152,6 +158,7 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
         "crop": geometry.crop,
         "resolution": {"height": height, "width": width},
         "flip": flip,
+        **({"faces": faces_identity(geometry)} if geometry.crop == "face" else {}),
     }
 
 

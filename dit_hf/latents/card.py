@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from ..data.transforms import decode_image
+from ..data.transforms import decode_crops, photo_of
 from ..image_grid import make_grid, save_grid
 from .shards import Job, load_rows
 from .vae import VAE, decode
@@ -60,7 +60,8 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
     # whether this process encoded any shard.
     vae = vae.to(memory_format=torch.contiguous_format)
     for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
-        original = decode_image(rows[sources[image_id]], job.geometry)
+        row = rows[sources[photo_of(image_id, job.geometry.crop)]]
+        original = next(crop.image for crop in decode_crops(row, job.geometry).crops if crop.id == image_id)
         latents = torch.tensor(latent).view(1, *job.latent_shape)  # [1, channels, height, width]
         pixels = decode(vae, latents)[0].cpu().numpy()  # [height, width, 3]
         error = np.square(np.asarray(original, np.float64) - pixels).mean()

@@ -30,6 +30,7 @@ from .cache import (
     format_identity,
 )
 from .card import save_reconstruction_grid, write_cache_card
+from .faces import FACES_GRID, describe_faces, save_faces_grid
 from .progress import LeftOut
 from .reuse import SOURCE_FILES, write_source_files
 from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, load_rows, spell_features
@@ -51,6 +52,10 @@ def finish(job: Job, spec: CacheSpec) -> None:
     cache = load_rows(job.folder)
     if not len(cache):
         raise ValueError(f"no image of {spec.source.name} can be used: {': '.join(left_out.all()[0])}")
+
+    if job.geometry.crop == "face":
+        describe_faces(spec, notes)
+        save_faces_grid(job, spec, notes, job.folder / FACES_GRID)
 
     # Card and metadata; latents.json comes last because it lists the hashes of all other files.
     info = _cache_info(job, spec, cache, notes, len(left_out.all()))
@@ -114,6 +119,7 @@ def _content_sha256(identity: dict[str, Any], cache: Dataset) -> dict[str, str]:
         return {}
     images = hashlib.sha256("".join(cache[IMAGE_SHA256][:]).encode()).hexdigest()
     parts = {"ids": identity["source"]["sha256"], "labels": identity["labels"], "images": images}
+    parts |= {"faces": identity["faces"]} if "faces" in identity else {}
     return {"content_sha256": hash_json(parts)[:12]}
 
 
