@@ -16,7 +16,7 @@ from ..pipelines.image_inputs import open_image, upright
 from ..progress import ProgressBar
 from .sources import Source
 
-NEAR_DUPLICATE = "near duplicate of "  # begins the reason
+NEAR_DUPLICATE = "near duplicate of an earlier image"
 # Bits of 64 in which the hashes of two photographs may differ. Unrelated ones differ in about 32, re-encoded or
 # slightly brightened copies in 0 to 4.
 MAX_DISTANCE = 6
@@ -45,7 +45,7 @@ def note_near_duplicates(source: Source, drop: bool) -> Source:
     )
     if not drop:
         return source
-    left_out = source.left_out + [(ids[row], f"{NEAR_DUPLICATE}{ids[other]}") for row, other in copies.items()]
+    left_out = source.left_out + [(ids[row], NEAR_DUPLICATE) for row in copies]
     rows = source.rows.select([row for row in range(len(ids)) if row not in copies])
     return dataclasses.replace(source, rows=rows, left_out=left_out)
 

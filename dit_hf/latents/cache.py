@@ -30,6 +30,7 @@ EDITABLE = (
     "reconstructions.png",
     "faces.png",
 )  # the owner's to change: nothing reads them
+NOT_PUSHED = [SOURCE_FILES, "left_out.csv"]
 _KEYS = ("identity", "settings", "latent_shape", "conditions", "condition_labels", "statistics", "vae_sha256")
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
@@ -91,15 +92,16 @@ def content_sha256(info: dict[str, Any]) -> str:
 def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a cache with its card to the dataset `repo_id` on the Hub and return its URL.
 
+    The list of images that were left out stays here: it holds paths alone.
+
     Raises:
         ValueError: if the folder is not a complete cache, or the Hub refuses it, with the reason.
         OSError: if the Hub cannot be reached.
     """
     read_cache_info(folder, hashes=True)
+    print(f"uploading {folder}: its ids are the paths of the images in their folder", flush=True)
     try:
-        url = upload_folder(
-            folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=[SOURCE_FILES]
-        )
+        url = upload_folder(folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=NOT_PUSHED)
     except (ValueError, OSError) as error:
         raise type(error)(f"push_to_hub {error} (the cache in {folder} is complete)") from error
     print(f"{folder} is now {url}", flush=True)

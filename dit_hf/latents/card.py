@@ -18,6 +18,7 @@ from .shards import Job, load_rows
 from .vae import VAE, decode
 
 GRID_IMAGES = 16
+LEFT_OUT_NOTE = "`left_out.csv`, which is not uploaded, names each"
 # PSNR in dB from which on reconstructions are called so.
 QUALITY = {30: "very good", 25: "good", 20: "fair"}
 
@@ -110,7 +111,7 @@ configs:
 | | |
 |---|---|
 | images | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
-| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |{copies}
+| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} ({LEFT_OUT_NOTE}) |{copies}
 | geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
 | VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the grid, {word} |
 | latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |

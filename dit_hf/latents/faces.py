@@ -41,7 +41,7 @@ def describe_faces(spec: CacheSpec, notes: list[ShardNotes]) -> None:
 
 
 def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Path) -> None:
-    """Save a grid of crops: 100 at random, and those that are closest to being left out.
+    """Save a grid of crops: 100 at random, and if there are more, those that are closest to being left out.
 
     Args:
         job: The job that encoded the cache.
@@ -51,8 +51,9 @@ def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Pa
     """
     faces = [tuple(face) for note in notes for face in note.faces]  # id, side and score
     random = np.random.default_rng(GRID_SEED).permutation(len(faces))[:GRID_FACES]
-    smallest = sorted(faces, key=lambda face: face[1])[:EDGE_FACES]
-    least_certain = sorted(faces, key=lambda face: face[2])[:EDGE_FACES]
+    edge = EDGE_FACES if len(faces) > GRID_FACES else 0  # few are all shown already
+    smallest = sorted(faces, key=lambda face: face[1])[:edge]
+    least_certain = sorted(faces, key=lambda face: face[2])[:edge]
     chosen = [*(faces[i] for i in sorted(random)), *smallest, *least_certain]
     labels = [""] * len(random) + ["smallest"] * len(smallest) + ["least certain"] * len(least_certain)
 
@@ -64,5 +65,7 @@ def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Pa
         for found in pool.map(lambda row: decode_crops(row, job.geometry), rows):
             images |= {crop.id: crop.image.resize((96, 96), Image.Resampling.BICUBIC) for crop in found.crops}
     captions = [f"{side:.0f} px, {score:.2f}\n{label}" for (_, side, score), label in zip(chosen, labels, strict=True)]
-    title = f"{len(random)} of {len(faces):,} faces at random, the smallest and the least certain (side in the photo)"
+    title = f"{len(random)} of {len(faces):,} faces" + (
+        " at random, the smallest and the least certain" if edge else ""
+    )
     save_grid(make_grid([images[name] for name, _, _ in chosen], 10, captions, title), path)

@@ -50,7 +50,7 @@ def prepare_latents(
     verify: bool = True,
     dry_run: bool = False,
     push_to_hub: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
 ) -> Path:
     """Encode the images of any source into a latent cache; an interrupted build resumes where it stopped.
 
@@ -93,7 +93,7 @@ def prepare_latents(
         verify: compare every byte of a finished cache with the hashes that were recorded.
         dry_run: only print what was understood of the source.
         push_to_hub: upload the finished cache as this dataset (`OWNER/NAME`).
-        private: make that repository private if it is a new one.
+        private: make that repository private if it is a new one; by default only with crop `face`.
 
     Returns:
         The folder, which `datasets.load_from_disk` opens: `id`, `split`, `image_sha256` (of the stored file),
@@ -163,7 +163,7 @@ def prepare_latents(
     if state.is_main_process:
         _report(final, finished[0])
         if push_to_hub:
-            push_latents(final, push_to_hub, private)
+            push_latents(final, push_to_hub, crop == "face" if private is None else private)
     return final
 
 

@@ -54,7 +54,7 @@ def _unusable(left_out: list[tuple[str, str]]) -> int:
 
 
 def _is_fault(reason: str) -> bool:
-    return reason not in (NO_FACE, TOO_SMALL) and not reason.startswith(NEAR_DUPLICATE)
+    return reason not in (NO_FACE, TOO_SMALL, NEAR_DUPLICATE)
 
 
 class Progress:

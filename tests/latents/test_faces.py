@@ -51,7 +51,7 @@ def test_a_cache_has_a_row_for_each_face(cache):
 def test_a_second_call_returns_the_cache_of_faces(cache, photos, capsys):
     prepare_latents(str(photos), str(cache), "avatar", "16", crop="face", min_face_size=120)
     assert "already holds" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match="faces was all of at least 120 px.* and is all of at least 100 px"):
+    with pytest.raises(FileExistsError, match=r"faces was all of at least 120 px.* and is all of at least 100 px"):
         prepare_latents(str(photos), str(cache), "avatar", "16", crop="face", min_face_size=100)
 
 
@@ -64,7 +64,7 @@ def test_conditions_of_several_faces_are_null(photos, tmp_path):
     assert rows["Smiling"][:] == [1, None, None]
     assert "1 photos have several faces, whose Smiling is null" in info["plan"]["choices"][-1]
     left_out = (tmp_path / "x" / "left_out.csv").read_text().splitlines()
-    assert left_out[1:] == ["d.jpg,near duplicate of a.jpg", "c.png,no face"]
+    assert left_out[1:] == ["d.jpg,near duplicate of an earlier image", "c.png,no face"]
 
 
 def test_nothing_of_a_photographs_metadata_is_kept(tmp_path):
@@ -81,3 +81,12 @@ def test_nothing_of_a_photographs_metadata_is_kept(tmp_path):
     assert not [path for path in written if b"Secretcam" in path.read_bytes()]
     assert not Image.open(tmp_path / "x" / "faces.png").getexif()
     assert "a.jpg#0" in json.dumps(open_latents(tmp_path / "x")[0]["id"][:])
+
+
+@pytest.mark.parametrize(("given", "private"), [({}, True), ({"private": False}, False)])
+def test_a_cache_of_faces_is_pushed_as_private(cache, photos, monkeypatch, given, private):
+    pushed = []
+    monkeypatch.setattr("dit_hf.latents.prepare.push_latents", lambda *options: pushed.append(options))
+    options = {"crop": "face", "min_face_size": 120, "push_to_hub": "you/faces", **given}
+    prepare_latents(str(photos), str(cache), "avatar", "16", **options)
+    assert pushed == [(cache, "you/faces", private)]
