@@ -70,7 +70,7 @@ GROUPS = {
         "What is read of the source": SOURCE,
         "How images become latents": "vae resolution crop faces min_face_size drop_near_duplicates flip seed",
         "Speed and memory": SPEED,
-        "Sharing": "push_to_hub private",
+        "Sharing": "push_to_hub private anonymous_ids",
     },
     "train-autoencoder": {
         "What is read of the source": SOURCE + " resolution crop faces min_face_size",

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, Features, List, Value
 
 from ..devices import available_cpus
-from ..progress import ProgressBar
+from ..progress import ProgressBar, hidden_progress_bars
 from .faces import FACE_VERSION, NO_FACE, TOO_SMALL, Face, smallest_side, weights_sha256
 from .sources import MAX_LEFT_OUT, Source
 from .transforms import Geometry, find_in
@@ -163,8 +163,5 @@ def _face_rows(rows: Dataset, taken: list[tuple[int, str, np.ndarray]], conditio
 
     image = {"bytes": Value("binary"), "path": Value("string"), "landmarks": List(Value("float64"))}
     features = Features({**rows.features, "image": image})
-    disable_progress_bars()
-    try:
+    with hidden_progress_bars():
         return rows.select(numbers).map(add, with_indices=True, batched=True, batch_size=32, features=features)
-    finally:
-        enable_progress_bars()

@@ -29,7 +29,7 @@ class Plan:
         conditions: Kind, names and counts of each condition.
         counts: Number of images by split; all are `train` if there are no splits.
         left_out: Number of images and rows that cannot be used, by reason.
-        examples: The first of them, by reason.
+        examples: The first of them, by reason; empty with anonymous ids.
         faces: What was found in photographs, in one line; empty unless faces are cropped.
     """
 
@@ -125,6 +125,8 @@ class Plan:
         plain = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
         named = [
             f"{text} ({'first ' if self.left_out[reason] > 1 else ''}{self.examples[reason]})"
+            if reason in self.examples
+            else text
             for text, reason in zip(plain, self.left_out, strict=True)
         ]
         start = f"  left out    {sum(self.left_out.values()):,} images or rows: "

@@ -99,7 +99,10 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
         OSError: if the Hub cannot be reached.
     """
     read_cache_info(folder, hashes=True)
-    print(f"uploading {folder}: its ids are the paths of the images in their folder", flush=True)
+    print(
+        f"uploading {folder}: its ids are the images' paths, unless it was made with --anonymous_ids",
+        flush=True,
+    )
     try:
         url = upload_folder(folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=NOT_PUSHED)
     except (ValueError, OSError) as error:

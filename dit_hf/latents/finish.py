@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset
 
 from ..data.files import CACHE_INFO
+from ..progress import hidden_progress_bars
 from ..storage import (
     hash_json,
     read_json,
@@ -126,7 +124,7 @@ def _content_sha256(identity: dict[str, Any], cache: Dataset) -> dict[str, str]:
 def _write_index(job: Job) -> None:
     """Write the two files by which `load_from_disk` finds the shards: those of an empty dataset, with shards named."""
     empty = job.folder / "building" / "index"
-    with _hidden_progress_bars():
+    with hidden_progress_bars():
         Dataset.from_dict({name: [] for name in job.features}, job.features).save_to_disk(str(empty))
     # The keys of state.json are private to datasets (read in 5.2).
     state = read_json(empty / "state.json")
@@ -144,15 +142,3 @@ def _statistics(notes: list[ShardNotes]) -> dict[str, list[float]]:
     sums = torch.tensor([note.sums for note in notes], dtype=torch.float64).sum(0)  # [3, channels]
     mean, mean_square, variance = sums / sum(note.count for note in notes)
     return {"mean": mean.tolist(), "std": (mean_square - mean.square() + variance).sqrt().tolist()}
-
-
-@contextlib.contextmanager
-def _hidden_progress_bars() -> Iterator[None]:
-    """Disable datasets' progress bars and restore their setting afterwards."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..data.anonymous import with_anonymous_ids
 from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..data.near_duplicates import note_near_duplicates
 from ..data.photographs import check_faces, open_faces
@@ -51,6 +52,7 @@ def prepare_latents(
     dry_run: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    anonymous_ids: bool = False,
 ) -> Path:
     """Encode the images of any source into a latent cache; an interrupted build resumes where it stopped.
 
@@ -94,6 +96,7 @@ def prepare_latents(
         dry_run: only print what was understood of the source.
         push_to_hub: upload the finished cache as this dataset (`OWNER/NAME`).
         private: make that repository private if it is a new one; by default only with crop `face`.
+        anonymous_ids: replace the images' ids, which are their paths, by hashes of their content.
 
     Returns:
         The folder, which `datasets.load_from_disk` opens: `id`, `split`, `image_sha256` (of the stored file),
@@ -134,6 +137,8 @@ def prepare_latents(
     # Source and VAE. The main rank downloads or renders first; the others find the result on the disk.
     with state.main_process_first():
         opened = open_source(source, options)
+    if anonymous_ids:
+        opened = with_anonymous_ids(opened)
     if crop == "face" or drop_near_duplicates:
         opened = note_near_duplicates(opened, drop_near_duplicates)
     if dry_run and crop == "face":
@@ -181,7 +186,7 @@ def _report(folder: Path, was_there: bool) -> None:
     counts = info["counts"]
     text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
     print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out", flush=True)
-    if "faces" in info["plan"]:
+    if "faces" in info.get("plan", {}):  # which caches of version 0.1.0 do not have
         print(f"faces.png: {info['plan']['faces']}; look at them before training", flush=True)
     for sentence in describe_copies(info):
         print(f"warning: {sentence}", flush=True)

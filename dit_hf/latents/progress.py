@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from ..data.anonymous import COPY
 from ..data.faces import NO_FACE, TOO_SMALL
 from ..data.near_duplicates import NEAR_DUPLICATE
 from ..data.sources import Source
@@ -54,7 +55,7 @@ def _unusable(left_out: list[tuple[str, str]]) -> int:
 
 
 def _is_fault(reason: str) -> bool:
-    return reason not in (NO_FACE, TOO_SMALL, NEAR_DUPLICATE)
+    return reason not in (NO_FACE, TOO_SMALL, NEAR_DUPLICATE, COPY)
 
 
 class Progress:

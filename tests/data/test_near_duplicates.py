@@ -30,7 +30,7 @@ def test_a_copy_in_another_size_and_brightness_is_found(rows):
 
 def test_chains_of_copies_count_from_the_first_that_is_kept(monkeypatch, rows):
     """A photograph 8 bits from the first is kept, although the one between them is near both."""
-    hashes = [0, 0b1111, 0b11111111, 2**63]
+    hashes = [0, 0b1111, 0b11111111, 2**64 - 1]
     monkeypatch.setattr(module, "_hash_all", lambda rows: hashes)
     assert near_duplicates(rows) == {1: 0}
 

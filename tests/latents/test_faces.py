@@ -1,13 +1,14 @@
 """Test caches of photographs: one row a face, what is left out, near duplicates, and the grid of crops."""
 
 import csv
+import hashlib
 import json
 
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
 
-from dit_hf.latents.cache import open_latents
+from dit_hf.latents.cache import NOT_PUSHED, open_latents
 from dit_hf.latents.prepare import prepare_latents
 
 
@@ -90,3 +91,20 @@ def test_a_cache_of_faces_is_pushed_as_private(cache, photos, monkeypatch, given
     options = {"crop": "face", "min_face_size": 120, "push_to_hub": "you/faces", **given}
     prepare_latents(str(photos), str(cache), "avatar", "16", **options)
     assert pushed == [(cache, "you/faces", private)]
+
+
+def test_anonymous_ids_name_no_file(tmp_path):
+    """No file of the cache that is uploaded holds a name; a copy of an image is kept once."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("Ada Lovelace.png", "Ada again.png"):
+        Image.fromarray(skimage.data.astronaut()).save(folder / name)
+    (folder / "Ada broken.png").write_bytes(b"no image")
+    options = {"crop": "face", "anonymous_ids": True, "max_left_out": 0.5}
+    prepare_latents(str(folder), str(tmp_path / "x"), "avatar", "16", **options)
+    rows, _ = open_latents(tmp_path / "x")
+    digest = hashlib.sha256((folder / "Ada again.png").read_bytes()).hexdigest()[:20]
+    assert rows["id"][:] == [f"{digest}#0"]
+    uploaded = [path for path in (tmp_path / "x").rglob("*") if path.is_file() and path.name not in NOT_PUSHED]
+    assert not [path for path in uploaded if b"Ada" in path.read_bytes()]
+    assert "Ada again.png,copy of an earlier image" in (tmp_path / "x" / "left_out.csv").read_text()
