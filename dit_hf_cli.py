@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import io
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         2 for an unknown verb, and as `dit_hf.cli.run`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal does not have ends no command
     args = sys.argv[1:] if args is None else args
     verb = args[0] if args else "--help"
     verbs = sorted(path.stem for path in HELP.glob("*.txt") if path.stem != "dit-hf")
@@ -31,7 +35,9 @@ def main(args: list[str] | None = None) -> int:
     elif verb in ("-h", "--help"):
         print(help_text("dit-hf"), end="")
     elif verb not in verbs:
-        nearest = difflib.get_close_matches(verb, verbs, 1)
+        nearest = difflib.get_close_matches(verb.lower(), [*verbs, "--help", "--version"], 1)
+        if verb == "help":
+            nearest = [f"{args[1]} --help" if args[1:] and args[1] in verbs else "--help"]
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the verbs are {', '.join(verbs)}"
         print(f"dit-hf: error: unknown verb {verb!r}; {hint}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from .devices import memory_errors
 from .options import OneLineParser, named_options
 from .progress import quiet_libraries
 from .recipe_file import read_recipe, recipe_names
-from .storage import check_link, first_line
+from .storage import check_folder, first_line
 
 # verb: module, function, then the arguments that may be given by position; in the order of work.
 VERBS = {
@@ -134,7 +134,7 @@ def _call(verb: str, function: Any, parser: OneLineParser, options: Namespace) -
     else:
         values = {name: _with_home(value) for name, value in options.as_dict().items()}
         if values.get("output_dir") is not None:
-            check_link(Path(values["output_dir"]), "output_dir")
+            check_folder(Path(values["output_dir"]), "output_dir")
         function(**values)
 
 

@@ -23,6 +23,7 @@ from .latents.cache import open_latents
 from .latents.prepare import prepare_latents
 from .pipelines.attributes import Attributes
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
+from .progress import quiet_libraries
 from .recipe_file import read_config, recipe_path
 from .runs import RunFolder
 from .storage import write_text
@@ -210,4 +211,5 @@ def _make_denoising_grid(pipeline: LatentDiTPipeline, requested: list[Attributes
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     make_grids(Path(sys.argv[1]))

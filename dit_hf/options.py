@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from .data.files import CACHE_INFO
-from .recipe_file import in_words, recipe_path
+from .recipe_file import in_words, recipe_names, recipe_path
 
 
 class OneLineParser(ArgumentParser):
@@ -81,8 +81,10 @@ class OneLineParser(ArgumentParser):
         if near := difflib.get_close_matches(word, names, 1, 0.75):
             return near[0]
         keys = {name.rpartition(".")[2]: name for name in names}
-        near = difflib.get_close_matches(word.rpartition(".")[2], keys, 1, 0.75)
-        return keys[near[0]] if near else None
+        key = word.rpartition(".")[2]
+        near = difflib.get_close_matches(key, keys, 1, 0.75)
+        near = near or [name for name in keys if name.endswith(f"_{key}")]  # such as `steps` for num_inference_steps
+        return keys[near[0]] if len(near) == 1 else None
 
 
 def named_options(args: list[str], parser: OneLineParser) -> list[str]:
@@ -97,6 +99,7 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
     """
     left, known, waiting = list(parser.positions), parser.names(), list(args)
     options: list[str] = []
+    flag = ""  # the option before, if it takes true or false and stands alone
     while waiting:
         argument = waiting.pop(0)
         if argument.startswith("--") and len(argument) > 2:
@@ -111,11 +114,14 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
             if name in parser.positions and name not in left:
                 parser.error(f"{name} is given twice, by position and as --{name}")
             left = [position for position in left if position != name]
-        elif left:
+            flag = name if not equals else ""
+        elif left and not argument.startswith("-"):
             name, equals, value = left.pop(0), "=", argument
         else:
-            parser.error(f"unrecognized arguments: {argument}")
-        if name == "config" and equals:
+            parser.error(_superfluous(argument, flag, args, parser))
+        if name == "config":
+            if not equals:
+                parser.error(f"--config needs a value: a recipe such as {recipe_names()[0]}, or a file of your own")
             if (Path(value) / CACHE_INFO).is_file():
                 parser.error(f"{value} is a latent cache, not a recipe: dit-hf train celeba --data.latents {value}")
             try:
@@ -124,3 +130,13 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
                 parser.error(str(error))
         options.append(f"--{name}{equals}{value}")
     return options
+
+
+def _superfluous(argument: str, flag: str, args: list[str], parser: OneLineParser) -> str:
+    """Say what an argument that has no place may have been meant for; `flag` is the flag before it, if any."""
+    if flag and not argument.startswith("-"):
+        return f"--{flag}: expected {in_words(parser.type_of(flag))}, got {argument!r}"
+    has_folder = "output_dir" not in parser.names() or any(re.match("--output[-_]dir", other) for other in args)
+    if not has_folder and not argument.startswith("-"):
+        return f"{argument!r} is one argument too many; the folder to write is --output_dir {argument}"
+    return f"unrecognized arguments: {argument}"

@@ -45,7 +45,7 @@ def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        problem = "a tab; indent with spaces" if "'\\t'" in problem else problem
+        problem = "a tab; indent with spaces" if "'\\t'" in problem else f"{problem}; expected lines of `key: value`"
         raise ValueError(f"{path}{where}: {problem}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is not a recipe: its values are nested too deep") from error
@@ -74,6 +74,8 @@ def recipe_path(name: str) -> Path:
         return path
     if path.stem in recipe_names() and str(path.parent) in (".", "recipes"):
         return shipped_file(f"recipes/{path.stem}.yaml")
+    if (path / "config.yaml").is_file():
+        raise FileNotFoundError(f"{name!r}: a folder, not a recipe; a run's recipe is {path / 'config.yaml'}")
     problem = "a folder, not a recipe" if path.is_dir() else "no such file"
     names = ", ".join(recipe_names())
     raise FileNotFoundError(f"{name!r}: {problem}; the recipes that come with dit_hf are {names}")

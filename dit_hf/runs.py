@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,16 @@ from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
 from .schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .storage import MANIFEST, first_line, nearest_folder, read_json, read_manifest, read_tensors, sha256
+from .storage import (
+    MANIFEST,
+    first_line,
+    nearest_folder,
+    read_json,
+    read_manifest,
+    read_tensors,
+    sha256,
+    temporary_folder,
+)
 from .upload import hub_problem
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
@@ -169,6 +177,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT_VERSION:
         raise ValueError(f"{checkpoint} was written by another version of dit_hf; begin a new run")
+    for key, kind in (("step", int), ("recipe", dict), ("transformer", dict)):
+        if not isinstance(state.get(key, kind()), kind):
+            raise ValueError(f"{checkpoint / STATE} is damaged ({key} is no {kind.__name__}); delete this checkpoint")
     return state
 
 
@@ -258,16 +269,18 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
 
     # A checkpoint: saved to a folder first, so that `options` mean the same as for a saved pipeline.
     if is_checkpoint(model):
-        with tempfile.TemporaryDirectory(prefix="dit_hf-checkpoint-") as saved:
+        with temporary_folder("checkpoint") as saved:
             checkpoint_pipeline(Path(model)).save_pretrained(saved)
-            return load_pipeline(saved, device, **options)
+            return load_pipeline(str(saved), device, **options)
 
     # A run must be finished: one that is being trained for more steps still has the pipeline of its earlier end, but
     # no export.json. A repository that `dit-hf push` wrote has a run's log and config too, and is a pipeline itself.
     exported = (run.path / "model_index.json").is_file()
     finished = run.pipeline.is_dir() and run.export.is_file()
     if not exported and not finished and find_run(model) == run.path:
-        raise ValueError(f"{model}: the run is not finished; name one of its checkpoints ({model}/checkpoint-...)")
+        names = ", ".join(str(checkpoint) for checkpoint in run.checkpoints())
+        there = f"name one of its checkpoints ({names})" if names else "it has no checkpoint yet"
+        raise ValueError(f"{model}: the run is not finished; {there}")
     if not exported:
         check_exported_pipeline(run.path)
 
@@ -305,7 +318,10 @@ def check_model(model: str) -> None:
         raise ValueError(f"{model} is a file; a model is the folder of a run, a checkpoint or a pipeline, or a Hub id")
     names = ("model_index.json", STATE, CONFIG, RunFolder(path).pipeline.name)
     if path.is_dir() and not any((path / name).exists() for name in names):
-        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline")
+        folders = [entry for entry in path.iterdir() if not (entry / CACHE_INFO).exists()]
+        inside = sorted(entry for entry in folders if any((entry / name).exists() for name in names))
+        advice = f"; did you mean {inside[0]}?" if inside else ""
+        raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline{advice}")
     if path.exists():
         return
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -70,14 +71,16 @@ def put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def check_link(folder: Path, place: str) -> None:
-    """Refuse a link that leads nowhere, or to itself, as a folder to write.
+def check_folder(folder: Path, place: str) -> None:
+    """Refuse a file, or a link that leads nowhere or to itself, as a folder to write.
 
     Raises:
         FileExistsError: naming `place`, the option.
     """
     if folder.is_symlink() and not folder.exists():
-        raise FileExistsError(f"{place} {folder} is a link that leads nowhere; name a new folder")
+        raise FileExistsError(folder_taken(f"{place} {folder}", "is a link that leads nowhere"))
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(folder_taken(f"{place} {folder}", "is a file"))
 
 
 def is_missing_or_empty(folder: Path) -> bool:
@@ -344,6 +347,21 @@ def disk_errors(place: str) -> Iterator[None]:
         else:
             raise
         raise OSError(f"{place}: {os.strerror(number)}; {advice}") from error
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Make a folder for temporary files, and remove it in the end.
+
+    Args:
+        purpose: Part of its name.
+
+    Raises:
+        OSError: naming TMPDIR, if there is no room for it.
+    """
+    place = f"the temporary folder {tempfile.gettempdir()} (TMPDIR)"
+    with disk_errors(place), tempfile.TemporaryDirectory(prefix=f"dit_hf-{purpose}-") as folder:
+        yield Path(folder)
 
 
 def is_lfs_pointer(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,21 @@ from .storage import first_line
 # Waits before an upload is retried; files that the Hub already has are not sent again.
 RETRY_SECONDS = (2.0, 10.0, 30.0)
 ANSWER_SECONDS = 10.0
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Check whether `name` has the form `OWNER/NAME`."""
+    return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def check_repo_id(repo_id: str, option: str) -> None:
+    """Refuse what cannot be a repository of the Hub, before the work that would be pushed to it.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not is_hub_id(repo_id):
+        raise ValueError(f"{option} {repo_id}: expected OWNER/NAME, such as me/my-faces")
 
 
 def upload_folder(

@@ -23,8 +23,9 @@ RUN, MODEL, SPACE = "runs/avatars-128", "dist/model", "dist/model-space"
 CHECK = """
 import sys, dit_hf
 from diffusers import DiffusionPipeline
-image = DiffusionPipeline.from_pretrained(sys.argv[1])(num_inference_steps=25).images[0]
-assert image.size == (128, 128), image.size
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipe(num_inference_steps=25).images[0]
+assert image.size == pipe.resolution[::-1], image.size
 """
 
 

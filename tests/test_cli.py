@@ -41,6 +41,9 @@ def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
     ("args", "code", "message"),
     [
         (["trian"], 2, "did you mean 'train'"),
+        (["TRAIN"], 2, "did you mean 'train'"),
+        (["--verson"], 2, "did you mean '--version'"),
+        (["help", "train"], 2, "did you mean 'train --help'"),
         (["prepare-latents", "--sorce", "x"], 2, "unknown option --sorce; did you mean --source?"),
         (
             ["prepare-latents", "x", "--num_images", "many"],
@@ -52,10 +55,26 @@ def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
         (["prepare-latents", "x", "--output_dir="], 2, "--output_dir needs a value: text"),
         (["prepare-latents", "x", "-o", "y"], 2, "unknown option -o; options begin with two hyphens"),
         (["prepare-latents", "x", "--vae", "avatars", "--output_dir", "y"], 1, "no such folder"),
-        (["prepare-latents", "x", "--flip", "3", "--output_dir", "y"], 2, "'3' is one argument too many"),
+        (["prepare-latents", "x", "--flip", "3", "--output_dir", "y"], 2, "--flip: expected true or false, got '3'"),
         (["prepare-latents", "x", "--flip=3"], 2, "--flip: expected true or false, got '3'"),
         (["prepare-latents", "x"], 2, "missing: --output_dir (dit-hf prepare-latents --help explains it)"),
-        (["prepare-latents", "x", "y"], 2, "'y' is one argument too many"),
+        (["prepare-latents", "x", "y"], 2, "'y' is one argument too many; the folder to write is --output_dir y"),
+        (["prepare-latents", "x", "--output-dir", "y", "--resolution", "8", "8"], 2, "'8' is one argument too many\n"),
+        (["app", "m", "7860"], 2, "'7860' is one argument too many"),
+        (["prepare-latents", "x", "--output_dir", "y", "--max_left_out", "2"], 1, "max_left_out=2: expected a share"),
+        (["prepare-latents", "x", "--output_dir", "y", "--push_to_hub", "faces"], 1, "faces: expected OWNER/NAME"),
+        (["prepare-latents", "avatars", "--output_dir", "y", "--seed", "-1"], 1, "seed=-1 must be at least 0"),
+        (
+            ["prepare-latents", "avatars", "--output_dir", "y", "--image_column", "a"],
+            1,
+            "--image_column a: only a data",
+        ),
+        (["sample", "m", "--steps", "9"], 2, "unknown option --steps; did you mean --num_inference_steps?"),
+        (["train", "--config"], 2, "--config needs a value: a recipe such as avatars, or a file of your own"),
+        (["train", "-lr", "3", "avatars"], 2, "unknown option -lr; options begin with two hyphens"),
+        (["train", "avatars", "--train.push_to_hub", "--train.hub_model_id", "faces"], 1, "expected OWNER/NAME"),
+        (["train-autoencoder", "x", "--output_dir", "y", "--max_train_steps", "0"], 1, "max_train_steps=0 must be"),
+        (["push", "m", "faces"], 1, "REPO_ID faces: expected OWNER/NAME, such as me/my-faces"),
         (["prepare-latents", "x", "--source", "y"], 2, "source is given twice, by position and as --source"),
         (["sample", "--output_dir", "x"], 2, "missing: MODEL"),
         (["sample", "m", "--prompt", "a face"], 2, "models read no text: --attributes '{\"Smiling\": true}'"),
@@ -99,9 +118,30 @@ def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, args, code, messag
     lines = [line for line in err.splitlines() if "error" in line]
     assert got == code
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message in f"{lines[0]}\n"
     assert "Traceback" not in err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["prepare-latents", "reference", "evaluate", "push", "demo", "sample", "convert"])
+def test_a_file_as_output_dir_is_refused_before_any_work(capsys, tmp_path, verb):
+    (tmp_path / "one.png").touch()
+    code, out, error = run(capsys, verb, *([] if verb == "demo" else ["x"]), "--output_dir", str(tmp_path / "one.png"))
+    assert (code, out) == (1, "")
+    assert error == f"dit-hf {verb}: error: output_dir {tmp_path}/one.png is a file; name a new folder\n"
+
+
+def test_a_missing_file_to_convert_is_not_asked_for_on_the_hub(capsys, monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_: pytest.fail("asked"))
+    error = run(capsys, "convert", "nowhere.pt", "--output_dir", "x")[2]
+    assert error == "dit-hf convert: error: nowhere.pt: no such file or folder; a pipeline on the Hub is OWNER/NAME\n"
+
+
+def test_a_push_with_its_arguments_exchanged_names_their_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    error = run(capsys, "push", "me/faces", "run")[2]
+    assert error == "dit-hf push: error: run is a folder: the model comes first (dit-hf push run me/faces)\n"
 
 
 def test_an_unknown_key_in_a_recipe_names_the_nearest(capsys, tmp_path):
@@ -148,13 +188,29 @@ def test_a_path_of_another_kind_is_named(capsys, tmp_path, monkeypatch, latents)
     (tmp_path / "my_images" / "one.jpg").touch()
     (tmp_path / "one.pt").write_text("no weights")
     (tmp_path / "latents").symlink_to(latents)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latents").symlink_to(latents)
+    (tmp_path / "run" / "config.yaml").write_text("train: {seed: 1}\n")
     for args, message in {
         ("train", "latents"): "latents is a latent cache, not a recipe: dit-hf train celeba --data.latents latents",
         ("train", "my_images"): "'my_images': a folder, not a recipe",
-        ("train", "--data.latents", "my_images"): "my_images is not a latent cache (no latents.json in it)",
+        ("train", "--data.latents", "my_images"): "my_images is not a latent cache (no latents.json in it); make one",
+        (
+            "train",
+            "--data.latents",
+            "run",
+        ): "run is not a latent cache (no latents.json in it); did you mean run/latents?",
+        ("train", "run"): "'run': a folder, not a recipe; a run's recipe is run/config.yaml",
         ("prepare-latents", "latents"): "latents is a latent cache, whose images are encoded already",
         ("prepare-latents", "my_image"): "source my_image: no such folder; did you mean my_images?",
         ("sample", "my_images"): "neither of a run, nor of a checkpoint, nor of a pipeline",
+        ("sample", "."): "neither of a run, nor of a checkpoint, nor of a pipeline; did you mean run?",
+        (
+            "prepare-latents",
+            "my_images",
+            "--image_column",
+            "a",
+        ): "--image_column a: only a dataset has one, and my_images",
         ("sample", "one.pt"): "one.pt is a file; a model is the folder of a run",
         ("convert", "my_images"): "my_images: a folder without model_index.json",
         ("convert", "one.pt"): "one.pt: no weights can be read from it (not a file of tensors alone)",

@@ -42,6 +42,8 @@ def test_entries_of_a_list_are_within_bounds_and_none_always_is():
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
+        ("train", "output_dir", "", "is empty: name a folder"),
+        ("data", "latents", " ", "is empty: name a folder"),
         ("optim", "adam_beta1", 1.0, "must be at least 0 and below 1"),
         ("optim", "adam_beta2", 1.0, "must be at least 0 and below 1"),
         ("optim", "adam_epsilon", -1.0, "must be above 0"),

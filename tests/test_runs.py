@@ -1,6 +1,8 @@
 """MODEL: a run's folder, a checkpoint or a pipeline's folder; and the files of a run."""
 
+import resource
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -85,3 +87,15 @@ def test_a_run_is_found_by_its_folder_its_pipeline_and_its_checkpoints(tmp_path,
         assert find_run(str(model)) is None
     monkeypatch.chdir(run)
     assert find_run("pipeline").samefile(run)
+
+
+def test_a_temporary_folder_without_room_is_named(config, monkeypatch, tmp_path):
+    run = train(config)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # for which a file is too large as a full disk is
+    try:
+        with pytest.raises(OSError, match=rf"the temporary folder {tmp_path} \(TMPDIR\): File too large; make room"):
+            load_pipeline(f"{run}/checkpoint-8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

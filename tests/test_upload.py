@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from repositories import push
 
 from dit_hf import upload
+from dit_hf.upload import check_repo_id, is_hub_id
 
 
 @pytest.fixture
@@ -63,3 +64,11 @@ def test_without_a_network_nothing_is_tried_again(folder, capsys, monkeypatch):
     assert code == 1
     assert line.startswith("dit-hf push: error: you/faces: http://127.0.0.1:9 cannot be reached (")
     assert line.endswith("nothing was changed there")
+
+
+def test_ids_of_repositories():
+    assert all(is_hub_id(name) for name in ("a/b", "you/x-1.0"))
+    assert not any(is_hub_id(name) for name in ("a/b/c", "/a", "./a", "a", "you/my faces", None))
+    check_repo_id("you/faces", "push_to_hub")
+    with pytest.raises(ValueError, match=r"push_to_hub faces: expected OWNER/NAME, such as me/my-faces"):
+        check_repo_id("faces", "push_to_hub")

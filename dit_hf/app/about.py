@@ -44,7 +44,7 @@ def _card(model: str) -> ModelCard | None:
 
 
 def _first_sentence(text: str) -> str:
-    """Return the first sentence of a card that is no heading, image, table, code or HTML; '' if there is none."""
+    """Return the first sentence of a card that is not a heading, image, table, code or HTML; '' if there is none."""
     for paragraph in text.split("\n\n"):
         line = " ".join(paragraph.split())
         if line and line[0] not in "#!|`<[-*>":

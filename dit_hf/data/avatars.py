@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +27,7 @@ from dicebear import Avatar, Style
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from ..processes import start_worker
 from ..storage import first_line
 
 _MAX_AVATARS = 10_000_000
@@ -209,7 +211,7 @@ def render_face(face: Face, size: int) -> PILImage.Image:
     return ImageOps.mirror(image) if face.mirrored else image
 
 
-def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | None = None) -> Dataset:
+def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int = 1) -> Dataset:
     """Open avatars 0 … `num_images` - 1 of `seed` as a dataset: `id`, `image` (`resolution` px square), 22 attributes.
 
     They are rendered once, in `num_proc` processes, and then stay in the cache of `datasets`.
@@ -227,8 +229,7 @@ def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | No
         return Dataset.from_generator(
             _rows,
             features=features,
-            gen_kwargs={"indices": list(range(num_images)), "resolution": resolution, "seed": seed},
-            num_proc=num_proc if num_proc and num_proc > 1 else None,
+            gen_kwargs={"num_images": num_images, "resolution": resolution, "seed": seed, "num_proc": num_proc},
             fingerprint=fingerprint,
         )
 
@@ -250,11 +251,24 @@ def open_avatars(num_images: int, resolution: int, seed: int, num_proc: int | No
         raise ValueError(f"avatars of {resolution} px cannot be rendered: {first_line(cause)}") from error
 
 
-def _rows(indices: list[int], resolution: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the dataset."""
-    for index in indices:
-        face = choose_face(seed, index)
-        yield {"id": f"avatar-{seed}-{index}", "image": render_face(face, resolution), **face.attributes}
+def _rows(num_images: int, resolution: int, seed: int, num_proc: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the dataset, which `num_proc` processes render."""
+    row = functools.partial(_row, resolution=resolution, seed=seed)
+    if num_proc == 1:
+        yield from map(row, range(num_images))
+        return
+    with ProcessPoolExecutor(num_proc, initializer=start_worker) as pool:
+        try:
+            yield from pool.map(row, range(num_images), chunksize=50)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _row(index: int, resolution: int, seed: int) -> dict[str, Any]:
+    face = choose_face(seed, index)
+    # Encoded here, and not by the one process that writes the rows.
+    image = Image().encode_example(render_face(face, resolution))
+    return {"id": f"avatar-{seed}-{index}", "image": image, **face.attributes}
 
 
 def _variant(part: str, name: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 def infer_condition(
     name: str, column: Column, requested: bool = False
 ) -> tuple[list[int | None], Value | ClassLabel] | str:
-    """Return a column as condition ids (None is missing) and their feature, or the reason why it is no condition.
+    """Return a column as condition ids (None is missing) and their feature, or the reason why it is not a condition.
 
     1 and 0, true and false, yes and no become int8 attributes (of CelebA's lists also 1 and -1). Names that appear at
     least twice on average become classes, in alphabetical order. Whole numbers are classes only if the source declares

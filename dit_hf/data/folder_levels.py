@@ -195,7 +195,9 @@ def classes_by_folder(names: list[str], options: SourceOptions, contents: Conten
     if not requested:
         if len(named) < 2:
             if named and not all(levels.values()):
-                contents.choices.append(f"one folder, {named[0]}/, is no class (--conditions class reads it as one)")
+                contents.choices.append(
+                    f"one folder, {named[0]}/, is not a class (--conditions class reads it as one)"
+                )
             return {}
         _check_levels(levels, contents)
     columns = {"class": [parts[-1] if parts else None for parts in levels.values()]}

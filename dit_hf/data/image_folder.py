@@ -86,7 +86,7 @@ def _what_else(files: Files) -> str:
     if archives:
         return f"; it holds {counted(archives)}: unpack them"
     holds = f"; it holds {counted(files.others)}" if files.others else ""
-    return f" ({', '.join(IMAGE_SUFFIXES)}){holds}"
+    return f" ({shortened([*IMAGE_SUFFIXES], 6)}){holds}"
 
 
 def _note_doubles(files: Files, contents: Contents) -> None:

@@ -69,8 +69,10 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
     # The whole source.
     path = Path(source)
     if source == AVATARS:
+        _check_no_dataset(source, options)
         contents = _read_avatars(options)
     elif path.is_dir() and not holds_dataset(path, options):
+        _check_no_dataset(source, options)
         contents = read_folder(path, options)
     else:
         contents = read_hf_dataset(source, options)
@@ -107,12 +109,24 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
 
 def _check(source: str, options: SourceOptions) -> None:
     """Check the options before anything is read or rendered."""
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source: expected a folder, a dataset on the Hub (OWNER/NAME) or {AVATARS!r}, got {source!r}")
     if options.num_images is not None and options.num_images < 1:
         raise ValueError(f"num_images={options.num_images} must be at least 1")
+    if options.seed < 0:
+        raise ValueError(f"seed={options.seed} must be at least 0")
     if options.split is not None and options.split not in set(SPLITS.values()):
         raise ValueError(f"split={options.split!r} is unknown; valid names are train, validation, test")
     if source == AVATARS and options.split is not None:
         raise ValueError(f"split={options.split!r}: {source} has no splits")
+
+
+def _check_no_dataset(source: str, options: SourceOptions) -> None:
+    """Refuse options that only a dataset has a meaning for."""
+    for name in ("image_column", "dataset_config_name"):
+        if value := getattr(options, name):
+            kind = "rendered" if source == AVATARS else "a folder of images"
+            raise ValueError(f"--{name} {value}: only a dataset has one, and {source} is {kind}; leave the option out")
 
 
 def _read_avatars(options: SourceOptions) -> Contents:

@@ -13,6 +13,7 @@ from ..data.transforms import Faces, Geometry, parse_resolution
 from ..hub.card import write_run_card
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
 from ..sampling.generate import MAX_IMAGES
+from ..schedulers.accuracy import check_num_inference_steps
 from ..storage import disk_errors, folder_taken, hash_json, is_missing_or_empty
 from .announce import (
     RECONSTRUCTIONS,
@@ -107,6 +108,9 @@ def evaluate(
     device = ranks().device
     net = load_features(features, feature_weights, device)
     pipeline = load_pipeline(model, device, dtype=getattr(torch, dtype))
+    settings = _combine_settings(guidance_scale, num_inference_steps, pipeline.config.guidance_scale)
+    for setting in settings:
+        check_num_inference_steps(pipeline.scheduler, setting["num_inference_steps"])
     folder = _report_folder(model, output_dir)
     _check_folder(folder)
     resolution = "x".join(map(str, pipeline.resolution))  # HxW in pixels
@@ -121,7 +125,6 @@ def evaluate(
     geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
     images = _open_images(model, reference, geometry, options, REFERENCE_PER_SAMPLE * num_samples)
     place = _statistics_folder(reference, images, folder, net)
-    settings = _combine_settings(guidance_scale, num_inference_steps, pipeline.config.guidance_scale)
 
     # What is compared, and how long that takes. Where the reference is new, so is everything else.
     timing = Timing(pipeline, net, images, settings, batch_size)
@@ -178,6 +181,9 @@ def _combine_settings(
     ]
     if not settings:
         raise ValueError("guidance_scale and num_inference_steps must have a value")
+    for setting in settings:
+        if setting["guidance_scale"] < 0:
+            raise ValueError(f"guidance_scale={setting['guidance_scale']:g} must be at least 0")
     return settings
 
 

@@ -162,6 +162,7 @@ def reference(
         FileExistsError: if `output_dir` holds other statistics, or something else.
         ValueError: for options that do not fit, or if too many of the images cannot be read.
     """
+    check_reference_folder(Path(output_dir))
     net = load_features(features, feature_weights, ranks().device)
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
@@ -176,10 +177,22 @@ def reference(
     )
     geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
     images = open_reference_images(source, geometry, options, verbose=ranks().is_main_process)
+    if images.count < 2:
+        raise ValueError(f"source {source}: a covariance needs at least two images, got {images.count} (--num_images)")
     statistics = make_reference(Path(output_dir), images, net, batch_size)
     if ranks().is_main_process:
         print(f"{output_dir}: {describe(statistics)}", flush=True)
     return Path(output_dir)
+
+
+def check_reference_folder(folder: Path) -> None:
+    """Refuse a folder that holds something other than statistics.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    if not ((folder / INFO).is_file() or is_missing_or_empty(folder)):
+        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=INFO))
 
 
 def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch_size: int) -> Reference:
@@ -192,8 +205,7 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
     """
     state, identity, place = ranks(), statistics_identity(images, net), f"output_dir {folder}"
     finished = (folder / INFO).is_file()
-    if not (finished or is_missing_or_empty(folder)):
-        raise FileExistsError(folder_taken(place, missing=INFO))
+    check_reference_folder(folder)
     # All ranks must have looked at the folder before the main process writes to it.
     state.wait_for_everyone()
     content = _content_sha256(folder, images)

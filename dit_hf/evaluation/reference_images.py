@@ -75,7 +75,7 @@ class ReferenceImages:
 
     @functools.cached_property
     def stamps_sha256(self) -> str | None:
-        """The hash of size, time of modification and inode of all files; None if an image is no file, or missing."""
+        """The hash of size, time of modification and inode of all files; None if one is missing or not a file."""
         digest = hashlib.sha256()
         for row in self.files or ():
             stored = row["image"] or {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..pipelines.attributes import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder
 from ..storage import read_json, shipped_file, write_text
+from ..upload import is_hub_id
 
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
@@ -188,11 +188,6 @@ def is_celeba(training: dict[str, Any]) -> bool:
     if source == AVATARS:
         return False
     return "celeb" in source or "celeba" in crop or "5_o_Clock_Shadow" in training.get("columns", [])
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Check whether `name` has the form `OWNER/NAME`."""
-    return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]:

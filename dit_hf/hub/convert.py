@@ -21,6 +21,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import CONFIG
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
+from ..upload import is_hub_id
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
@@ -195,13 +196,14 @@ def _check_shapes(path: Path, weights: dict[str, torch.Tensor]) -> None:
     ):
         shape = list(weights["pos_embed"].shape)
         raise ValueError(f"{path}: pos_embed has the shape {shape}; expected a square of tokens of the model's width")
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    qkv = [f"blocks.{block}.attn.qkv.{kind}" for block in sorted(blocks) for kind in ("weight", "bias")]
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    qkv = [f"blocks.{block}.attn.qkv.{kind}" for block in range(blocks) for kind in ("weight", "bias")]
     for name in ("final_layer.linear.weight", "blocks.0.mlp.fc1.weight", *qkv):
         if name not in weights:
             raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {name}")
-        if not weights[name].ndim:
-            raise ValueError(f"{path}: {name} is a single number")
+    for name, tensor in weights.items():
+        if not tensor.ndim or not tensor.numel():
+            raise ValueError(f"{path}: {name} has the shape {list(tensor.shape)}; expected rows of numbers")
 
 
 def _add_null_row(path: Path, weights: dict[str, torch.Tensor], num_classes: int | None) -> int:
@@ -233,6 +235,9 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
     Raises:
         ValueError: if it is not one, or has parts that our transformer lacks.
     """
+    # On the Hub a model is OWNER/NAME; anything else is not asked for there.
+    if not Path(source).exists() and (not is_hub_id(source) or Path(source).suffix in (".pt", ".safetensors")):
+        raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME")
     try:
         other = DiffusionPipeline.from_pretrained(source)
         labels = DiffusionPipeline.load_config(source).get("id2label") or {}
@@ -241,8 +246,6 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
             raise ValueError(f"{source} is a run of dit_hf already, not a DiT of another project") from error
         if Path(source).is_dir():
             raise ValueError(f"{source}: a folder without model_index.json, which a diffusers pipeline has") from error
-        if source.count("/") != 1 or source[0] in "./~" or Path(source).suffix in (".pt", ".safetensors"):
-            raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME") from error
         reason = first_line(error)
         raise ValueError(f"{source}: not a file, and no pipeline could be loaded from there ({reason})") from error
     if not isinstance(other, DiTPipeline):
@@ -367,7 +370,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             weights = weights[name]
             break
         if weights.get(name) is not None:
-            raise ValueError(f"{path}: {name} is no dict of weights")
+            raise ValueError(f"{path}: {name} is not a dict of weights")
     weights = {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
     for name, tensor in weights.items():
         # A view can claim any size: only what the file holds is read.

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,17 @@ from ..runs import (
     load_pipeline,
 )
 from ..sampling.generate import generate_images
-from ..storage import disk_errors, folder_taken, locked_beside, new_folder, read_json, write_json, write_text
-from ..upload import upload_folder
+from ..storage import (
+    disk_errors,
+    folder_taken,
+    locked_beside,
+    new_folder,
+    read_json,
+    temporary_folder,
+    write_json,
+    write_text,
+)
+from ..upload import check_repo_id, upload_folder
 from .card import example_attributes, read_report, write_card
 from .space import is_space_file, upload_space, write_space
 from .to_diffusers import BuiltinExport, to_builtin
@@ -101,6 +109,10 @@ def push(
     # Refuse before the model is loaded.
     if repo_id is None and output_dir is None:
         raise ValueError("where to? Name a repository (dit-hf push MODEL OWNER/NAME) or a folder (--output_dir)")
+    if repo_id is not None and Path(repo_id).is_dir() and not Path(model).exists():
+        raise ValueError(f"{repo_id} is a folder: the model comes first (dit-hf push {repo_id} {model})")
+    if repo_id is not None:
+        check_repo_id(repo_id, "REPO_ID")
     if attributes is not None and not builtin:
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
     if not re.fullmatch(r"\d+ *[KMGT]B", max_shard_size.upper()):
@@ -117,7 +129,7 @@ def push(
             if folder.exists():
                 _check_folder(folder, overwrite)
         else:  # a push to the Hub alone is written to a temporary folder
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_hf-push-"))) / "repository"
+            folder = stack.enter_context(temporary_folder("push")) / "repository"
         space_folder = folder.with_name(f"{folder.name}-space")
         if space and space_folder.exists():
             _check_folder(space_folder, overwrite)

@@ -53,7 +53,9 @@ def read_cache_info(folder: str | Path, hashes: bool | str = False) -> dict[str,
     folder = Path(folder)
     if not (folder / CACHE_INFO).is_file():
         there = f"no {CACHE_INFO} in it" if folder.is_dir() else f"no such folder in {Path.cwd()}"
-        raise ValueError(f"{folder} is not a latent cache ({there}); make one with dit-hf prepare-latents")
+        inside = sorted(path.parent for path in folder.glob(f"*/{CACHE_INFO}"))
+        advice = f"did you mean {inside[0]}?" if inside else "make one with dit-hf prepare-latents"
+        raise ValueError(f"{folder} is not a latent cache ({there}); {advice}")
     info = read_manifest(folder, CACHE_INFO, hashes, EDITABLE, f"delete {folder} and make it again", _KEYS)
     version = info["identity"]["format"]
     if version not in (EARLIER_FORMAT, FORMAT_VERSION):
@@ -229,6 +231,16 @@ def _parse(pattern: re.Pattern[str], name: str, written: dict[str, Any]) -> dict
     return match.groupdict()
 
 
+def check_cache_folder(folder: Path) -> None:
+    """Refuse a folder that holds something other than a finished cache.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    if not (is_missing_or_empty(folder) or (folder / CACHE_INFO).is_file()):
+        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=CACHE_INFO))
+
+
 def finished_identity(folder: Path, verify: bool) -> dict[str, Any] | None:
     """Return the identity of the finished cache in `folder`; None if there is nothing.
 
@@ -240,10 +252,9 @@ def finished_identity(folder: Path, verify: bool) -> dict[str, Any] | None:
         FileExistsError: if it holds something else.
         ValueError: if it is damaged.
     """
+    check_cache_folder(folder)
     if is_missing_or_empty(folder):
         return None
-    if not (folder / CACHE_INFO).is_file():
-        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=CACHE_INFO))
     return parse_identity(read_cache_info(folder, hashes=verify)["identity"])
 
 

@@ -29,6 +29,7 @@ from ..data.faces import TOO_SMALL
 from ..data.splits import is_held_out
 from ..data.transforms import Crop, decode_crops
 from ..devices import available_cpus
+from ..processes import start_worker
 from ..storage import sha256, sync, write_json
 from .reuse import NO_STAMP, Stamp, read_image
 from .shards import IMAGE_SHA256, Job, ShardNotes, ShardWriter, latent_array
@@ -321,17 +322,11 @@ _encoder: ShardEncoder  # of a worker process
 def _start_process(job: Job, rows: Dataset, threads: int) -> None:
     """Load the VAE in a worker process, once for all of its shards."""
     global _encoder
+    start_worker()
     torch.set_num_threads(threads)
-    _encoder = ShardEncoder(job, rows, load_vae(str(job.folder / "vae"), "cpu"), _exit_with_parent)
+    _encoder = ShardEncoder(job, rows, load_vae(str(job.folder / "vae"), "cpu"))
 
 
 def _encode_in_process(shard: int) -> None:
     """Encode one shard in a worker process."""
     list(_encoder.encode_shards([shard]))
-
-
-def _exit_with_parent(_count: int) -> None:
-    """End a worker whose parent was killed, which nobody else does; called after each batch."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)

@@ -17,10 +17,11 @@ from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Faces, Geometry, parse_resolution
 from ..devices import memory_errors
 from ..storage import disk_errors
+from ..upload import check_repo_id
 from .build import build, is_finished, plan_job
-from .cache import CacheSpec, cache_identity, push_latents, read_cache_info
+from .cache import CacheSpec, cache_identity, check_cache_folder, push_latents, read_cache_info
 from .card import describe_copies, quality
-from .progress import LeftOut
+from .progress import LeftOut, check_share
 from .shards import check_name
 from .vae import load_vae
 
@@ -120,6 +121,10 @@ def prepare_latents(
         raise ValueError("resolution is needed: all latents of a cache have one shape")
     final = Path(output_dir)
     check_name(final)
+    check_cache_folder(final)
+    check_share(max_left_out)
+    if push_to_hub is not None:
+        check_repo_id(push_to_hub, "push_to_hub")
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
         split=split,

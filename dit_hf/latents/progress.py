@@ -15,6 +15,16 @@ from ..progress import ProgressBar
 from .shards import Job
 
 
+def check_share(share: float) -> None:
+    """Refuse a share of images to leave out that is none.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"max_left_out={share:g}: expected a share from 0 to 1")
+
+
 class LeftOut:
     """The images that are left out: a list that raises as soon as it exceeds `share`.
 
@@ -24,8 +34,7 @@ class LeftOut:
     """
 
     def __init__(self, share: float, source: Source):
-        if not 0 <= share <= 1:
-            raise ValueError(f"max_left_out={share:g}: expected a share from 0 to 1")
+        check_share(share)
         self.share, self.source = share, source
         self.broken: list[tuple[str, str]] = []
         self.add([])

@@ -101,7 +101,7 @@ def train_autoencoder(
         "seed": seed,
     }
     folder = Path(output_dir)
-    _check_options(folder, resolution, max_train_steps, train_batch_size, mixed_precision)
+    _check_options(folder, resolution, max_train_steps, train_batch_size, learning_rate, mixed_precision)
     torch.manual_seed(seed)
 
     # Images.
@@ -124,7 +124,8 @@ def train_autoencoder(
     images = _readable(opened)
     train, validation = _hold_out(images, crop)
     if not len(validation) or len(train) < train_batch_size:
-        raise ValueError(f"source {source}: {len(images)} images are too few for batches of {train_batch_size}")
+        few = f"{len(images)} images are too few for batches of {train_batch_size}"
+        raise ValueError(f"source {source}: {few}; give more images, or a smaller --train_batch_size")
 
     # Training.
     vae = new_autoencoder(resolution).to(default_device())
@@ -183,13 +184,21 @@ def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
 
 
 def _check_options(
-    folder: Path, resolution: int, max_train_steps: int, train_batch_size: int, mixed_precision: str
+    folder: Path,
+    resolution: int,
+    max_train_steps: int,
+    train_batch_size: int,
+    learning_rate: float,
+    mixed_precision: str,
 ) -> None:
     """Refuse a folder that is not empty, and options that do not fit."""
     if not is_missing_or_empty(folder):
         raise FileExistsError(folder_taken(f"output_dir {folder}", "is not empty"))
-    if max_train_steps < 1 or train_batch_size < 1:
-        raise ValueError("max_train_steps and train_batch_size must be at least 1")
+    for name, number in (("max_train_steps", max_train_steps), ("train_batch_size", train_batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+    if learning_rate <= 0:
+        raise ValueError(f"learning_rate={learning_rate:g} must be above 0")
     if resolution % 4:
         raise ValueError(f"resolution={resolution} must be divisible by 4")
     if mixed_precision not in ("no", "bf16"):

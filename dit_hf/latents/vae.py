@@ -72,6 +72,8 @@ def _load_named(name: str) -> Any:
     except Exception as error:  # a missing folder, no network and a damaged file each raise a class of their own
         if is_path and not Path(name).exists():
             raise ValueError(f"vae {name}: no VAE could be loaded from there (no such folder); {advice}") from error
+        if is_path and not any((Path(name) / file).is_file() for file in ("config.json", "model_index.json")):
+            raise ValueError(f"vae {name}: a folder without config.json, which a VAE has; {advice}") from error
         if problem is not None:
             reason = f"it is not on this machine, and the Hub cannot be reached: {problem}"
             raise ValueError(f"vae {name}: {reason}; connect to the network, or give a folder or 'avatar'") from error

@@ -47,7 +47,7 @@ class LatentDiTAdapterMixin(PeftAdapterMixin, AttentionMixin):
         for weight in weights if isinstance(weights, list) else [weights]:
             for key in weight if isinstance(weight, dict) else ():
                 if not any(key == name or name.startswith(f"{key}.") or name.endswith(f".{key}") for name in modules):
-                    raise ValueError(f"weights has {key!r}, which is no module of this model")
+                    raise ValueError(f"weights has {key!r}, which is not a module of this model")
         super().set_adapters(adapter_names, weights)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:

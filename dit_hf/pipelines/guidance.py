@@ -52,7 +52,7 @@ class Guidance:
         rescale: See `guidance_rescale` of [`GuidanceOptions`].
         start: See `guidance_start`.
         end: See `guidance_end`.
-        edit_strength: Multiplies the guidance scale of an edit, which may then have any value; None if it is no edit,
+        edit_strength: Multiplies the guidance scale of an edit, which may then have any value; None for all else,
             where a scale of 1 or less turns guidance off, as in all of diffusers.
     """
 

@@ -331,6 +331,9 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
 
     def _noise(self, shape: Sequence[int], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
         """Sample noise, float32 on the device; a list of generators has one for each image."""
+        for each in generator if isinstance(generator, list) else [generator]:
+            if not (each is None or isinstance(each, torch.Generator)):
+                raise TypeError(f"expected generator=torch.Generator().manual_seed(0) or a list of them, got {each!r}")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} images")
         return randn_tensor(tuple(shape), generator, device=self._execution_device, dtype=torch.float32)
@@ -369,8 +372,14 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
         """Set the guidance scale (None is the config's), and return what the steps predict; see [`build_guidance`].
 
         Raises:
+            TypeError: for an option that there is not.
             ValueError: for a scale that is not a number of at least 0, and as `build_guidance`.
         """
+        valid = sorted(GuidanceOptions.__annotations__)
+        for name in options.keys() - {*valid}:
+            raise TypeError(
+                f"{type(self).__name__} has no argument {name!r}; those of guidance are {', '.join(valid)}"
+            )
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
             raise ValueError(f"guidance_scale={scale!r} must be a number of at least 0; 1 or less is no guidance")

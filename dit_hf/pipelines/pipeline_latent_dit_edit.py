@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..schedulers.accuracy import check_num_inference_steps
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .attributes import Attributes
+from .attributes import Attributes, check_attributes
 from .exclusive import exclusive
 from .guidance import Guidance, GuidanceOptions
 from .pipeline_latent_dit import LatentDiTPipeline
@@ -82,6 +82,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         check_num_inference_steps(self.reversible_scheduler(), num_inference_steps)
         if not edit:
             raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
+        check_attributes(edit, 1, "edit")
 
         # 2. Encode the images, and bring attributes and edits to one for each image.
         image_latents = self.encode_images(image, input_range)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.contents import shortened
 from ..image_grid import grids_beside_images
 from ..latents.reader import LatentReader
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
@@ -126,10 +127,12 @@ def _image_files(given: str | None) -> list[Path]:
     if given is None:
         return []
     path = Path(given)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     left_out = grids_beside_images(path)
     files = [p for p in files if not p.name.startswith(".") and p.name not in left_out]
     images = [p for p in files if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise ValueError(f"{path}: no image there ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"{path}: no image there ({shortened([*IMAGE_SUFFIXES], 6)})")
     return images

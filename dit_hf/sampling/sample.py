@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 from ..devices import memory_errors
 from ..pipelines.attributes import check_attributes
@@ -21,6 +22,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
 from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
+from ..pipelines.preprocessing import read_images
 from ..runs import load_pipeline
 from ..schedulers.accuracy import check_num_inference_steps
 from ..storage import disk_errors
@@ -343,7 +345,11 @@ def _edited_images(pipeline: LatentDiTPipeline, inputs: Inputs, seed: int, call:
         own = {name: values[image % len(values)] for name, values in lists.items()}
         return {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
 
-    return Series(inputs.num_images, generate, metadata)
+    def read_given(image: int) -> Image.Image:
+        pixels, _ = read_images(inputs.images[image % len(inputs.images)], *pipeline.resolution)
+        return Image.fromarray(to_uint8(pixels / 2 + 0.5)[0])
+
+    return Series(inputs.num_images, generate, metadata, given=read_given)
 
 
 def _film(

@@ -36,12 +36,14 @@ class Series:
         generate: Generates the images of some numbers, uint8 [len, height, width, 3].
         metadata: Returns the metadata that only the file of the image of a number has.
         is_film: True if they are the frames of a film, which is also saved as a GIF.
+        given: Reads the image from which the image of a number was made, at the model's size, if there is one.
     """
 
     num_images: int
     generate: Callable[[range], np.ndarray]
     metadata: Callable[[int], dict[str, Any]]
     is_film: bool = False
+    given: Callable[[int], Image.Image] | None = None
 
 
 def write_series(
@@ -79,12 +81,30 @@ def write_series(
     state.wait_for_everyone()
     if state.is_main_process:
         first = _join_batches(folder, series, batch_size) if as_npz else _read_images(folder, NUM_GRID_IMAGES)
-        save_grid(make_grid(first, columns=min(8, len(first)), min_side=96), folder / GRID)
+        save_grid(_grid(first, series), folder / GRID)
         if series.is_film and not as_npz:
             save_gif(_read_images(folder, series.num_images), folder / FILM)
 
     # 4. No rank leaves, and perhaps ends the process group, before the files are complete.
     state.wait_for_everyone()
+
+
+def _grid(images: list[Image.Image], series: Series) -> Image.Image:
+    """Return the grid of the first images of a series, each after the one that it was made from, if there is one.
+
+    Images from the same one follow it together.
+    """
+    if series.given is None:
+        return make_grid(images, columns=min(8, len(images)), min_side=96)
+    cells: list[tuple[str, Image.Image]] = []
+    shown = None
+    for number, image in enumerate(images):
+        if (before := series.given(number)) != shown:
+            cells.append(("before", before))
+            shown = before
+        cells.append(("after", image))
+    captions, cell_images = zip(*cells, strict=True)
+    return make_grid([*cell_images], min(8, len(cells)), [*captions], min_side=96)
 
 
 def save_gif(frames: list[Image.Image], path: Path, duration: int = 80) -> None:

@@ -56,8 +56,8 @@ class CosineLatentScheduler(ShortCardMixin, SchedulerMixin, ConfigMixin):
         multistep: True for DPM-Solver++ (2M), False for DDIM, which needs many more steps for the same accuracy.
 
     Raises:
-        ValueError: for an unknown `prediction_type`, betas that are not T numbers in (0, 1), or another value of an
-            argument that must have a certain one.
+        ValueError: for less than one timestep, an unknown `prediction_type`, betas that are not T numbers in (0, 1),
+            or another value of an argument that must have a certain one.
     """
 
     _card = SCHEDULER_CARD
@@ -86,6 +86,8 @@ class CosineLatentScheduler(ShortCardMixin, SchedulerMixin, ConfigMixin):
         multistep: bool = True,
     ):
         # 1. Check the arguments.
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1")
         if prediction_type not in ("sample", "epsilon", "v_prediction"):
             raise ValueError(f"expected prediction_type sample, epsilon or v_prediction, got {prediction_type!r}")
         if clip_sample or not set_alpha_to_one or timestep_spacing != "trailing" or steps_offset:

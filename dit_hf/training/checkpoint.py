@@ -128,7 +128,8 @@ def remove_partial_checkpoints(run: Path) -> None:
     """Remove what interrupted saves left in `run`."""
     for kind in ("partial", "replaced"):  # the names that `new_folder` gives
         for leftover in run.glob(f".checkpoint-*.{kind}"):
-            shutil.rmtree(leftover)
+            # Of a link only the link.
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def check_disk_space(run: Path, needed: int) -> None:
@@ -140,7 +141,8 @@ def check_disk_space(run: Path, needed: int) -> None:
     free = shutil.disk_usage(run).free
     if needed > free:
         raise OSError(
-            f"train.output_dir {run}: a checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+            f"train.output_dir {run}: a checkpoint needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
+            "are free; make room, or name a folder on another disk"
         )
 
 

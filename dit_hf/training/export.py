@@ -20,6 +20,7 @@ from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import RunFolder, check_exported_pipeline, read_export, training_summary
 from ..storage import MANIFEST, new_folder, sha256, write_json, write_manifest
+from .folder import check_pipeline_folder
 from .log import plot_loss_curve
 
 GRID_SIZE = 16
@@ -60,6 +61,7 @@ def export(
         recipe: The recipe that the card shows.
 
     Raises:
+        FileExistsError: if `pipeline/` is not a pipeline.
         OSError: if a file cannot be written.
     """
     folder, steps = RunFolder(run), config.train.max_train_steps
@@ -72,7 +74,8 @@ def export(
     if not only_missing:
         folder.export.unlink(missing_ok=True)
 
-    # A damaged pipeline is written again.
+    # A damaged pipeline is written again, but nobody else's folder.
+    check_pipeline_folder(run)
     try:
         check_exported_pipeline(run)
     except ValueError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..recipe_file import read_recipe
 from ..runs import RunFolder, read_log
-from ..storage import check_link, folder_taken
+from ..storage import MANIFEST, check_folder, folder_taken, is_missing_or_empty
 
 
 def check_run_folder(run: Path, resumed: bool) -> None:
@@ -18,9 +18,7 @@ def check_run_folder(run: Path, resumed: bool) -> None:
         FileExistsError: naming what is in the way.
     """
     folder, place = RunFolder(run), f"train.output_dir {run}"
-    check_link(run, "train.output_dir")
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(folder_taken(place, "is a file"))
+    check_folder(run, "train.output_dir")
     is_run = folder.config.is_file() and _is_recipe(folder.config)
     has_checkpoints, rows = bool(folder.checkpoints()), _readable_rows(run)
     if not resumed and is_run and (has_checkpoints or rows):
@@ -29,6 +27,7 @@ def check_run_folder(run: Path, resumed: bool) -> None:
     if not resumed and has_checkpoints:
         raise FileExistsError(folder_taken(place, "holds checkpoints of something else"))
     if has_checkpoints or (is_run and rows):
+        check_pipeline_folder(run)
         return
 
     # Nothing was trained here. What a run writes must be free; its recipe may stand there already.
@@ -41,6 +40,18 @@ def check_run_folder(run: Path, resumed: bool) -> None:
     if taken:
         names = ", ".join(str(path.relative_to(run)) for path in taken[:3])
         raise FileExistsError(folder_taken(place, f"holds {names}, which no run has written"))
+
+
+def check_pipeline_folder(run: Path) -> None:
+    """Refuse to export a pipeline in the place of something that no run has written.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    folder = RunFolder(run).pipeline
+    exported = any((folder / name).is_file() for name in (MANIFEST, "model_index.json"))
+    if not exported and not is_missing_or_empty(folder):
+        raise FileExistsError(f"{folder} holds something else (no model_index.json); move it and call again")
 
 
 def _is_recipe(path: Path) -> bool:

@@ -21,6 +21,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..progress import ProgressBar
 from ..runs import RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, locked, write_text
+from ..upload import check_repo_id
 from .accelerator import build_accelerator, on_first_rank, should_compile, start_ranks, use_deterministic_kernels
 from .announce import announce, summary
 from .checkpoint import (
@@ -78,6 +79,8 @@ def train(config: Config, dry_run: bool = False) -> Path:
     config.check()
     run = Path(config.train.output_dir)
     place = f"train.output_dir {run}"
+    if config.train.push_to_hub and config.train.hub_model_id:
+        check_repo_id(config.train.hub_model_id, "train.hub_model_id")
     # Refuse to overwrite before anything is loaded.
     check_run_folder(run, resumed=bool(config.train.resume_from_checkpoint))
 
@@ -123,7 +126,8 @@ class Trainer:
         self.reader = _open_reader(config)
 
         # Machine: trackers are chosen first, since accelerate takes their names when it is built.
-        self.tracker, self.tracker_options = choose_tracker(train.report_to, print_once)
+        self.tracker_notes: list[str] = []  # printed once nothing is refused any more, so that an error is one line
+        self.tracker, self.tracker_options = choose_tracker(train.report_to, self.tracker_notes.append)
         self.accelerator = build_accelerator(train, self.tracker, cpu, print_once)
         self.device = self.accelerator.device
 
@@ -211,6 +215,8 @@ class Trainer:
         Raises:
             OSError: if it cannot fit into the memory.
         """
+        for note in self.tracker_notes:
+            print_once(note)
         online = is_online(self.tracker, self.tracker_options)
         self._print(*announce(self.step, run, self.tensors.bytes(), self.tracker, self.compiled, online))
 
@@ -222,9 +228,11 @@ class Trainer:
         """Build the pipeline of the EMA weights, on the first rank (None on others); call it on all ranks."""
         # Gathering sharded weights is a collective operation, which other ranks must not skip.
         weights = self.tensors.ema_weights("ema")
-        if not self.accelerator.is_main_process:
-            return None
-        return build_pipeline(self.config, self.reader, self._transformer_with(weights), self.normalization)
+
+        def build() -> LatentDiTPipeline:
+            return build_pipeline(self.config, self.reader, self._transformer_with(weights), self.normalization)
+
+        return on_first_rank(build)
 
     def _build_step(self, state: dict[str, Any] | None) -> None:
         """Build the transformer on the device, compile it where that is wanted, and build its optimizer step."""
@@ -453,9 +461,16 @@ class Trainer:
             self.hub.wait()
 
     def _push(self, run: Path, done: int, pipeline: LatentDiTPipeline | None) -> None:
-        """Start to push the EMA weights, on the first rank."""
-        if self.hub is not None and pipeline is not None:
-            share(self.hub, run, self.config, self.reader, pipeline, self.recipe, done)
+        """Start to push the EMA weights, on the first rank; call it on all ranks."""
+        hub = self.hub
+        if hub is None:
+            return
+
+        def begin() -> None:
+            assert pipeline is not None  # on the first rank
+            share(hub, run, self.config, self.reader, pipeline, self.recipe, done)
+
+        on_first_rank(begin)
 
 
 def _open_reader(config: Config) -> LatentReader:

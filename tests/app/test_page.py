@@ -143,7 +143,15 @@ def test_a_person_generates_edits_inpaints_and_interpolates_in_a_browser(tmp_pat
                 expect(page.locator("#status")).to_have_text(re.compile("Seed"))
                 page.wait_for_function(SHOWN, arg=["#results .grid-container img", count])
 
-            # 2. Choose attributes and generate; the seed is shown, and can be used again.
+            # 2. Stop a call: the page still shows the step where it stopped.
+            page.get_by_label("number input for Steps").fill("100")
+            page.click("#run-generate")
+            expect(page.locator("#status")).to_have_text(re.compile(r"Step \d+ of 100"))
+            page.click("#stop-generate")
+            page.wait_for_timeout(1000)
+            expect(page.locator("#status")).to_have_text(re.compile(r"Step \d+ of 100"))
+            page.get_by_label("number input for Steps").fill("25")
+            # 3. Choose attributes and generate; the seed is shown, and can be used again.
             page.locator("fieldset.choice", has_text="Smiling").get_by_text("no", exact=True).click()
             expect(page.get_by_text("Requested: not Smiling")).to_be_visible()
             images("generate", 8)
@@ -159,7 +167,7 @@ def test_a_person_generates_edits_inpaints_and_interpolates_in_a_browser(tmp_pat
             seed = page.get_by_label("Seed", exact=True).input_value()
             page.get_by_text("Copy as Python").click()
             expect(page.locator(".cm-content")).to_contain_text(f"generator=generators({seed}, range(8))")
-            # 3. An image must be chosen to be handed over; it is marked, and its file carries its settings.
+            # 4. An image must be chosen to be handed over; it is marked, and its file carries its settings.
             page.get_by_text("Vary this image").click()
             expect(page.get_by_text("choose an image of the results first").first).to_be_visible()
             page.locator("#results .grid-container button").nth(2).click()
@@ -168,7 +176,7 @@ def test_a_person_generates_edits_inpaints_and_interpolates_in_a_browser(tmp_pat
                 page.locator("#results .preview").get_by_label("Download", exact=True).click()
             with Image.open(download.value.path()) as image:
                 assert json.loads(image.text["dit_hf"])["image_number"] == 2
-            # 4. Vary it, and edit one of the results, which are the image before and those after.
+            # 5. Vary it, and edit one of the results, which are the image before and those after.
             page.get_by_text("Vary this image").click()
             expect(page.locator("#run-img2img")).to_be_visible()
             images("img2img", 9)
@@ -176,14 +184,14 @@ def test_a_person_generates_edits_inpaints_and_interpolates_in_a_browser(tmp_pat
             page.get_by_text("Edit this image").click()
             expect(page.locator("#run-edit")).to_be_visible()
             images("edit", 2)
-            # 5. Upload a file that is not an image, then one that is.
+            # 6. Upload a file that is not an image, then one that is.
             page.locator(".upload input[type=file]:visible, .upload:visible input[type=file]").first.set_input_files(
                 tmp_path / "good.png"
             )
             images("edit", 2)
             page.locator(".upload:visible input[type=file]").first.set_input_files(tmp_path / "bad.png")
             expect(page.get_by_text("bad.png cannot be opened as an image").first).to_be_visible()
-            # 6. Inpaint: a message without a stroke, new images with one.
+            # 7. Inpaint: a message without a stroke, new images with one.
             page.locator("#results .grid-container button").first.click()
             page.get_by_text("Inpaint this image").click()
             expect(page.locator("#editor canvas").first).to_be_visible()
@@ -198,16 +206,9 @@ def test_a_person_generates_edits_inpaints_and_interpolates_in_a_browser(tmp_pat
             page.mouse.up()
             page.wait_for_timeout(500)
             images("inpaint", 8)
-            # 7. A film and its frames; then stop a call.
+            # 8. A film and its frames.
             tab("Interpolate")
             images("interpolate", 13)
-            tab("Generate")
-            page.get_by_label("number input for Steps").fill("100")
-            page.click("#run-generate")
-            expect(page.locator("#status")).to_have_text(re.compile(r"Step \d+ of 100"))
-            page.click("#stop-generate")
-            page.wait_for_timeout(1000)
-            expect(page.locator("#status")).to_have_text(re.compile(r"Step \d+ of 100"))
             assert outside == []
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0

@@ -4,11 +4,13 @@ import json
 import tarfile
 
 import numpy as np
+import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from celeba import save_image, small_image
-from datasets import Dataset, DatasetDict, Features, Image
-from layouts import data_set
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from layouts import classes, data_set, read
 
 from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
@@ -41,6 +43,15 @@ def test_parquet_shards_and_saved_datasets(tmp_path):
     one = open_images(str(tmp_path / "shards" / "train-00000-of-00001.parquet"), resolution=8)
     assert np.asarray(one[3]["image"]).shape == (8, 8, 3)
     assert len(one) == 4
+
+
+def test_a_plain_struct_of_bytes_and_path_is_an_image(tmp_path):
+    """Written without `datasets`, whose metadata would say so."""
+    save_image(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table({"image": pa.array([image] * 3), "smiling": [0, 1, 0]}), tmp_path / "shards" / "a.parquet")
+    assert len(open_images(str(tmp_path / "shards"), resolution=8)) == 3
 
 
 def test_a_column_that_a_split_lacks_has_no_values_there(tmp_path):
@@ -130,6 +141,63 @@ def test_a_column_split_with_unknown_names(tmp_path):
     assert source.plan.counts == {"train": 2, "validation": 1}
     assert source.left_out == [("train-3", "split 'unseen' is unknown")]
     assert open_source(str(tmp_path), SourceOptions(split_from="none")).plan.counts == {"train": 4}
+
+
+def _images(count):
+    return Dataset.from_dict({"image": [small_image()] * count}, Features({"image": Image()}))
+
+
+def _labelled(names, values):
+    return _images(len(values)).add_column("label", values, feature=ClassLabel(names=names))
+
+
+def test_a_split_in_the_name_of_one_of_several_shards(tmp_path):
+    for name in ("part-0", "part-1", "part-2-test"):
+        _images(6).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"part-2-test.parquet is named like the test split, .* --split_from none"):
+        open_source(str(tmp_path))
+    assert read(tmp_path, split_from="files").plan.counts == {"train": 12, "test": 6}
+    assert read(tmp_path, split_from="none").plan.counts == {"train": 18}
+
+
+def test_splits_of_a_saved_dataset_with_further_words_in_their_names(tmp_path):
+    DatasetDict(train=_images(8), dev_seen=_images(5), test_unseen=_images(4)).save_to_disk(tmp_path)
+    assert read(tmp_path).plan.counts == {"train": 8, "validation": 5, "test": 4}
+
+
+def test_classes_that_each_split_has_numbered_by_itself_are_joined_by_name(tmp_path):
+    train = _labelled(["cat", "dog", "owl"], [0, 1, 2])
+    DatasetDict(train=train, test=_labelled(["dog", "owl"], [0, 1, 1])).save_to_disk(tmp_path)
+    names = classes(read(tmp_path), "label")
+    assert list(names.values()) == ["cat", "dog", "owl", "dog", "owl", "owl"]
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_encoded_images_in_a_parquet_file_without_the_type_image(tmp_path, as_struct):
+    file = io.BytesIO()
+    small_image().save(file, "png")
+    image = {"bytes": file.getvalue(), "path": None} if as_struct else file.getvalue()
+    pq.write_table(pa.table({"image": [image] * 4, "kind": ["cat", "dog", "dog", "cat"]}), tmp_path / "a.parquet")
+    images = open_images(str(tmp_path), resolution=20)
+    assert [images.features["kind"].int2str(value) for value in images["kind"]] == ["cat", "dog", "dog", "cat"]
+    assert np.array_equal(np.asarray(images[3]["image"]), np.asarray(small_image()))
+
+
+def test_which_of_two_image_columns_is_meant_must_be_said(tmp_path):
+    two = {"conditioning": [PIL.Image.new("RGB", (20, 20))] * 2, "target": [small_image()] * 2}
+    Dataset.from_dict(two, Features({"conditioning": Image(), "target": Image()})).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="--image_column conditioning or --image_column target"):
+        open_source(str(tmp_path))
+    images = open_images(str(tmp_path), resolution=20, image_column="target")
+    assert np.array_equal(np.asarray(images[0]["image"]), np.asarray(small_image()))
+
+
+def test_fields_of_one_name_in_two_structs_are_two_conditions(tmp_path):
+    eyes = [[{"open": i % 2 == side} for i in range(4)] for side in range(2)]
+    _images(4).add_column("left", eyes[0]).add_column("right", eyes[1]).to_parquet(tmp_path / "a.parquet")
+    rows = read(tmp_path).rows
+    assert rows["left.open"][:] == [1, 0, 1, 0]
+    assert rows["right.open"][:] == [0, 1, 0, 1]
 
 
 def test_paths_in_rows_are_read_only_inside_the_source(tmp_path):

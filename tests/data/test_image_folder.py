@@ -2,8 +2,9 @@ import errno
 import os
 
 import pytest
-from celeba import save_image
+from celeba import save_image, small_image
 from datasets import ClassLabel
+from layouts import read
 
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
@@ -90,3 +91,14 @@ def test_image_grids_and_films_are_not_images(model, tmp_path):
     packed = sample(model, str(tmp_path / "packed"), num_images=3, output_format="npz", **options)
     with pytest.raises(FileNotFoundError, match="no images in it"):
         open_source(str(packed))
+
+
+def test_every_format_is_found_by_its_suffix_and_other_files_are_counted(tmp_path):
+    for suffix in ("png", "ppm", "pgm", "tga", "jpe", "webp", "tiff", "jp2"):
+        small_image().convert("L" if suffix == "pgm" else "RGB").save(tmp_path / f"a.{suffix}")
+    (tmp_path / "a.png").rename(tmp_path / "A.PNG")
+    (tmp_path / "b.svg").write_text("<svg/>")
+    (tmp_path / "nosuffix").write_bytes((tmp_path / "A.PNG").read_bytes())
+    source = read(tmp_path)
+    assert source.plan.counts == {"train": 8}
+    assert "1 .svg, 1 without a suffix" in str(source.plan)

@@ -195,6 +195,8 @@ def test_few_samples_are_compared_with_a_part_of_the_training_images(config, net
         ({"features": "efficientnet-lite0"}, "name dino, now efficientnet-lite0"),
         ({"num_samples": 4}, "num_samples=4 must be at least"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"num_inference_steps": [2, 0]}, "num_inference_steps=0 must be a whole number between 1"),
+        ({"guidance_scale": -1.0}, "guidance_scale=-1 must be at least 0"),
         ({"features": "inception", "feature_weights": "nowhere"}, "not measured"),
         ({"reference": "few"}, "expected at least 32 reference images, got 20"),
         ({"model": "nowhere"}, "nowhere: no such folder"),

@@ -125,6 +125,13 @@ def test_a_missing_source_is_one_line(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_one_image_has_no_statistics(tmp_path, capsys):
+    options = ["--num_images", "1", "--resolution", "16", "--output_dir", str(tmp_path / "out")]
+    assert main(["reference", "avatars", *options]) == 1
+    assert "source avatars: a covariance needs at least two images, got 1 (--num_images)" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_attributes_without_a_value_are_not_requested(net, tmp_path):
     for i in range(4):
         save_image(tmp_path / "source" / f"{i}.png")

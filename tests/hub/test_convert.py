@@ -259,6 +259,14 @@ def changed(**changes):
         (changed(blocks__1__mlp__fc1__bias=None), [], "blocks.1.mlp.fc1.bias is missing"),
         (changed(), ["--num_classes", "9"], "has 6 rows; expected --num_classes 5 or 6, got 9"),
         ({"model": None, "ema": None}, [], "not a checkpoint of facebookresearch/DiT"),
+        ({"ema": torch.zeros(3)}, [], "ema is no dict of weights"),
+        ({1: torch.zeros(3)}, [], "not a checkpoint of facebookresearch/DiT"),
+        (changed(final_layer__linear__weight=None), [], "it has no final_layer.linear.weight"),
+        ({k.replace("blocks.1.", "blocks.7."): w for k, w in changed().items()}, [], "it has no blocks.1.attn.qkv"),
+        (changed(x_embedder__proj__weight=torch.zeros(24, 4, 0, 2)), [], "proj.weight has the shape [24, 4, 0, 2]"),
+        (changed(final_layer__linear__weight=torch.eye(32, 24).to_sparse()), [], "expected plain weights"),
+        (changed(final_layer__linear__weight=torch.zeros(1).expand(800_000, 800_000)), [], "expected plain weights"),
+        (changed(), ["--num_attention_heads=-2"], "expected num_attention_heads from 1 to 1,000, got -2"),
     ],
 )
 def test_a_weight_that_is_not_used_or_not_fit_is_refused(tmp_path, vae_folder, capsys, content, options, message):

@@ -52,7 +52,9 @@ def test_training_lowers_the_error(tmp_path):
     ("options", "message"),
     [
         ({"resolution": 30}, "divisible by 4"),
-        ({"num_images": 5}, "too few"),
+        ({"num_images": 5}, "5 images are too few for batches of 16"),
+        ({"learning_rate": 0.0}, "learning_rate=0 must be above 0"),
+        ({"train_batch_size": 0}, "train_batch_size=0 must be at least 1"),
         ({"mixed_precision": "fp8"}, "expected no or bf16"),
     ],
 )

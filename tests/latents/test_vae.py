@@ -110,7 +110,7 @@ def test_one_file_with_its_config(tmp_path):
         ("vae.ckpt", r"expected a \.safetensors file, a folder or a Hub id, got a \.ckpt file"),
         ("nowhere/vae/", "no such folder"),
         ("transformer", "expected AutoencoderKL, AutoencoderTiny or AutoencoderDC, got LatentDiTTransformer2DModel"),
-        ("empty", "no VAE could be loaded from there"),
+        ("empty", "a folder without config.json, which a VAE has; give a folder, 'avatar', or a Hub id"),
     ],
 )
 def test_what_is_no_vae_is_named(tmp_path, name, message):

@@ -193,6 +193,18 @@ def test_invalid_arguments_are_refused(options, message):
         tiny_pipeline()(**{"num_inference_steps": 1, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator": 3}, r"expected generator=torch\.Generator\(\)\.manual_seed\(0\) or a list of them, got 3"),
+        ({"height": 64}, "LatentDiTPipeline has no argument 'height'; those of guidance are attribute_weights, "),
+    ],
+)
+def test_arguments_of_other_pipelines_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        tiny_pipeline()(num_inference_steps=1, **options)
+
+
 def test_other_pipelines_save_the_base_layout(tmp_path):
     pipeline = tiny_pipeline()
     for kind in (LatentDiTImg2ImgPipeline, LatentDiTEditPipeline):

@@ -111,6 +111,7 @@ def test_one_image_with_several_edits_and_several_images_with_one(pipeline):
     [
         ({"image": None}, "an image is needed"),
         ({"edit": None}, "edit= is needed"),
+        ({"edit": "Hat"}, "expected a dict like {'Smiling': True} or a list of dicts, got edit='Hat'"),
         ({"edit": {"Hat": True}}, "'Hat' is unknown"),
         ({"edit": [{"class": 0}, {"class": 1}], "attributes": [{}, {}, {}]}, "2 rows of attributes for 3 images"),
     ],

@@ -107,6 +107,27 @@ def test_films_between_noises_and_between_images(model, faces, tmp_path):
     assert np.abs(between[[0, 3]] - pixels(reconstructed)).mean() < 4
 
 
+def test_the_grid_shows_each_image_after_the_one_it_was_made_from(model, faces, tmp_path):
+    options = {"mode": "img2img", "strength": 0.0, "num_images": 3}
+
+    def cells(folder):
+        with Image.open(folder / "sheet.png") as grid:
+            # Cells of 96 pixels and a gap of 6, with a line of text below.
+            return [np.asarray(grid)[6 : 6 + 96, 6 + i * 102 : 6 + i * 102 + 96] for i in range(grid.width // 102)]
+
+    def enlarged(image):
+        return np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC))
+
+    before = [enlarged(Image.open(faces / f"face-{i}.png")) for i in range(2)]
+    two = sample(model, str(tmp_path / "two"), image=str(faces), **options)
+    after = [enlarged(Image.open(two / f"0000{i}.png")) for i in range(3)]
+    expected = [before[0], after[0], before[1], after[1], before[0], after[2]]
+    assert all(np.array_equal(*pair) for pair in zip(cells(two), expected, strict=True))
+    one = sample(model, str(tmp_path / "one"), image=str(faces / "face-0.png"), **options)
+    assert np.array_equal(cells(one)[0], before[0])
+    assert len(cells(one)) == 4
+
+
 def test_autoguidance_by_a_weaker_model(model, tmp_path):
     weak = tiny_pipeline()
     weak.transformer = tiny_transformer(seed=5, num_layers=1, conditions={"Smiling": 2, "class": 3})
@@ -162,7 +183,7 @@ def test_a_stock_scheduler_and_half_precision(model, tmp_path):
     [
         ({"image": "x.png"}, "--image is for --mode img2img or inpaint or interpolate or edit, not generate"),
         ({"mode": "edit"}, "--mode edit needs --image and --edit"),
-        ({"mode": "img2img", "image": "nowhere.png"}, "nowhere.png: no image there"),
+        ({"mode": "img2img", "image": "nowhere.png"}, "nowhere.png: no such file or folder"),
         ({"attributes": {"Tall": True}}, "valid names are Smiling, class"),
         ({"attributes": "nowhere.json"}, "nowhere.json: expected JSON"),
         ({"attributes": []}, "expected a dict"),

@@ -20,7 +20,8 @@ from dit_hf import CosineLatentScheduler
 from dit_hf.schedulers.accuracy import check_num_inference_steps, sampled_distribution
 
 OWN = CosineLatentScheduler(prediction_type="v_prediction")
-DOCS = (Path(__file__).parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+DOCS = [(ROOT / path).read_text(encoding="utf-8") for path in ("docs/editing.md", "benchmarks/README.md")]
 MULTISTEP = [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler]
 
 
@@ -105,8 +106,9 @@ def test_the_state_of_a_scheduler_stays():
 
 
 def table():
-    """Return the rows of the table in the docs: class, options, and deviation by number of steps."""
-    head, *rows = re.findall(r"^\| (?:scheduler|`\w+Scheduler`).*$", DOCS, re.MULTILINE)
+    """Return the rows of the tables in the docs: class, options, and deviation by number of steps."""
+    head, *rows = re.findall(r"^\| (?:scheduler \||`\w+Scheduler`).*$", "\n".join(DOCS), re.MULTILINE)
+    rows.remove(head)  # of the second table
     counts = [int(cell) for cell in head.split("|")[2:-1]]
     cells = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in rows]
     return [

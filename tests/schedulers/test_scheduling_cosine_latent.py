@@ -213,6 +213,7 @@ def test_other_betas_can_be_given():
     ("make", "message"),
     [
         (lambda: CosineLatentScheduler(prediction_type="flow"), "prediction_type"),
+        (lambda: CosineLatentScheduler(0), "num_train_timesteps=0 must be at least 1"),
         (lambda: CosineLatentScheduler(clip_sample=True), "clip_sample=False"),
         (lambda: CosineLatentScheduler(10, trained_betas=[0.1]), "10 numbers"),
         (lambda: CosineLatentScheduler().set_timesteps(501), "between 1 and 500"),

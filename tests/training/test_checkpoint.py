@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from dit_hf.config import Config, OptimConfig
-from dit_hf.runs import RunFolder, migrate_recipe
+from dit_hf.runs import RunFolder, migrate_recipe, read_state
 from dit_hf.training.checkpoint import (
     TrainingTensors,
     check_disk_space,
     check_same_recipe,
     find_checkpoint,
+    remove_partial_checkpoints,
     save_checkpoint,
 )
 from dit_hf.training.ema import EMA
@@ -30,9 +31,10 @@ def parts(seed):
     return TrainingTensors(model, {"ema": ema}, optimizer)
 
 
-def save(run, step, seed=0, limit=2, best=0, validation_loss=None):
+def save(run, step, seed=0, limit=2, best=0, validation_loss=None, **further):
     levels = None if validation_loss is None else [validation_loss] * 10
     state = {"step": step, "validation_loss": validation_loss, "validation_loss_by_noise_level": levels}
+    state |= further
     return save_checkpoint(run, state, parts(seed).gather(), limit, best)
 
 
@@ -60,6 +62,13 @@ def test_the_best_stay_beside_the_newest(tmp_path):
     assert best["checkpoints"][0]["validation_loss_by_noise_level"] == [0.3] * 10
     save(tmp_path, 25, best=2, limit=1, validation_loss=0.2)
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-20", "checkpoint-25"]
+
+
+def test_only_losses_of_the_same_number_of_images_are_compared(tmp_path):
+    for step, loss, images in ((10, 0.1, 1), (20, 0.4, 8), (30, 0.3, 8)):
+        save(tmp_path, step, best=2, limit=1, validation_loss=loss, validation_images=images)
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert [entry["step"] for entry in best["checkpoints"]] == [30, 20]
 
 
 def test_the_oldest_are_removed_and_the_order_is_that_of_the_numbers(tmp_path):
@@ -92,6 +101,39 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, 
     (tmp_path / "checkpoint-1" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no usable checkpoint"):
         find_checkpoint(tmp_path, "latest")
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_a_name_that_is_none_lists_those_there(tmp_path):
+    other = save(tmp_path / "other", 2)
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 is not in train\.output_dir .*; --model\.init_from .* starts a new"
+    ):
+        find_checkpoint(tmp_path / "run", str(other))
+    with pytest.raises(ValueError, match=r"last: expected latest or .* \(there: checkpoint-1, checkpoint-2\)"):
+        find_checkpoint(tmp_path / "run", "last")
+    own = tmp_path / "run" / "checkpoint-1"
+    assert find_checkpoint(tmp_path / "run", str(own)) == own
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", "20"), ("recipe", []), ("transformer", 3)])
+def test_a_state_of_other_types_is_named(tmp_path, key, value):
+    """As in a checkpoint of somebody else, whose hashes fit."""
+    folder = save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, key: value}))
+    with pytest.raises(ValueError, match=rf"state\.json is damaged \({key} is no"):
+        read_state(folder)
+
+
+def test_what_is_left_of_a_save_is_removed_and_of_a_link_the_link_alone(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".checkpoint-1.partial").mkdir()
+    (tmp_path / ".checkpoint-2.partial").write_text("x")
+    (tmp_path / ".checkpoint-3.replaced").symlink_to(tmp_path / "kept")
+    remove_partial_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_save_cut_short_is_not_seen(tmp_path, monkeypatch):
@@ -139,5 +181,5 @@ def test_an_early_recipe_with_resolved_values_among_the_requested_ones_is_read(t
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(tmp_path):
-    with pytest.raises(OSError, match=r"a checkpoint needs 1000000000.00 GB and"):
+    with pytest.raises(OSError, match=r"a checkpoint needs 1,000,000,000,000.0 MB, and"):
         check_disk_space(tmp_path, 10**18)

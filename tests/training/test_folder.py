@@ -216,6 +216,21 @@ def test_files_of_others_are_in_the_way_and_stay(finished, tmp_path):
         assert (run / name).read_text() == "a,b\n1,2\n"
 
 
+@pytest.mark.parametrize("made", ["before", "during"])
+def test_a_folder_of_others_in_the_place_of_the_pipeline_stays(copied, made):
+    run = Path(copied.train.output_dir)
+    shutil.rmtree(run / "pipeline")
+    trainer = Trainer(changed(copied, train=LATEST))
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"pipeline holds something else .*; move it and call again"):
+        train(changed(copied, train=LATEST)) if made == "before" else trainer.fit(run)
+    assert (run / "pipeline" / "mine.txt").read_text() == "mine"
+    shutil.rmtree(run / "pipeline")
+    train(changed(copied, train=LATEST))
+    load_pipeline(str(run))
+
+
 def test_a_start_that_failed_blocks_no_other(finished, tmp_path):
     config = changed(finished, train={"output_dir": str(tmp_path / "run"), "max_train_steps": 1})
     (tmp_path / "run").mkdir()

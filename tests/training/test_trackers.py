@@ -24,7 +24,10 @@ def test_wandb_without_a_login_is_offline_and_never_prompts(config, tmp_path, mo
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config.train.report_to = "wandb"
     run = train(config)
-    assert "no wandb login" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("no wandb login")
+    with pytest.raises(ValueError, match="divisible"):
+        train(changed(config, train={"output_dir": str(tmp_path / "other"), "gradient_accumulation_steps": 3}))
+    assert capsys.readouterr().out == ""  # a refusal is one line
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     wandb.teardown()  # or it would keep running without the environment that other tests set
 

@@ -1,3 +1,4 @@
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from training_runs import assert_same_bits, changed, comparable, half_precision,
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.recipe_file import read_config
+from dit_hf.runs import read_log
 from dit_hf.storage import locked
 from dit_hf.training.throughput import Speed
 from dit_hf.training.trainer import Trainer, train
@@ -212,6 +214,20 @@ def test_a_disk_that_fills_up_while_saving_costs_only_what_came_after_the_last_c
     train(config)
     assert_same_bits(whole / "checkpoint-8", run / "checkpoint-8")
     assert comparable(whole) == comparable(run)
+
+
+def test_levels_without_a_timestep_are_empty_in_the_log_and_null_in_json(config):
+    """Five timesteps leave every other tenth of the schedule without one."""
+    run = train(changed(config, objective={"num_train_timesteps": 5}, train={"num_inference_steps": 2}))
+    last = read_log(run)[-1]
+    assert [bool(last[f"validation_loss_level_{level}"]) for level in range(10)] == [True, False] * 5
+    best = json.loads((run / "best.json").read_text(), parse_constant=pytest.fail)
+    assert best["checkpoints"][0]["validation_loss_by_noise_level"][1::2] == [None] * 5
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_reported(config, capsys):
+    train(changed(config, optim={"lr_warmup_steps": 100}))
+    assert "after its 8 steps the learning rate has reached 8.0% of optim.learning_rate" in capsys.readouterr().out
 
 
 def test_a_full_gpu_is_reported_in_one_line(config, monkeypatch):

@@ -96,7 +96,8 @@ def assert_same_images(first, second):
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits_and_log(tmp_path):
     result = tmp_path / "kill.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "--kills", "10", "--json", str(result)]
-    subprocess.run(command, check=True)
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
     assert json.loads(result.read_text())["kills"] == 10
 
 
