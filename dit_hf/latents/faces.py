@@ -49,7 +49,7 @@ def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Pa
         notes: The notes of all shards.
         path: The PNG to write.
     """
-    faces = [tuple(face) for note in notes for face in note.faces]  # id, side and score
+    faces = [face for note in notes for face in note.faces]  # id, side and score
     random = np.random.default_rng(GRID_SEED).permutation(len(faces))[:GRID_FACES]
     edge = EDGE_FACES if len(faces) > GRID_FACES else 0  # few are all shown already
     smallest = sorted(faces, key=lambda face: face[1])[:edge]
