@@ -151,7 +151,7 @@ def _walk(
         pattern = options.excluded_by(prefix + entry.name)
         if pattern is not None:
             skipped.excluded[pattern] += 1
-        elif not entry.is_dir():
+        elif not _is_folder(entry):
             if entry.name in grids:
                 skipped.grids.append(printable(prefix + entry.name))
             else:
@@ -162,6 +162,14 @@ def _walk(
             skipped.folders[f"{printable(prefix + entry.name)}/"] = "its name begins with __"
         else:
             yield from _walk(entry.path, f"{prefix}{entry.name}/", seen, options, skipped)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Check for a folder or a link to one; a link that leads nowhere, or to itself, is a file that cannot be read."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_system_file(name: str) -> bool:

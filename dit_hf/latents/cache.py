@@ -24,14 +24,11 @@ from .reuse import SOURCE_FILES
 from .shards import load_rows
 from .vae import VAE, load_vae, weights_sha256
 
-EDITABLE = (
-    "README.md",
-    "left_out.csv",
-    "reconstructions.png",
-    "faces.png",
-)  # the owner's to change: nothing reads them
+# The owner's to change: nothing reads them.
+EDITABLE = ("README.md", "left_out.csv", "reconstructions.png", "faces.png")
 NOT_PUSHED = [SOURCE_FILES, "left_out.csv"]
-_KEYS = ("identity", "settings", "latent_shape", "conditions", "condition_labels", "statistics", "vae_sha256")
+_OBJECTS = ("identity", "settings", "conditions", "condition_labels", "statistics")
+_KEYS = (*_OBJECTS, "latent_shape", "vae_sha256")
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
 # Format 2 spells parts of the identity as text; a name may itself hold commas, parentheses and line breaks.
@@ -56,8 +53,12 @@ def read_cache_info(folder: str | Path, hashes: bool | str = False) -> dict[str,
         inside = sorted(path.parent for path in folder.glob(f"*/{CACHE_INFO}"))
         advice = f"did you mean {inside[0]}?" if inside else "make one with dit-hf prepare-latents"
         raise ValueError(f"{folder} is not a latent cache ({there}); {advice}")
-    info = read_manifest(folder, CACHE_INFO, hashes, EDITABLE, f"delete {folder} and make it again", _KEYS)
-    version = info["identity"]["format"]
+    remedy = f"delete {folder} and make it again"
+    info = read_manifest(folder, CACHE_INFO, hashes, EDITABLE, remedy, _KEYS)
+    for key in _OBJECTS:
+        if not isinstance(info[key], dict):
+            raise ValueError(f"{folder / CACHE_INFO} is damaged ({key} is not an object); {remedy}")
+    version = info["identity"].get("format")
     if version not in (EARLIER_FORMAT, FORMAT_VERSION):
         raise ValueError(f"{folder}: expected a latent cache of format {FORMAT_VERSION}, got format {version}")
     return info

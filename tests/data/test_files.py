@@ -50,12 +50,13 @@ def test_empty_folders_and_links_are_named(tmp_path):
     (tmp_path / "train" / "owl").mkdir()
     (tmp_path / "val").symlink_to(tmp_path / "train")
     (tmp_path / "train" / "cat" / "gone.png").symlink_to("nowhere")
+    (tmp_path / "train" / "cat" / "loop.png").symlink_to("loop.png")
     source = read(tmp_path)
     assert source.plan.contents.unused == {
         "folder train/owl/": "empty",
         "folder val/": "a link to a folder that is read already",
     }
-    assert source.plan.left_out == {"broken link": 1}
+    assert source.plan.left_out == {"broken link": 1, "Too many levels of symbolic links": 1}
 
 
 def test_a_folder_of_archives_says_to_unpack_them(tmp_path):

@@ -259,7 +259,7 @@ def changed(**changes):
         (changed(blocks__1__mlp__fc1__bias=None), [], "blocks.1.mlp.fc1.bias is missing"),
         (changed(), ["--num_classes", "9"], "has 6 rows; expected --num_classes 5 or 6, got 9"),
         ({"model": None, "ema": None}, [], "not a checkpoint of facebookresearch/DiT"),
-        ({"ema": torch.zeros(3)}, [], "ema is no dict of weights"),
+        ({"ema": torch.zeros(3)}, [], "ema is not a dict of weights"),
         ({1: torch.zeros(3)}, [], "not a checkpoint of facebookresearch/DiT"),
         (changed(final_layer__linear__weight=None), [], "it has no final_layer.linear.weight"),
         ({k.replace("blocks.1.", "blocks.7."): w for k, w in changed().items()}, [], "it has no blocks.1.attn.qkv"),

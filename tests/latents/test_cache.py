@@ -43,6 +43,18 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("key", ["identity", "condition_labels", "settings", "statistics"])
+def test_entries_of_other_types_are_named(latents, tmp_path, key):
+    """As in a cache of somebody else, who wrote no hash."""
+    copy = tmp_path / "copy"
+    shutil.copytree(latents, copy)
+    info = json.loads((copy / "latents.json").read_text()) | {key: 5}
+    del info["json_sha256"]
+    (copy / "latents.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=rf"latents\.json is damaged \({key} is not an object\); delete .*copy and"):
+        read_cache_info(copy)
+
+
 @pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "vae/diffusion_pytorch_model.safetensors"])
 def test_a_flipped_bit_is_found_by_the_same_call_and_where_weights_are_used(
     latents, vae_folder, tmp_path, monkeypatch, name
