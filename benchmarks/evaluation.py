@@ -20,6 +20,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
+from dit_hf.data.transforms import Geometry
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import Gaussian, measure
 from dit_hf.evaluation.reference_images import open_reference_images, reconstruction_reader
@@ -58,7 +59,9 @@ def main() -> None:
     reference = features(net, [images[i] for i in range(count)])
     others = [images[i] for i in range(count, 2 * count)]
     rows = {"other avatars (the floor)": figures(features(net, others), reference)}
-    reference_images = open_reference_images("avatars", str(RESOLUTION), options=SourceOptions(num_images=2 * count))
+    reference_images = open_reference_images(
+        "avatars", Geometry((RESOLUTION, RESOLUTION)), SourceOptions(num_images=2 * count)
+    )
     rebuild = reconstruction_reader(reference_images, load_vae("avatar"))
     rebuilt = [net(rebuild(range(start, min(start + 50, 2 * count)))) for start in range(count, 2 * count, 50)]
     rows["the bundled VAE's reconstructions"] = figures(np.concatenate(rebuilt), reference)

@@ -99,7 +99,7 @@ def build_parser(verb: str, function: Any) -> OneLineParser:
         parser.add_function_arguments(function)
     # Let `--flip` alone mean `--flip true`. `_typehint` is private to jsonargparse (read in 4.53).
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:
+        if getattr(action, "_typehint", None) in (bool, bool | None):
             action.nargs, action.const = "?", True
     return parser
 

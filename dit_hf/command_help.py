@@ -68,12 +68,12 @@ SPEED = "num_proc batch_size dtype verify"
 GROUPS = {
     "prepare-latents": {
         "What is read of the source": SOURCE,
-        "How images become latents": "vae resolution crop flip seed",
+        "How images become latents": "vae resolution crop faces min_face_size drop_near_duplicates flip seed",
         "Speed and memory": SPEED,
-        "Sharing": "push_to_hub private",
+        "Sharing": "push_to_hub private anonymous_ids",
     },
     "train-autoencoder": {
-        "What is read of the source": SOURCE + " resolution crop",
+        "What is read of the source": SOURCE + " resolution crop faces min_face_size",
         "Training": "max_train_steps train_batch_size learning_rate mixed_precision seed",
     },
     "sample": {
@@ -83,14 +83,14 @@ GROUPS = {
         "Speed and memory": SPEED,
     },
     "reference": {
-        "What is read of the source": SOURCE + " resolution crop seed",
+        "What is read of the source": SOURCE + " resolution crop faces min_face_size seed",
         "What is measured": "features feature_weights",
         "Speed and memory": SPEED,
     },
     "evaluate": {
         "What is measured": "num_samples features feature_weights save_images",
         "How samples are generated": "guidance_scale num_inference_steps seed",
-        "What is read of a reference that is a source": SOURCE + " crop",
+        "What is read of a reference that is a source": SOURCE + " crop faces min_face_size",
         "Speed and memory": SPEED,
     },
     "push": {

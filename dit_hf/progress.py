@@ -108,3 +108,15 @@ def _terminal() -> bool:
     with contextlib.suppress(OSError):  # it has no file descriptor
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def hidden_progress_bars() -> Iterator[None]:
+    """Disable datasets' progress bars and restore their setting afterwards."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -8,8 +8,9 @@ from typing import Any
 from datasets import Dataset
 
 from .contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
+from .photographs import check_faces, open_faces
 from .sources import DEFAULT_AVATAR_SIZE, open_source
-from .transforms import Geometry, decode_image, parse_resolution
+from .transforms import Faces, Geometry, decode_image, parse_resolution
 
 
 def open_images(
@@ -26,6 +27,8 @@ def open_images(
     split_from: SplitFrom | None = None,
     missing: Missing = "null",
     allow_partial: bool = False,
+    faces: Faces = "all",
+    min_face_size: int | None = None,
     verbose: bool = False,
 ) -> Dataset:
     """Open the images of any source as a dataset with `id`, `image` and one column per condition.
@@ -37,7 +40,9 @@ def open_images(
             that are classes or splits, `metadata.csv` or `metadata.jsonl`, or only images); a parquet or webdataset
             file or a folder of them, or a folder of `save_to_disk`; or the id of a dataset on the Hub.
         resolution: `N`, `"HxW"` or `(H, W)` in pixels; None keeps the size of each image (avatars: 64).
-        crop: `"celeba-178"`, `"celeba-140"`, `"center"` or `"none"`, see [`Geometry`].
+        crop: `"face"`, `"celeba-178"`, `"celeba-140"`, `"center"` or `"none"`, see [`Geometry`]. With `"face"` all
+            photographs are searched at once, and each row is a face, with the id `PHOTO#0`, `PHOTO#1`, the largest
+            first; conditions of a photograph of which several faces are taken are None.
         num_images: take this many images of the training split (or of `split`), spread over classes and folders by
             the seed; None is all (avatars: 8,000).
         split: `"train"`, `"validation"` or `"test"`, for sources that have splits.
@@ -51,6 +56,9 @@ def open_images(
         split_from: where splits come from: `"folders"`, `"files"`, `"column"` or `"none"`.
         missing: `"null"` keeps images without a value of a condition, which is then None; `"leave_out"` does not.
         allow_partial: accept requested conditions that a whole split lacks.
+        faces: with crop `"face"`, `"all"` faces of a photograph or the `"largest"`.
+        min_face_size: with crop `"face"`, the smallest side of a face's crop in pixels of the photograph, about twice
+            the width of the face; None is half the resolution.
         verbose: print what was understood of the source.
 
     Returns:
@@ -63,7 +71,8 @@ def open_images(
         ValueError: for options that do not fit the source, a source that can be read in two ways, or (when a row is
             read) an image that cannot be decoded.
     """
-    geometry = Geometry(parse_resolution(resolution), crop)
+    geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
+    check_faces(geometry, missing)
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
         split=split,
@@ -78,22 +87,26 @@ def open_images(
         allow_partial=allow_partial,
     )
     opened = open_source(source, options)
+    if crop == "face":
+        opened = open_faces(opened, geometry)
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
     return opened.rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
 
 
 def describe_source(source: str, **options: Any) -> dict[str, Any]:
-    """Return how a source is read, without decoding an image: what `dit-hf prepare-latents --dry_run` prints.
+    """Return how a source is read: what `dit-hf prepare-latents --dry_run` prints.
+
+    No image is decoded, unless `crop="face"` asks for the faces of all photographs.
 
     Args:
         source: See [`open_images`].
-        options: Those of [`open_images`], without `resolution` and `crop`.
+        options: Those of [`open_images`].
 
     Returns:
         `source`, `kind`, `image_column`, number of `images` by split, where the `splits` come from, `conditions` with
         kind and counts, what is `not_used` and why, `left_out` by reason, and `choices`: how something ambiguous is
-        read, and which option changes that.
+        read, and which option changes that. With crop `face` also `faces`.
 
     Raises:
         FileNotFoundError: if the source does not exist or holds no image.
@@ -101,7 +114,10 @@ def describe_source(source: str, **options: Any) -> dict[str, Any]:
     """
     options["conditions"] = parse_conditions(options.get("conditions"))
     options["exclude"] = parse_exclude(options.get("exclude"))
-    return open_source(source, SourceOptions(**options)).plan.as_dict()
+    shape = {name: options.pop(name) for name in ("crop", "faces", "min_face_size") if name in options}
+    geometry = Geometry(parse_resolution(options.pop("resolution", None)), **shape)
+    opened = open_source(source, SourceOptions(**options))
+    return (open_faces(opened, geometry) if geometry.crop == "face" else opened).plan.as_dict()
 
 
 def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]:

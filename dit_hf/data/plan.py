@@ -29,7 +29,8 @@ class Plan:
         conditions: Kind, names and counts of each condition.
         counts: Number of images by split; all are `train` if there are no splits.
         left_out: Number of images and rows that cannot be used, by reason.
-        examples: The first of them, by reason.
+        examples: The first of them, by reason; empty with anonymous ids.
+        faces: What was found in photographs, in one line; empty unless faces are cropped.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Plan:
     counts: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    faces: str = ""
 
     def describe(self, rows: Dataset, left_out: list[tuple[str, str]]) -> None:
         """Count the rows by split and by the values of each condition, and what is left out by reason."""
@@ -61,6 +63,12 @@ class Plan:
             text = describe_condition(rows[name][:], features[name])
             self.conditions[name] = f"{text} ({origin})" if origin else text
 
+    def add_faces(self, faces: str, ambiguity: str | None) -> None:
+        """Add what was found in photographs, and a note of what is ambiguous."""
+        self.faces = faces
+        if ambiguity:
+            self.contents.choices.append(ambiguity)
+
     def _note_similar(self, name: str, labels: list[str]) -> None:
         """Note classes whose names differ only in case, spaces or hyphens, which may be meant as one."""
         first: dict[str, str] = {}
@@ -77,6 +85,7 @@ class Plan:
             "kind": contents.kind,
             "image_column": contents.image_column,
             "images": self.counts,
+            **({"faces": self.faces} if self.faces else {}),
             "splits": contents.split_origin or None,
             "conditions": self.conditions,
             "not_used": contents.unused,
@@ -91,6 +100,8 @@ class Plan:
         origin = f" ({contents.split_origin})" if contents.split_origin else ""
         column = f", column {contents.image_column}" if contents.image_column else ""
         lines = [f"{self.name}: {contents.kind}{column}", f"  images      {counts}{origin}"]
+        if self.faces:
+            lines.append(f"  faces       {self.faces}")
         if not self.conditions:
             lines.append("  conditions  none")
         elif len(self.conditions) <= _MAX_CONDITIONS:
@@ -114,6 +125,8 @@ class Plan:
         plain = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
         named = [
             f"{text} ({'first ' if self.left_out[reason] > 1 else ''}{self.examples[reason]})"
+            if reason in self.examples
+            else text
             for text, reason in zip(plain, self.left_out, strict=True)
         ]
         start = f"  left out    {sum(self.left_out.values()):,} images or rows: "

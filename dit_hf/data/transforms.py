@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from ..pipelines.image_inputs import center_box, open_image, to_rgb
 from ..storage import first_line
+from .faces import NO_FACE, Face, align, find_faces, smallest_side
 
 # Part of what identifies a cache, raised whenever the same file becomes other pixels. Version 1, of dit_hf 0.1.0,
 # ignored color profiles and read 32-bit integers as 16-bit ones.
 DECODING_VERSION = 2
 _MAX_SIDE = 32_768
-CROPS = ("celeba-178", "celeba-140", "center", "none")
+Decoded = TypeVar("Decoded")
+CROPS = ("face", "celeba-178", "celeba-140", "center", "none")
+Faces = Literal["all", "largest"]
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,47 @@ class Geometry:
         resolution: (height, width) in pixels; None does not resize.
         crop: `celeba-178` and `celeba-140` are the centered 178 and 140 px squares of CelebA's aligned 178 x 218
             images, `center` is the largest centered box of the resolution's aspect ratio, `none` stretches the whole
-            image.
+            image. `face` finds the faces of a photograph, and aligns each by eyes, nose and mouth.
         background: Color behind transparent pixels.
+        faces: Which faces of a photograph are taken.
+        min_face_size: Smallest side of a face's crop in pixels of the photograph; None is half the resolution.
 
     Raises:
-        ValueError: for an unknown crop.
+        ValueError: for an unknown crop, options of faces with another crop, or faces that are not square.
     """
 
     resolution: tuple[int, int] | None
     crop: str = "center"
     background: str = "white"
+    faces: Faces = "all"
+    min_face_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f"crop={self.crop!r} is unknown; valid names are {', '.join(CROPS)}")
+        if self.crop != "face" and (self.faces, self.min_face_size) != ("all", None):
+            raise ValueError(f"faces and min_face_size belong to crop=face, not to crop={self.crop}")
+        if self.faces not in ("all", "largest"):
+            raise ValueError(f"faces={self.faces!r} is unknown; valid names are all, largest")
+        if self.min_face_size is not None and self.min_face_size < 1:
+            raise ValueError(f"min_face_size={self.min_face_size}: expected at least 1 pixel")
+        if self.crop == "face" and self.resolution and self.resolution[0] != self.resolution[1]:
+            raise ValueError(f"resolution={'x'.join(map(str, self.resolution))}: crop=face makes squares, such as 256")
+
+    def faces_of(self, image: PILImage.Image) -> tuple[list[Face], int]:
+        """Find the requested faces of an RGB photograph.
+
+        Returns:
+            The faces that are large enough, the largest first, and the number of those that are too small.
+        """
+        found = find_faces(image)[: 1 if self.faces == "largest" else None]
+        least = smallest_side(self.min_face_size, self.resolution and self.resolution[0])
+        large = [face for face in found if face.side >= least]
+        return large, len(found) - len(large)
+
+    def fit_face(self, image: PILImage.Image, landmarks: np.ndarray) -> PILImage.Image:
+        """Return the aligned face with these landmarks, [5, 2] in pixels, of an RGB photograph."""
+        return align(image, landmarks, self.resolution and self.resolution[0])
 
     def fit(self, image: PILImage.Image) -> PILImage.Image:
         """Return `image` turned by its EXIF orientation, as RGB in sRGB, cropped and resized.
@@ -92,15 +124,99 @@ def parse_resolution(resolution: int | str | tuple[int, int] | None) -> tuple[in
     return sizes[0], sizes[-1]
 
 
+@dataclass
+class Crop:
+    """An image that a stored one becomes: itself, or one of its faces.
+
+    Attributes:
+        id: Id of the row, and of a face `ID#0`, `ID#1`, the largest first.
+        image: RGB, of the geometry's resolution.
+        face: The face, with crop `face`.
+    """
+
+    id: str
+    image: PILImage.Image
+    face: Face | None = None
+
+
+@dataclass
+class Crops:
+    """All images that a stored one becomes; with a crop other than `face` exactly one.
+
+    Attributes:
+        crops: The images.
+        too_small: Ids of the faces that are left out because they are too small.
+    """
+
+    crops: list[Crop]
+    too_small: list[str]
+
+
 def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
     """Decode the image of a row.
 
     Args:
-        row: A row with `id`, and the undecoded `image`: a dict of `bytes` and `path`, as `datasets` stores it.
+        row: A row with `id`, and the undecoded `image`: a dict of `bytes` and `path`, as `datasets` stores it. With
+            crop `face` it has `landmarks` too, see [`dit_hf.data.photographs.open_faces`].
         geometry: Crop and resolution.
 
     Raises:
         ValueError: naming id and reason, if the image is broken or too small for the crop.
+    """
+
+    def fit(image: PILImage.Image) -> PILImage.Image:
+        if geometry.crop != "face":
+            return geometry.fit(image)
+        return geometry.fit_face(to_rgb(image, geometry.background), np.reshape(row["image"]["landmarks"], (5, 2)))
+
+    return _decode(row, fit)
+
+
+def decode_crops(row: dict[str, Any], geometry: Geometry) -> Crops:
+    """Decode all images that the image of a row becomes.
+
+    Args:
+        row: A row with `id` and the undecoded `image`.
+        geometry: Crop and resolution.
+
+    Raises:
+        ValueError: naming id and reason, if the image is broken, too small for the crop, or has no face.
+    """
+    image_id = str(row["id"])
+    if geometry.crop != "face":
+        return Crops([Crop(image_id, decode_image(row, geometry))], [])
+
+    def fit(image: PILImage.Image) -> Crops:
+        photo = to_rgb(image, geometry.background)
+        faces, too_small = geometry.faces_of(photo)
+        if not faces and not too_small:
+            raise ValueError(NO_FACE)
+        images = [geometry.fit_face(photo, face.landmarks) for face in faces]
+        crops = [Crop(f"{image_id}#{i}", *pair) for i, pair in enumerate(zip(images, faces, strict=True))]
+        return Crops(crops, [f"{image_id}#{len(faces) + i}" for i in range(too_small)])
+
+    return _decode(row, fit)
+
+
+def find_in(row: dict[str, Any], geometry: Geometry) -> tuple[list[Face], int]:
+    """Find the faces of the photograph of a row, see [`Geometry.faces_of`].
+
+    Raises:
+        ValueError: naming id and reason, if it is broken.
+    """
+    return _decode(row, lambda image: geometry.faces_of(to_rgb(image, geometry.background)))
+
+
+def photo_of(image_id: str, crop: str) -> str:
+    """Return the id of the row that an image is from, see [`Crop`]."""
+    return image_id.rpartition("#")[0] if crop == "face" else image_id
+
+
+def _decode(row: dict[str, Any], fit: Callable[[PILImage.Image], Decoded]) -> Decoded:
+    """Open the image of a row and return what `fit` makes of it.
+
+    Raises:
+        ValueError: naming id and reason, if any of it fails.
     """
     stored = row["image"] or {}
     try:
@@ -110,7 +226,7 @@ def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
         if not data:
             raise ValueError("no image" if data is None else "an empty file")
         with open_image(data, stored.get("path") or str(row["id"])) as image:
-            return geometry.fit(image)
+            return fit(image)
     except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
         raise ValueError(f"{row['id']}: {_reason(error)}") from error
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
+from ..data.transforms import Faces, Geometry, parse_resolution
 from ..hub.card import write_run_card
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
 from ..sampling.generate import MAX_IMAGES
@@ -43,6 +44,8 @@ def evaluate(
     guidance_scale: float | list[float] | None = None,
     num_inference_steps: int | list[int] = 25,
     crop: str = "center",
+    faces: Faces = "all",
+    min_face_size: int | None = None,
     split: str | None = None,
     num_images: int | None = None,
     image_column: str | None = None,
@@ -74,6 +77,8 @@ def evaluate(
         guidance_scale: guidance of the samples, or a list of scales; by default the pipeline's own.
         num_inference_steps: denoising steps of the samples, or a list of numbers.
         crop: crop of the reference's images, as for prepare-latents.
+        faces: with crop `face`, `all` faces of a photograph or the `largest`.
+        min_face_size: with crop `face`, the smallest side of a face's crop in pixels of the photograph.
         split: only this split of the reference, if it has several.
         num_images: only so many images of the reference; by default all, or of the images that the run was trained on
             ten for each sample, evenly spread.
@@ -117,7 +122,8 @@ def evaluate(
         exclude=parse_exclude(exclude),
         split_from=split_from,
     )
-    images = _open_images(model, reference, resolution, crop, options, REFERENCE_PER_SAMPLE * num_samples)
+    geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
+    images = _open_images(model, reference, geometry, options, REFERENCE_PER_SAMPLE * num_samples)
     place = _statistics_folder(reference, images, folder, net)
 
     # What is compared, and how long that takes. Where the reference is new, so is everything else.
@@ -207,18 +213,19 @@ def _check_folder(folder: Path) -> None:
 
 
 def _open_images(
-    model: str, reference: str | None, resolution: str, crop: str, options: SourceOptions, most: int
+    model: str, reference: str | None, geometry: Geometry, options: SourceOptions, most: int
 ) -> ReferenceImages | None:
     """Open the reference's images, by default at most `most` that the run was trained on; None for statistics.
 
     Raises:
         ValueError: if they are of another size than the model's, which only a latent cache's can be.
     """
+    resolution = "x".join(map(str, geometry.resolution or ()))  # HxW in pixels
     if reference is None:
         return open_training_images(model, resolution, options, most)
     if (Path(reference) / INFO).is_file():
         return None
-    images = open_reference_images(reference, resolution, crop, options, verbose=ranks().is_main_process)
+    images = open_reference_images(reference, geometry, options, verbose=ranks().is_main_process)
     if (got := images.summary["resolution"]) != resolution:
         raise ValueError(f"{reference}: expected images of {resolution} px, the model's size, got {got}")
     return images

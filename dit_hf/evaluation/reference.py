@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from ..data.conditions import remap_class_ids
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
+from ..data.transforms import Faces, Geometry, parse_resolution
 from ..pipelines.attributes import Attributes
 from ..storage import (
     disk_errors,
@@ -110,6 +111,8 @@ def reference(
     feature_weights: str | None = None,
     resolution: str = "256",
     crop: str = "center",
+    faces: Faces = "all",
+    min_face_size: int | None = None,
     split: str | None = None,
     num_images: int | None = None,
     seed: int = 0,
@@ -133,8 +136,11 @@ def reference(
             `efficientnet-lite0-1280`, or the id or path of a vision model of transformers.
         feature_weights: Inception's weights: a file, a URL, or `OWNER/NAME/FILE` on the Hub.
         resolution: `N` or `HxW` pixels, those of the model that will be evaluated (a cache has its own).
-        crop: `center` (the largest centered box), `celeba-178` or `celeba-140` (squares of CelebA's aligned images),
-            or `none` (stretch the whole image).
+        crop: `center` (the largest centered box), `face` (each face of a photograph, aligned by eyes and mouth),
+            `celeba-178` or `celeba-140` (squares of CelebA's aligned images), or `none` (stretch the whole image).
+        faces: with crop `face`, `all` faces of a photograph or the `largest`.
+        min_face_size: with crop `face`, the smallest side of a face's crop in pixels of the photograph, about
+            twice the width of the face; by default half the resolution, which is enlarged twice.
         split: only this split of a source that has several.
         num_images: take so many images of the training split (or of `split`), spread over classes and folders.
         seed: seed of the avatars and of the choice of `num_images`.
@@ -169,7 +175,8 @@ def reference(
         split_from=split_from,
         allow_partial=allow_partial,
     )
-    images = open_reference_images(source, resolution, crop, options, verbose=ranks().is_main_process)
+    geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
+    images = open_reference_images(source, geometry, options, verbose=ranks().is_main_process)
     if images.count < 2:
         raise ValueError(f"source {source}: a covariance needs at least two images, got {images.count} (--num_images)")
     statistics = make_reference(Path(output_dir), images, net, batch_size)

@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset
 
 from ..data.contents import SourceOptions
 from ..data.files import CACHE_INFO
+from ..data.photographs import open_faces
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..devices import available_cpus
@@ -105,14 +106,13 @@ class ReferenceImages:
 
 
 def open_reference_images(
-    source: str, resolution: str, crop: str = "center", options: SourceOptions | None = None, verbose: bool = False
+    source: str, geometry: Geometry, options: SourceOptions | None = None, verbose: bool = False
 ) -> ReferenceImages:
     """Open the images of any source, see [`dit_hf.open_images`], or the decoded latents of a cache.
 
     Args:
         source: Source of images, or the folder of a latent cache.
-        resolution: `N` or `HxW` pixels; ignored for a cache, which has its own.
-        crop: Crop before the resize; ignored for a cache.
+        geometry: Crop and resolution; ignored for a cache, which has its own.
         options: How the source is read; of a cache, `split` and `num_images` choose its first so many rows.
         verbose: Whether the plan of what the source holds is printed.
 
@@ -123,10 +123,11 @@ def open_reference_images(
     options = options or SourceOptions()
     if (Path(source) / CACHE_INFO).is_file():
         return _open_decoded(source, options.split, options.num_images)
-    geometry = Geometry(parse_resolution(resolution), crop)
     if geometry.resolution is None:
         raise ValueError("resolution is needed: the images of a reference have one size")
     opened = open_source(source, dataclasses.replace(options, avatar_size=max(geometry.resolution)))
+    if geometry.crop == "face":
+        opened = open_faces(opened, geometry)
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
     rows = opened.rows
@@ -137,7 +138,7 @@ def open_reference_images(
         "pictures": len(rows),
         "sha256_of_rows": opened.sha256,
         "split": options.split,
-        "crop": crop,
+        "crop": geometry.crop,
         "resolution": f"{height}x{width}",
         "resize": "PIL's antialiased bicubic",
     }
@@ -175,7 +176,7 @@ def open_training_images(model: str, resolution: str, options: SourceOptions, mo
     if settings["source"] == AVATARS:
         count = options.num_images or settings["num_images"]
         avatars = dataclasses.replace(options, num_images=count, seed=settings["seed"])
-        images = open_reference_images(AVATARS, resolution, options=avatars)
+        images = open_reference_images(AVATARS, Geometry(parse_resolution(resolution)), avatars)
     else:
         images = _open_decoded(str(cache), options.split or "train", options.num_images)
     return images if options.num_images else images.spread(most)

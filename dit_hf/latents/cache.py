@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 
 from ..data.files import CACHE_INFO
+from ..data.photographs import faces_identity
 from ..data.sources import Source
 from ..data.transforms import DECODING_VERSION, Geometry
 from ..storage import folder_taken, is_missing_or_empty, read_manifest
@@ -23,7 +24,9 @@ from .reuse import SOURCE_FILES
 from .shards import load_rows
 from .vae import VAE, load_vae, weights_sha256
 
-EDITABLE = ("README.md", "left_out.csv", "reconstructions.png")  # the owner's to change: nothing reads them
+# The owner's to change: nothing reads them.
+EDITABLE = ("README.md", "left_out.csv", "reconstructions.png", "faces.png")
+NOT_PUSHED = [SOURCE_FILES, "left_out.csv"]
 _OBJECTS = ("identity", "settings", "conditions", "condition_labels", "statistics")
 _KEYS = (*_OBJECTS, "latent_shape", "vae_sha256")
 FORMAT_VERSION = 3
@@ -92,15 +95,19 @@ def content_sha256(info: dict[str, Any]) -> str:
 def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a cache with its card to the dataset `repo_id` on the Hub and return its URL.
 
+    The list of images that were left out stays here: it holds paths alone.
+
     Raises:
         ValueError: if the folder is not a complete cache, or the Hub refuses it, with the reason.
         OSError: if the Hub cannot be reached.
     """
     read_cache_info(folder, hashes=True)
+    print(
+        f"uploading {folder}: its ids are the images' paths, unless it was made with --anonymous_ids",
+        flush=True,
+    )
     try:
-        url = upload_folder(
-            folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=[SOURCE_FILES]
-        )
+        url = upload_folder(folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=NOT_PUSHED)
     except (ValueError, OSError) as error:
         raise type(error)(f"push_to_hub {error} (the cache in {folder} is complete)") from error
     print(f"{folder} is now {url}", flush=True)
@@ -142,8 +149,8 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
     Returns:
         `format`; `source` with name, number of images and SHA-256 of their ids; `labels` with the SHA-256 of each
         column; `vae` with name and SHA-256 of its weights; `preprocessing`; `crop`; `resolution` with height and width
-        in pixels; `flip`. Hashes have 12 hexadecimal digits. Names are for messages alone: the same images or weights
-        may be called by two names.
+        in pixels; `flip`; with crop `face` also `faces`. Hashes have 12 hexadecimal digits. Names are for messages
+        alone: the same images or weights may be called by two names.
     """
     assert geometry.resolution is not None  # `prepare_latents` refuses None
     height, width = geometry.resolution
@@ -159,6 +166,7 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
         "crop": geometry.crop,
         "resolution": {"height": height, "width": width},
         "flip": flip,
+        **({"faces": faces_identity(geometry)} if geometry.crop == "face" else {}),
     }
 
 

@@ -12,12 +12,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from ..data.transforms import decode_image
+from ..data.transforms import decode_crops, photo_of
 from ..image_grid import make_grid, save_grid
 from .shards import Job, load_rows
 from .vae import VAE, decode
 
 GRID_IMAGES = 16
+LEFT_OUT_NOTE = "`left_out.csv`, which is not uploaded, names each"
 # PSNR in dB from which on reconstructions are called so.
 QUALITY = {30: "very good", 25: "good", 20: "fair"}
 
@@ -60,7 +61,8 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
     # whether this process encoded any shard.
     vae = vae.to(memory_format=torch.contiguous_format)
     for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
-        original = decode_image(rows[sources[image_id]], job.geometry)
+        row = rows[sources[photo_of(image_id, job.geometry.crop)]]
+        original = next(crop.image for crop in decode_crops(row, job.geometry).crops if crop.id == image_id)
         latents = torch.tensor(latent).view(1, *job.latent_shape)  # [1, channels, height, width]
         pixels = decode(vae, latents)[0].cpu().numpy()  # [height, width, 3]
         error = np.square(np.asarray(original, np.float64) - pixels).mean()
@@ -109,7 +111,7 @@ configs:
 | | |
 |---|---|
 | images | {counts["train"]:,} train, {counts["validation"]:,} validation, {counts["test"]:,} test |
-| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} (`left_out.csv` names each) |{copies}
+| left out | {counts["left_out"]:,}{f": {listed}" if listed else ""} ({LEFT_OUT_NOTE}) |{copies}
 | geometry | crop `{settings["crop"]}`, {settings["resolution"]} px, RGB, antialiased bicubic resize of PIL |
 | VAE | `{settings["vae"]}` (a copy is in `vae/`); PSNR {info["psnr"]:.1f} dB over the images of the grid, {word} |
 | latents | {channels} x {height} x {width}, fp16, neither shifted nor scaled: {", ".join(f"`{c}`" for c in columns)} |

@@ -11,20 +11,23 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
+from ..data.faces import TOO_SMALL
 from ..data.splits import is_held_out
-from ..data.transforms import decode_image
+from ..data.transforms import Crop, decode_crops
 from ..devices import available_cpus
 from ..processes import start_worker
 from ..storage import sha256, sync, write_json
@@ -40,16 +43,43 @@ class Decoded:
     """An image that was read.
 
     Attributes:
-        pixels: uint8 [height, width, 3]; None if it cannot be decoded.
-        reason: Why it cannot be decoded.
+        crops: What it becomes, in most cases one image; none if it cannot be used.
+        left_out: Id and reason of it, or of those of its faces that are left out.
+        seconds: Time that reading it took, of one thread.
         sha256: SHA-256 of its stored bytes.
         stamp: Of its file.
     """
 
-    pixels: np.ndarray | None = None
-    reason: str = ""
+    crops: list[Crop] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
     sha256: str = ""
     stamp: Stamp = NO_STAMP
+
+
+@dataclass
+class Speed:
+    """How fast photographs are read, faces found and aligned, beside the VAE.
+
+    Attributes:
+        read: Number of images that were read.
+        reading: Seconds that threads took for it, added up.
+        encoded: Number of images that the VAE encoded.
+        encoding: Seconds that it took.
+    """
+
+    read: int = 0
+    reading: float = 0.0
+    encoded: int = 0
+    encoding: float = 0.0
+
+    def describe(self) -> str:
+        """Return both speeds in one line."""
+        threads = available_cpus()
+        return (
+            f"speed       {threads} threads find and align the faces of {threads * self.read / self.reading:,.1f} "
+            f"photos/s, beside the VAE, which encodes {self.encoded / self.encoding:,.1f} images/s"
+        )
 
 
 class ShardEncoder:
@@ -66,6 +96,7 @@ class ShardEncoder:
         self.job, self.rows, self.on_batch = job, rows, on_batch
         self.vae = vae.to(memory_format=torch.channels_last)
         self.batch_size = job.batch_size  # becomes smaller when memory runs out
+        self.speed = Speed()
 
     def encode_shards(self, shards: list[int]) -> Iterator[int]:
         """Encode `shards` in order and yield each one when it is finished."""
@@ -77,6 +108,8 @@ class ShardEncoder:
                     yield shard
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+        if self.job.geometry.crop == "face" and self.speed.encoded and multiprocessing.parent_process() is None:
+            print(self.speed.describe(), flush=True)
 
     def _encode_shard(self, shard: int, batches: Iterator[list[Decoded]]) -> None:
         """Encode one shard with the next of the decoded `batches`, and write its file and its notes."""
@@ -94,6 +127,8 @@ class ShardEncoder:
                 if columns:
                     writer.write(columns)
                 stamps += [image.stamp for image in decoded]
+                self.speed.read += len(decoded)
+                self.speed.reading += sum(image.seconds for image in decoded)
                 self.on_batch(len(decoded))
 
         # Content before name, name before notes: notes must never describe a file that a crash can still lose.
@@ -114,30 +149,36 @@ class ShardEncoder:
 
         Nothing is returned if no image of the batch can be decoded.
         """
-        # Images that cannot be decoded are left out, with the reason.
-        readable = [row for row, image in enumerate(decoded) if image.pixels is not None]
-        ids = table.column("id").to_pylist()
-        notes.left_out += [
-            (image_id, image.reason) for image_id, image in zip(ids, decoded, strict=True) if image.pixels is None
-        ]
-        if not readable:
+        # Images that cannot be used are left out, with the reason; a photograph may become several.
+        for image in decoded:
+            notes.left_out += image.left_out
+        taken = [(row, crop) for row, image in enumerate(decoded) for crop in image.crops]
+        if not taken:
             return {}
-        table = table.take(readable)
+        numbers = [row for row, _ in taken]
+        table = table.take(numbers)
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        columns["id"] = pa.array([crop.id for _, crop in taken], pa.string())
+        if self.job.geometry.crop == "face":
+            notes.faces += [(crop.id, crop.face.side, crop.face.score) for _, crop in taken if crop.face]
+            columns |= _unambiguous(columns, [len(decoded[row].crops) == 1 for row in numbers])
 
-        # Splits.
-        splits = table.column("split").to_pylist() if "split" in columns else ["train"] * len(readable)
+        # Splits. The faces of a photograph are in the same one.
+        splits = table.column("split").to_pylist() if "split" in columns else ["train"] * len(taken)
         if self.job.hold_out:
             pairs = zip(table.column("id").to_pylist(), splits, strict=True)
             splits = ["validation" if split == "train" and is_held_out(name) else split for name, split in pairs]
         columns["split"] = pa.array(splits, pa.string())
-        columns[IMAGE_SHA256] = pa.array([decoded[row].sha256 for row in readable], pa.string())
+        columns[IMAGE_SHA256] = pa.array([decoded[row].sha256 for row in numbers], pa.string())
 
         # Latents. The image is mirrored, not the latent: a VAE is not equivariant to mirroring.
-        images = [image.pixels for image in decoded if image.pixels is not None]
+        images = [np.asarray(crop.image) for _, crop in taken]
+        began = time.monotonic()
         columns |= self._encode_images(images, "", notes, sums)
         if self.job.flip:
             columns |= self._encode_images([image[:, ::-1] for image in images], "_flip", notes, sums)
+        self.speed.encoded += len(images)
+        self.speed.encoding += time.monotonic() - began
         return columns
 
     def _encode_images(
@@ -191,14 +232,23 @@ class ShardEncoder:
 
     def _decode(self, image_id: str, stored: dict[str, Any] | None) -> Decoded:
         """Read, hash and decode one image."""
+        began = time.monotonic()
         try:
             data, stamp = read_image(stored)
-            image = decode_image({"id": image_id, "image": {**(stored or {}), "bytes": data}}, self.job.geometry)
+            found = decode_crops({"id": image_id, "image": {**(stored or {}), "bytes": data}}, self.job.geometry)
         except OSError as error:
-            return Decoded(reason=error.strerror or str(error))
+            return Decoded(left_out=[(image_id, error.strerror or str(error))])
         except ValueError as error:
-            return Decoded(reason=str(error).removeprefix(f"{image_id}: "))
-        return Decoded(np.asarray(image), sha256=hashlib.sha256(data or b"").hexdigest(), stamp=stamp)
+            return Decoded(left_out=[(image_id, str(error).removeprefix(f"{image_id}: "))])
+        too_small = [(face_id, TOO_SMALL) for face_id in found.too_small]
+        sha256 = hashlib.sha256(data or b"").hexdigest()
+        return Decoded(found.crops, too_small, time.monotonic() - began, sha256, stamp)
+
+
+def _unambiguous(columns: dict[str, pa.Array], alone: list[bool]) -> dict[str, pa.Array]:
+    """Return the conditions with null for each face that is not alone in its photograph: whose they are is unknown."""
+    names = [name for name in columns if name not in ("id", "split")]
+    return {name: pc.if_else(pa.array(alone), columns[name], None) for name in names}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

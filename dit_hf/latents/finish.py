@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset
 
 from ..data.files import CACHE_INFO
+from ..progress import hidden_progress_bars
 from ..storage import (
     hash_json,
     read_json,
@@ -30,6 +28,7 @@ from .cache import (
     format_identity,
 )
 from .card import save_reconstruction_grid, write_cache_card
+from .faces import FACES_GRID, describe_faces, save_faces_grid
 from .progress import LeftOut
 from .reuse import SOURCE_FILES, write_source_files
 from .shards import IMAGE_SHA256, Job, ShardNotes, latent_columns, load_rows, spell_features
@@ -51,6 +50,10 @@ def finish(job: Job, spec: CacheSpec) -> None:
     cache = load_rows(job.folder)
     if not len(cache):
         raise ValueError(f"no image of {spec.source.name} can be used: {': '.join(left_out.all()[0])}")
+
+    if job.geometry.crop == "face":
+        describe_faces(spec, notes)
+        save_faces_grid(job, spec, notes, job.folder / FACES_GRID)
 
     # Card and metadata; latents.json comes last because it lists the hashes of all other files.
     info = _cache_info(job, spec, cache, notes, len(left_out.all()))
@@ -114,13 +117,14 @@ def _content_sha256(identity: dict[str, Any], cache: Dataset) -> dict[str, str]:
         return {}
     images = hashlib.sha256("".join(cache[IMAGE_SHA256][:]).encode()).hexdigest()
     parts = {"ids": identity["source"]["sha256"], "labels": identity["labels"], "images": images}
+    parts |= {"faces": identity["faces"]} if "faces" in identity else {}
     return {"content_sha256": hash_json(parts)[:12]}
 
 
 def _write_index(job: Job) -> None:
     """Write the two files by which `load_from_disk` finds the shards: those of an empty dataset, with shards named."""
     empty = job.folder / "building" / "index"
-    with _hidden_progress_bars():
+    with hidden_progress_bars():
         Dataset.from_dict({name: [] for name in job.features}, job.features).save_to_disk(str(empty))
     # The keys of state.json are private to datasets (read in 5.2).
     state = read_json(empty / "state.json")
@@ -138,15 +142,3 @@ def _statistics(notes: list[ShardNotes]) -> dict[str, list[float]]:
     sums = torch.tensor([note.sums for note in notes], dtype=torch.float64).sum(0)  # [3, channels]
     mean, mean_square, variance = sums / sum(note.count for note in notes)
     return {"mean": mean.tolist(), "std": (mean_square - mean.square() + variance).sqrt().tolist()}
-
-
-@contextlib.contextmanager
-def _hidden_progress_bars() -> Iterator[None]:
-    """Disable datasets' progress bars and restore their setting afterwards."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -9,9 +9,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..data.anonymous import with_anonymous_ids
 from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
+from ..data.near_duplicates import note_near_duplicates
+from ..data.photographs import check_faces, open_faces
 from ..data.sources import MAX_LEFT_OUT, open_source
-from ..data.transforms import Geometry, parse_resolution
+from ..data.transforms import Faces, Geometry, parse_resolution
 from ..devices import memory_errors
 from ..storage import disk_errors
 from ..upload import check_repo_id
@@ -29,6 +32,9 @@ def prepare_latents(
     vae: str = "stabilityai/sd-vae-ft-ema",
     resolution: str = "256",
     crop: str = "center",
+    faces: Faces = "all",
+    min_face_size: int | None = None,
+    drop_near_duplicates: bool = False,
     split: str | None = None,
     flip: bool = False,
     num_images: int | None = None,
@@ -46,7 +52,8 @@ def prepare_latents(
     verify: bool = True,
     dry_run: bool = False,
     push_to_hub: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
+    anonymous_ids: bool = False,
 ) -> Path:
     """Encode the images of any source into a latent cache; an interrupted build resumes where it stopped.
 
@@ -62,8 +69,12 @@ def prepare_latents(
         vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder of a diffusers `AutoencoderKL`,
             `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
         resolution: `N` or `HxW` in pixels, divisible by twice the VAE's reduction of a side (patches are of 2).
-        crop: `center` (the largest centered box), `celeba-178` or `celeba-140` (squares of CelebA's aligned images),
-            or `none` (stretch the whole image).
+        crop: `center` (the largest centered box), `face` (each face of a photograph, aligned by eyes and mouth),
+            `celeba-178` or `celeba-140` (squares of CelebA's aligned images), or `none` (stretch the whole image).
+        faces: with crop `face`, `all` faces of a photograph or the `largest`.
+        min_face_size: with crop `face`, the smallest side of a face's crop in pixels of the photograph, about
+            twice the width of the face; by default half the resolution, which is enlarged twice.
+        drop_near_duplicates: encode only the first of near copies, such as a burst's photographs.
         split: encode only this split (`train`, `validation` or `test`) of a source that has splits.
         flip: also encode each image mirrored (latents themselves are never mirrored).
         num_images: encode so many images of the training split (or of `split`), spread over classes and folders.
@@ -85,7 +96,8 @@ def prepare_latents(
         verify: compare every byte of a finished cache with the hashes that were recorded.
         dry_run: only print what was understood of the source.
         push_to_hub: upload the finished cache as this dataset (`OWNER/NAME`).
-        private: make that repository private if it is a new one.
+        private: make that repository private if it is a new one; by default only with crop `face`.
+        anonymous_ids: replace the images' ids, which are their paths, by hashes of their content.
 
     Returns:
         The folder, which `datasets.load_from_disk` opens: `id`, `split`, `image_sha256` (of the stored file),
@@ -103,7 +115,8 @@ def prepare_latents(
     _check_num_proc(num_proc, state)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    geometry = Geometry(parse_resolution(resolution), crop)
+    geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
+    check_faces(geometry, missing)
     if geometry.resolution is None:
         raise ValueError("resolution is needed: all latents of a cache have one shape")
     final = Path(output_dir)
@@ -129,6 +142,12 @@ def prepare_latents(
     # Source and VAE. The main rank downloads or renders first; the others find the result on the disk.
     with state.main_process_first():
         opened = open_source(source, options)
+    if anonymous_ids:
+        opened = with_anonymous_ids(opened)
+    if crop == "face" or drop_near_duplicates:
+        opened = note_near_duplicates(opened, drop_near_duplicates)
+    if dry_run and crop == "face":
+        opened = open_faces(opened, geometry)
     if state.is_main_process:
         print("\n".join(opened.plan.lines()), flush=True)
     if dry_run:
@@ -154,7 +173,7 @@ def prepare_latents(
     if state.is_main_process:
         _report(final, finished[0])
         if push_to_hub:
-            push_latents(final, push_to_hub, private)
+            push_latents(final, push_to_hub, crop == "face" if private is None else private)
     return final
 
 
@@ -172,6 +191,8 @@ def _report(folder: Path, was_there: bool) -> None:
     counts = info["counts"]
     text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
     print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out", flush=True)
+    if "faces" in info.get("plan", {}):  # which caches of version 0.1.0 do not have
+        print(f"faces.png: {info['plan']['faces']}; look at them before training", flush=True)
     for sentence in describe_copies(info):
         print(f"warning: {sentence}", flush=True)
     print(f"reconstructions.png: PSNR {info['psnr']:.1f} dB, {quality(info['psnr'])}", flush=True)

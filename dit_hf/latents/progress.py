@@ -6,6 +6,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from ..data.anonymous import COPY
+from ..data.faces import NO_FACE, TOO_SMALL
+from ..data.near_duplicates import NEAR_DUPLICATE
 from ..data.sources import Source
 from ..devices import peak_memory
 from ..progress import ProgressBar
@@ -26,7 +29,8 @@ class LeftOut:
     """The images that are left out: a list that raises as soon as it exceeds `share`.
 
     Two shares are added up: the rows that the source itself leaves out, of the whole source even if `num_images` takes
-    only a few, and the broken images, of the images to encode.
+    only a few, and the broken images, of the images to encode. A photograph without a usable face, or a near duplicate
+    of another, is not broken: it is listed, but not counted.
     """
 
     def __init__(self, share: float, source: Source):
@@ -46,11 +50,21 @@ class LeftOut:
             ValueError: with the first reasons, if the share is exceeded.
         """
         self.broken += broken
-        counts = (len(self.source.left_out), self.source.total), (len(self.broken), len(self.source.rows))
+        counts = (_unusable(self.source.left_out), self.source.total), (_unusable(self.broken), len(self.source.rows))
         if sum(count / max(1, total) for count, total in counts) > self.share:
             summary = " and ".join(f"{count} of {total} images" for count, total in counts if count)
-            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in self.all()[:3])
+            faults = [(image_id, reason) for image_id, reason in self.all() if _is_fault(reason)]
+            first = "; ".join(f"{image_id}: {reason}" for image_id, reason in faults[:3])
             raise ValueError(f"{summary} cannot be used, more than max_left_out={self.share:g} of them: {first}")
+
+
+def _unusable(left_out: list[tuple[str, str]]) -> int:
+    """Return the number of images that are left out because something is wrong with them."""
+    return sum(_is_fault(reason) for _, reason in left_out)
+
+
+def _is_fault(reason: str) -> bool:
+    return reason not in (NO_FACE, TOO_SMALL, NEAR_DUPLICATE, COPY)
 
 
 class Progress:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from datasets import Dataset
 
-from ..data.transforms import Geometry, decode_image
+from ..data.transforms import Geometry, decode_crops, photo_of
 from ..devices import available_cpus
 from ..storage import new_file, read_arrays
 from .shards import IMAGE_SHA256, Job, ShardNotes, open_shards
@@ -74,7 +74,7 @@ def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.n
         for shard, recorded in shards.items():
             part = images.select(job.rows_of(shard))
             stamps = np.zeros((len(part), 3), np.int64) if recorded is None else recorded.copy()
-            hashes = list(_hashes(part["id"], folder / job.file_name(shard)))
+            hashes = list(_hashes(part["id"], folder / job.file_name(shard), job.geometry.crop))
             for start in range(0, len(part), BATCH):
                 batch = part[start : start + BATCH]
                 # Stamps first, in this thread: they take microseconds and decide for almost every file.
@@ -98,18 +98,13 @@ def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.n
     return result
 
 
-def _hashes(ids: list[str], shard: Path) -> Iterator[str | None]:
+def _hashes(ids: list[str], shard: Path, crop: str) -> Iterator[str | None]:
     """Yield the recorded hash of each image of a shard by its id, None for those that were left out."""
     table = open_shards([shard])
-    # The shard has the images in the order of the source.
-    encoded = iter(zip(table.column("id").to_pylist(), table.column(IMAGE_SHA256).to_pylist(), strict=True))
-    following = next(encoded, None)
-    for image_id in ids:
-        if following is not None and following[0] == image_id:
-            yield following[1]
-            following = next(encoded, None)
-        else:
-            yield None
+    # The shard has the images in the order of the source; the faces of a photograph share its hash.
+    photos = [photo_of(image_id, crop) for image_id in table.column("id").to_pylist()]
+    recorded = dict(zip(photos, table.column(IMAGE_SHA256).to_pylist(), strict=True))
+    return map(recorded.get, ids)
 
 
 def _same_file(stored: dict[str, Any] | None, stamp: np.ndarray) -> bool:
@@ -126,8 +121,9 @@ def _check(image_id: str, stored: dict[str, Any] | None, sha256: str | None, geo
     """Return the stamp of an image of this hash, or, without a hash, of one that can be decoded; otherwise None."""
     try:
         data, stamp = read_image(stored)
-        if sha256 is None:
-            decode_image({"id": image_id, "image": {**(stored or {}), "bytes": data}}, geometry)
+        row = {"id": image_id, "image": {**(stored or {}), "bytes": data}}
+        if sha256 is None and not decode_crops(row, geometry).crops:
+            return None
     except (OSError, ValueError):
         return None
     return stamp if sha256 is None or hashlib.sha256(data or b"").hexdigest() == sha256 else None

@@ -95,8 +95,8 @@ class Job:
             ValueError: naming the file, if they are damaged.
         """
         names = [each.name for each in fields(ShardNotes)]
-        content = read_json(self.notes_path(shard), keys=names)
-        return ShardNotes(**{name: content[name] for name in names})
+        content = read_json(self.notes_path(shard), keys=[name for name in names if name != "faces"])
+        return ShardNotes(**{name: content[name] for name in names if name in content})
 
     def stamps(self, shard: int) -> np.ndarray:
         """Read the stamps of a shard's images, int64 [rows, 3]; where they are damaged, those of no file."""
@@ -131,11 +131,12 @@ class ShardNotes:
     """Summary of an encoded shard.
 
     Attributes:
-        left_out: Id and reason of each image that could not be decoded.
+        left_out: Id and reason of each image that could not be used.
         sums: Sums over all latent pixels of mean, squared mean and variance of the posterior, [3][channels].
         count: Number of latent pixels in each sum.
         size: Size of the shard's file in bytes.
         sha256: SHA-256 of the shard's file.
+        faces: With crop `face`, id, side in pixels of the photograph and score of each face.
     """
 
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -143,6 +144,7 @@ class ShardNotes:
     count: int = 0
     size: int = 0
     sha256: str = ""
+    faces: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 def plan_sizes(num_rows: int, resolution: tuple[int, int]) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from ..data.contents import SplitFrom
 from ..data.images import open_images
 from ..data.sources import MAX_LEFT_OUT
 from ..data.splits import is_held_out
+from ..data.transforms import Faces, photo_of
 from ..devices import available_cpus, default_device
 from ..progress import ProgressBar
 from ..storage import folder_taken, is_missing_or_empty, new_folder
@@ -37,6 +38,8 @@ def train_autoencoder(
     output_dir: str,
     resolution: int = 64,
     crop: str = "center",
+    faces: Faces = "all",
+    min_face_size: int | None = None,
     num_images: int | None = None,
     split: str | None = None,
     dataset_config_name: str | None = None,
@@ -60,8 +63,11 @@ def train_autoencoder(
         source: any source of images (see prepare-latents); 2 % of them, chosen by the hash of the id, are held out.
         output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
         resolution: side of the square training images in pixels, divisible by 4; the trained VAE takes any size.
-        crop: `center` (the largest centered box), `celeba-178` or `celeba-140` (squares of CelebA's aligned images),
-            or `none` (stretch the whole image).
+        crop: `center` (the largest centered box), `face` (each face of a photograph, aligned by eyes and mouth),
+            `celeba-178` or `celeba-140` (squares of CelebA's aligned images), or `none` (stretch the whole image).
+        faces: with crop `face`, `all` faces of a photograph or the `largest`.
+        min_face_size: with crop `face`, the smallest side of a face's crop in pixels of the photograph, about
+            twice the width of the face; by default half the resolution, which is enlarged twice.
         num_images: take so many images of the training split (or of `split`), spread over classes and folders.
         split: only this split of the source.
         dataset_config_name: configuration of a dataset on the Hub.
@@ -111,10 +117,12 @@ def train_autoencoder(
         conditions="none",  # an autoencoder has none
         exclude=exclude,
         split_from=split_from,
+        faces=faces,
+        min_face_size=min_face_size,
         verbose=True,
     )
     images = _readable(opened)
-    train, validation = _hold_out(images)
+    train, validation = _hold_out(images, crop)
     if not len(validation) or len(train) < train_batch_size:
         few = f"{len(images)} images are too few for batches of {train_batch_size}"
         raise ValueError(f"source {source}: {few}; give more images, or a smaller --train_batch_size")
@@ -217,9 +225,9 @@ def _readable(images: Dataset) -> Dataset:
     return images.select(readable) if broken else images
 
 
-def _hold_out(images: Dataset) -> tuple[Dataset, Dataset]:
-    """Split images into those to train on and those that are held out."""
-    held_out = [is_held_out(image_id) for image_id in images["id"]]
+def _hold_out(images: Dataset, crop: str) -> tuple[Dataset, Dataset]:
+    """Split images into those to train on and those that are held out, faces by their photograph."""
+    held_out = [is_held_out(photo_of(image_id, crop)) for image_id in images["id"]]
     train = images.select([row for row, held in enumerate(held_out) if not held])
     return train, images.select([row for row, held in enumerate(held_out) if held])
 

@@ -24,7 +24,7 @@ PRECISIONS = {"no": "float32", "fp16": "fp16 mixed precision", "bf16": "bf16 mix
 
 
 def announce(
-    step: TrainingStep, run: Path, checkpoint_bytes: int, grids_go_to: str | None, compiled: bool
+    step: TrainingStep, run: Path, checkpoint_bytes: int, grids_go_to: str | None, compiled: bool, online: bool = False
 ) -> list[str]:
     """Describe the run, in lines.
 
@@ -34,6 +34,7 @@ def announce(
         checkpoint_bytes: Size of one checkpoint.
         grids_go_to: The tracker that receives image grids, or None.
         compiled: Whether the blocks are compiled.
+        online: Whether that tracker sends them to a server.
 
     Raises:
         OSError: if weights, gradients, moments and EMAs alone do not fit into the memory.
@@ -59,6 +60,11 @@ def announce(
     ]
     if grids_go_to:
         lines.append(f"tracker    {grids_go_to}, which also gets the sample grids")
+    if online:
+        lines.append(
+            "privacy    sample grids, which may resemble training images, leave this machine; WANDB_MODE=offline or "
+            "--train.report_to none keeps them"
+        )
     return lines + memory_lines(step, train, parameters, micro_batch, compiled)
 
 

@@ -70,6 +70,12 @@ def choose_tracker(report_to: str, log: Log) -> tuple[str | None, dict[str, Any]
     return report_to, {"mode": "offline"}
 
 
+def is_online(tracker: str | None, options: dict[str, Any]) -> bool:
+    """Check whether a tracker, chosen by `choose_tracker` with its init options, sends what it logs to a server."""
+    mode = options.get("mode") or os.environ.get("WANDB_MODE", "").lower()
+    return tracker == "wandb" and mode not in ("offline", "dryrun")
+
+
 def start_tracker(
     accelerator: Accelerator,
     run: Path,

@@ -53,7 +53,7 @@ from .recipe import resolved_config, resolved_recipe, resumed_recipe
 from .sample_quality import SampleQuality
 from .step import TrainingStep
 from .throughput import Speed
-from .trackers import choose_tracker, end_trackers, log_row, log_sample_grid, start_tracker
+from .trackers import choose_tracker, end_trackers, is_online, log_row, log_sample_grid, start_tracker
 from .validation import choose_validation
 
 # Optimizer steps after which the time of the run is estimated.
@@ -217,7 +217,8 @@ class Trainer:
         """
         for note in self.tracker_notes:
             print_once(note)
-        self._print(*announce(self.step, run, self.tensors.bytes(), self.tracker, self.compiled))
+        online = is_online(self.tracker, self.tracker_options)
+        self._print(*announce(self.step, run, self.tensors.bytes(), self.tracker, self.compiled, online))
 
     def _print(self, *lines: str) -> None:
         """Print lines on the first rank."""

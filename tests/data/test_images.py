@@ -34,7 +34,7 @@ def test_columns_can_be_selected_and_images_are_decoded_only_if_they_are(folder)
     [
         ({"source": "nowhere"}, FileNotFoundError, "no such folder"),
         ({"source": "{empty}"}, FileNotFoundError, "no images"),
-        ({"source": "avatars", "crop": "face"}, ValueError, "valid names are celeba-178"),
+        ({"source": "avatars", "crop": "square"}, ValueError, "valid names are face, celeba-178"),
         ({"source": "avatars", "resolution": "big"}, ValueError, "'big' is not a size"),
         ({"source": "avatars", "resolution": 0}, ValueError, "not a size"),
         ({"source": "avatars", "num_images": 0}, ValueError, "num_images=0"),

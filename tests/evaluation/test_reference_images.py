@@ -6,6 +6,7 @@ import torch
 
 from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
+from dit_hf.data.transforms import Geometry
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.reference import load_reference, reference
 from dit_hf.evaluation.reference_images import open_reference_images
@@ -39,7 +40,7 @@ def test_a_latent_cache_is_decoded(latents, net, tmp_path):
 
 def test_a_part_of_the_images_is_spread_over_all_of_them():
     """A source may be sorted by class."""
-    images = open_reference_images("avatars", "16", options=SourceOptions(num_images=50))
+    images = open_reference_images("avatars", Geometry((16, 16)), SourceOptions(num_images=50))
     part = images.spread(20)
     rows = [0, 2, 5, 7, 10]
     assert np.array_equal(part.read(range(5)), images.read(rows))

@@ -11,6 +11,7 @@ from local_hub import running_hub
 
 from dit_hf import storage
 from dit_hf.data.avatars import choose_face, render_face
+from dit_hf.data.transforms import Geometry
 from dit_hf.evaluation.reference_images import open_reference_images
 from dit_hf.latents.cache import (
     format_identity,
@@ -71,7 +72,7 @@ def test_a_flipped_bit_is_found_by_the_same_call_and_where_weights_are_used(
     with pytest.raises(ValueError, match=message):
         push_latents(copy, "you/x")
     with pytest.raises(ValueError, match=message):
-        load_cache_vae(copy) if name.startswith("vae") else open_reference_images(str(copy), "16")
+        load_cache_vae(copy) if name.startswith("vae") else open_reference_images(str(copy), Geometry((16, 16)))
 
 
 def test_an_arrow_file_that_cannot_be_read_is_named(latents, tmp_path):

@@ -233,10 +233,11 @@ def test_an_unfinished_cache_of_version_0_1_0_is_finished_in_its_format(tmp_path
     np.testing.assert_allclose(cache["latent_mean"], earlier["latent_mean"], atol=2e-3)
 
 
-def test_the_record_of_the_files_is_not_uploaded(images, vae_folder, monkeypatch, hub):
+def test_records_of_the_files_are_not_uploaded(images, vae_folder, monkeypatch, hub):
     latents = build(images, vae_folder)
     push_latents(latents, "you/faces")
     names = hub.repositories["datasets/you/faces"].keys()
     assert "latents.json" in names
     assert reuse.SOURCE_FILES not in names
+    assert "left_out.csv" not in names  # paths alone
     assert reuse.SOURCE_FILES not in json.loads((latents / "latents.json").read_text())["files"]

@@ -35,6 +35,13 @@ def test_batch_steps_and_disk_are_computed(config, capsys):
     assert "tracker" not in text
 
 
+def test_sample_grids_that_leave_the_machine_are_announced(config, capsys, monkeypatch):
+    """Said before the first step, with the options that keep them."""
+    assert "privacy" not in said(config, capsys)
+    monkeypatch.setattr("dit_hf.training.trainer.is_online", lambda tracker, options: True)
+    assert "privacy    sample grids, which may resemble training images, leave this machine" in said(config, capsys)
+
+
 def test_memory_that_is_short_names_the_option_that_helps(config, capsys, monkeypatch):
     fixed = 4 * 4 * sum(p.numel() for p in Trainer(config).transformer.parameters())
     monkeypatch.setattr(module, "free_memory", lambda device: ("memory", fixed + 2 * 10**6))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import changed
 
 from dit_hf.runs import read_log
-from dit_hf.training.trackers import _wandb_id, _wandb_run, choose_tracker
+from dit_hf.training.trackers import _wandb_id, _wandb_run, choose_tracker, is_online
 from dit_hf.training.trainer import train
 
 
@@ -145,3 +145,18 @@ def test_tensorboard_gets_the_log_and_the_sample_grids(config):
     assert [grid.step for grid in grids] == [4, 8]
     with Image.open(run / "samples" / "step-8.png") as grid:
         assert (grids[-1].width, grids[-1].height) == grid.size
+
+
+@pytest.mark.parametrize(
+    ("tracker", "options", "mode", "online"),
+    [
+        ("wandb", {}, "", True),
+        ("wandb", {}, "offline", False),
+        ("wandb", {"mode": "offline"}, "", False),
+        ("tensorboard", {}, "", False),
+        (None, {}, "", False),
+    ],
+)
+def test_a_run_knows_whether_its_sample_grids_leave_the_machine(monkeypatch, tracker, options, mode, online):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert is_online(tracker, options) is online

@@ -1,0 +1,71 @@
+"""What a cache of photographs tells of their faces: the counts in its plan, and an image grid of the crops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.faces import NO_FACE, TOO_SMALL
+from ..data.photographs import FaceCounts, condition_names
+from ..data.transforms import decode_crops, photo_of
+from ..devices import available_cpus
+from ..image_grid import make_grid, save_grid
+from .cache import CacheSpec
+from .shards import Job, ShardNotes
+
+FACES_GRID = "faces.png"
+GRID_FACES, EDGE_FACES, GRID_SEED = 100, 10, 0
+
+
+def count_faces(spec: CacheSpec, notes: list[ShardNotes]) -> FaceCounts:
+    """Return what was found in the photographs of finished shards."""
+    reasons = Counter(reason for note in notes for _, reason in note.left_out)
+    in_photo = Counter(photo_of(name, "face") for note in notes for name, _, _ in note.faces)
+    return FaceCounts(
+        photos=len(spec.source.rows),
+        faces=in_photo.total(),
+        without=reasons[NO_FACE],
+        too_small=reasons[TOO_SMALL],
+        several=sum(count > 1 for count in in_photo.values()),
+    )
+
+
+def describe_faces(spec: CacheSpec, notes: list[ShardNotes]) -> None:
+    """Complete the plan of a cache of photographs by what was found in them."""
+    counts = count_faces(spec, notes)
+    spec.source.plan.add_faces(counts.describe(), counts.ambiguity(condition_names(spec.source.rows)))
+
+
+def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Path) -> None:
+    """Save a grid of crops: 100 at random, and if there are more, those that are closest to being left out.
+
+    Args:
+        job: The job that encoded the cache.
+        spec: The cache.
+        notes: The notes of all shards.
+        path: The PNG to write.
+    """
+    faces = [face for note in notes for face in note.faces]  # id, side and score
+    random = np.random.default_rng(GRID_SEED).permutation(len(faces))[:GRID_FACES]
+    edge = EDGE_FACES if len(faces) > GRID_FACES else 0  # few are all shown already
+    smallest = sorted(faces, key=lambda face: face[1])[:edge]
+    least_certain = sorted(faces, key=lambda face: face[2])[:edge]
+    chosen = [*(faces[i] for i in sorted(random)), *smallest, *least_certain]
+    labels = [""] * len(random) + ["smallest"] * len(smallest) + ["least certain"] * len(least_certain)
+
+    numbers = {image_id: row for row, image_id in enumerate(spec.source.rows["id"][:])}
+    photos = sorted({photo_of(name, "face") for name, _, _ in chosen})
+    rows = [spec.source.rows[numbers[photo]] for photo in photos]
+    images: dict[str, Image.Image] = {}
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for found in pool.map(lambda row: decode_crops(row, job.geometry), rows):
+            images |= {crop.id: crop.image.resize((96, 96), Image.Resampling.BICUBIC) for crop in found.crops}
+    captions = [f"{side:.0f} px, {score:.2f}\n{label}" for (_, side, score), label in zip(chosen, labels, strict=True)]
+    title = f"{len(random)} of {len(faces):,} faces" + (
+        " at random, the smallest and the least certain" if edge else ""
+    )
+    save_grid(make_grid([images[name] for name, _, _ in chosen], 10, captions, title), path)
