@@ -303,6 +303,12 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
     return pipeline
 
 
+def _looks_like_model(folder: Path) -> bool:
+    """Check for a file or folder that a run, a checkpoint or a pipeline has, and a latent cache has not."""
+    names = ("model_index.json", STATE, CONFIG, RunFolder(folder).pipeline.name)
+    return any((folder / name).exists() for name in names) and not (folder / CACHE_INFO).exists()
+
+
 def check_model(model: str) -> None:
     """Refuse a MODEL that is certainly none, without asking the Hub.
 
@@ -316,10 +322,8 @@ def check_model(model: str) -> None:
         )
     if path.is_file():
         raise ValueError(f"{model} is a file; a model is the folder of a run, a checkpoint or a pipeline, or a Hub id")
-    names = ("model_index.json", STATE, CONFIG, RunFolder(path).pipeline.name)
-    if path.is_dir() and not any((path / name).exists() for name in names):
-        folders = [entry for entry in path.iterdir() if not (entry / CACHE_INFO).exists()]
-        inside = sorted(entry for entry in folders if any((entry / name).exists() for name in names))
+    if path.is_dir() and not _looks_like_model(path):
+        inside = sorted(entry for entry in path.iterdir() if _looks_like_model(entry))
         advice = f"; did you mean {inside[0]}?" if inside else ""
         raise ValueError(f"{model} is a folder, but neither of a run, nor of a checkpoint, nor of a pipeline{advice}")
     if path.exists():

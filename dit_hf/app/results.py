@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,7 +12,7 @@ from PIL import Image
 
 from ..image_grid import FILM
 from ..sampling.writer import save_gif
-from ..storage import first_line
+from ..storage import first_line, temporary_folder
 from .panel import Panel
 from .snippet import python_code
 from .studio import Call, Studio, Update, read_image
@@ -56,12 +54,12 @@ class Results:
     def _show(self, call: Call, images: list[Image.Image], before: Image.Image | None) -> Iterator[dict[Any, Any]]:
         """Yield the update of the page that shows the results, with the film that they are or the image before."""
         shown: list[Any] = [*images]
-        with tempfile.TemporaryDirectory(prefix="dit_hf-app-") as folder:
+        with temporary_folder("app") as folder:
             if before is not None:
                 shown = [(before, "before"), *((image, "after") for image in images)]
             if call.mode == "interpolate":
-                save_gif(images, Path(folder) / FILM)
-                shown = [(str(Path(folder) / FILM), "film"), *images]
+                save_gif(images, folder / FILM)
+                shown = [(str(folder / FILM), "film"), *images]
             # gradio copies the film before this goes on.
             status = f"Seed {call.settings.seed}. {CHOOSE}"
             yield {self.gallery: gr.Gallery(shown, selected_index=None), self.status: status}

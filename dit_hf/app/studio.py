@@ -18,10 +18,8 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from ..data.transforms import Geometry, decode_image
 from ..pipelines.attributes import Attributes, AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
-from ..pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
-from ..pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
-from ..pipelines.pipeline_latent_dit_inpaint import LatentDiTInpaintPipeline
 from ..sampling.generate import generators
+from ..sampling.sample import PIPELINES
 from ..sampling.writer import PNG_TEXT
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 
@@ -45,13 +43,6 @@ GROUPS = {
 }
 OTHERS = "Others"
 
-PIPELINES: dict[str, type[LatentDiTPipeline]] = {
-    "generate": LatentDiTPipeline,
-    "edit": LatentDiTEditPipeline,
-    "img2img": LatentDiTImg2ImgPipeline,
-    "inpaint": LatentDiTInpaintPipeline,
-    "interpolate": LatentDiTPipeline,
-}
 # How often a step of inpainting is done, so that both parts fit; there are as many fewer steps.
 INPAINT_REPEATS = 2
 # A preview is decoded once at least this many times its own duration has passed since the last one.

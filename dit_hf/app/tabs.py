@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..pipelines.attributes import Attributes
 from .panel import Data, Panel
 from .results import message, readable
-from .studio import Call, Studio, read_image, union
+from .studio import Call, Settings, Studio, read_image, union
 
 # The side of an image to be inpainted on the page, in pixels; a small image has too few pixels for a brush.
 CANVAS = 400
@@ -54,27 +55,15 @@ def generate_tab(studio: Studio) -> Tab:
 def edit_tab(studio: Studio) -> Tab:
     """Build the tab of attribute edits."""
     gr.Markdown("Changes the attributes that are set below, and keeps the rest of the image.")
-    upload = _upload(studio, "Image to edit")
-    amount = gr.Slider(0.1, 3, 1, step=0.1, label="Amount", info="1 is as much as the guidance")
-
-    def call(data: Data, panel: Panel) -> tuple[Call, Image.Image]:
-        image = _given(data[upload])
-        return studio.edit(image, panel.requested(data), data[amount], panel.settings(data)), studio.fit(image)
-
-    return Tab("edit", call, *_buttons("Edit", "edit"), {upload, amount}, upload, studio.fit)
+    options = {"minimum": 0.1, "maximum": 3, "value": 1, "step": 0.1, "info": "1 is as much as the guidance"}
+    return _image_tab(studio, "edit", "Edit", studio.edit, label="Amount", **options)
 
 
 def vary_tab(studio: Studio) -> Tab:
     """Build the tab of image to image."""
     gr.Markdown("Generates variations of an image, with the attributes that are set below.")
-    upload = _upload(studio, "Image to vary")
-    strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="1 keeps nothing of the image")
-
-    def call(data: Data, panel: Panel) -> tuple[Call, Image.Image]:
-        image = _given(data[upload])
-        return studio.vary(image, panel.requested(data), data[strength], panel.settings(data)), studio.fit(image)
-
-    return Tab("img2img", call, *_buttons("Vary", "img2img"), {upload, strength}, upload, studio.fit)
+    options = {"minimum": 0.05, "maximum": 1, "value": 0.6, "step": 0.05, "info": "1 keeps nothing of the image"}
+    return _image_tab(studio, "img2img", "Vary", studio.vary, label="Strength", **options)
 
 
 def inpaint_tab(studio: Studio) -> Tab:
@@ -132,6 +121,24 @@ TABS: dict[str, tuple[str, Callable[[Studio], Tab]]] = {
     "inpaint": ("Inpaint", inpaint_tab),
     "interpolate": ("Interpolate", interpolate_tab),
 }
+
+
+def _image_tab(
+    studio: Studio,
+    mode: str,
+    name: str,
+    method: Callable[[Image.Image, Attributes, float, Settings], Call],
+    **slider: Any,
+) -> Tab:
+    """Return the tab of a mode that takes an upload and a number, whose slider has these options."""
+    upload = _upload(studio, f"Image to {name.lower()}")
+    amount = gr.Slider(**slider)
+
+    def call(data: Data, panel: Panel) -> tuple[Call, Image.Image]:
+        image = _given(data[upload])
+        return method(image, panel.requested(data), data[amount], panel.settings(data)), studio.fit(image)
+
+    return Tab(mode, call, *_buttons(name, mode), {upload, amount}, upload, studio.fit)
 
 
 def _buttons(name: str, mode: str) -> tuple[gr.Button, gr.Button]:

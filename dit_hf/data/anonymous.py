@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from datasets import Value
 
-from ..devices import available_cpus
 from ..progress import hidden_progress_bars
+from .parallel import map_rows
 from .sources import Source
+from .transforms import stored_bytes
 
 DIGITS = 20
 COPY = "copy of an earlier image"
@@ -26,15 +26,13 @@ def with_anonymous_ids(source: Source) -> Source:
     """
     rows, ids = source.rows, source.rows["id"][:]
 
-    def hash_image(stored: dict[str, Any] | None, image_id: str) -> str:
-        try:
-            data = (stored or {}).get("bytes") or Path((stored or {})["path"]).read_bytes()
-        except (OSError, KeyError, TypeError):
-            data = image_id.encode()  # it cannot be encoded either, which names the reason
-        return hashlib.sha256(data).hexdigest()[:DIGITS]
+    def hash_image(row: dict[str, Any]) -> str:
+        data = None
+        with contextlib.suppress(OSError):  # it cannot be encoded either, which names the reason
+            data = stored_bytes(row["image"])
+        return hashlib.sha256(row["id"].encode() if data is None else data).hexdigest()[:DIGITS]
 
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        hashes = list(pool.map(hash_image, (row["image"] for row in rows.select_columns("image")), ids))
+    hashes = [*map_rows(hash_image, rows.select_columns(["id", "image"]), "hashing", "images")]
     first = {name: row for row, name in reversed(list(enumerate(hashes)))}
     kept = sorted(first.values())
     copies = [(ids[row], COPY) for row, name in enumerate(hashes) if first[name] != row]

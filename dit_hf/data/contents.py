@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from datasets import Dataset
 
+RESERVED = ("id", "image", "split")  # columns of a source that are not conditions
 SplitFrom = Literal["folders", "files", "column", "none"]
 Missing = Literal["null", "leave_out"]
+
+
+def condition_names(columns: Iterable[str]) -> list[str]:
+    """Return the columns of a source's rows that are conditions."""
+    return [name for name in columns if name not in RESERVED]
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,7 @@ def open_images(
         allow_partial=allow_partial,
     )
     opened = open_source(source, options)
-    if crop == "face":
-        opened = open_faces(opened, geometry)
+    opened = open_faces(opened, geometry)
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
     return opened.rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
@@ -116,8 +115,7 @@ def describe_source(source: str, **options: Any) -> dict[str, Any]:
     options["exclude"] = parse_exclude(options.get("exclude"))
     shape = {name: options.pop(name) for name in ("crop", "faces", "min_face_size") if name in options}
     geometry = Geometry(parse_resolution(options.pop("resolution", None)), **shape)
-    opened = open_source(source, SourceOptions(**options))
-    return (open_faces(opened, geometry) if geometry.crop == "face" else opened).plan.as_dict()
+    return open_faces(open_source(source, SourceOptions(**options)), geometry).plan.as_dict()
 
 
 def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from ..devices import available_cpus
 from ..pipelines.image_inputs import open_image, upright
-from ..progress import ProgressBar
+from .parallel import map_rows
 from .sources import Source
+from .transforms import stored_bytes
 
 NEAR_DUPLICATE = "near duplicate of an earlier image"
 # Bits of 64 in which the hashes of two photographs may differ. Unrelated ones differ in about 32, re-encoded or
 # slightly brightened copies in 0 to 4.
 MAX_DISTANCE = 6
 _HASHED_SIDE = 256
-_CHUNK = 256
 
 
 def note_near_duplicates(source: Source, drop: bool) -> Source:
@@ -80,19 +77,11 @@ def _hash_all(rows: Dataset) -> list[int | None]:
     except ImportError as error:
         raise ValueError(f"near duplicates are found by one more package: pip install ImageHash ({error})") from error
 
-    def hash_image(stored: dict[str, Any] | None) -> int | None:
-        with contextlib.suppress(Exception):  # broken bytes make decoders raise anything; encoding names the reason
-            data = (stored or {}).get("bytes") or Path((stored or {})["path"]).read_bytes()
-            with open_image(data) as image:
-                image.draft("L", (_HASHED_SIDE, _HASHED_SIDE))  # JPEG is decoded at a fraction of its size
-                return int(str(imagehash.phash(upright(image))), 16)
+    def hash_image(row: dict[str, Any]) -> int | None:
+        # Broken bytes make decoders raise anything; encoding names the reason.
+        with contextlib.suppress(Exception), open_image(stored_bytes(row["image"]) or b"") as image:
+            image.draft("L", (_HASHED_SIDE, _HASHED_SIDE))  # JPEG is decoded at a fraction of its size
+            return int(str(imagehash.phash(upright(image))), 16)
         return None
 
-    images = rows.select_columns(["image"])
-    hashes: list[int | None] = []
-    progress = ProgressBar(len(rows), "looking for near copies", "images")
-    with ThreadPoolExecutor(available_cpus()) as pool, progress:
-        for start in range(0, len(rows), _CHUNK):
-            hashes += pool.map(hash_image, images[start : start + _CHUNK]["image"])
-            progress.update(min(_CHUNK, len(rows) - start))
-    return hashes
+    return [*map_rows(hash_image, rows.select_columns(["image"]), "looking for near copies", "images")]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from ..devices import available_cpus
-from ..progress import ProgressBar, hidden_progress_bars
-from .faces import FACE_VERSION, NO_FACE, TOO_SMALL, Face, smallest_side, weights_sha256
+from ..progress import hidden_progress_bars
+from .contents import condition_names
+from .faces import FACE_VERSION, NO_FACE, TOO_SMALL, Face, weights_sha256
+from .parallel import map_rows
 from .sources import MAX_LEFT_OUT, Source
 from .transforms import Geometry, find_in
-
-_CHUNK = 64  # photographs between two updates of the progress bar
 
 
 @dataclass
@@ -56,19 +54,14 @@ class FaceCounts:
         )
 
 
-def condition_names(rows: Dataset) -> list[str]:
-    """Return the columns of a source that are conditions."""
-    return [name for name in rows.column_names if name not in ("id", "image", "split")]
-
-
 def faces_identity(geometry: Geometry) -> str:
     """Return everything beside the photographs that decides which crops they become, as text.
 
     Raises:
         ValueError: if the detector is not installed.
     """
-    least = smallest_side(geometry.min_face_size, geometry.resolution and geometry.resolution[0])
-    return f"{geometry.faces} of at least {least:g} px, version {FACE_VERSION}, detector {weights_sha256()[:12]}"
+    detector = weights_sha256()[:12]
+    return f"{geometry.faces} of at least {geometry.smallest_face:g} px, version {FACE_VERSION}, detector {detector}"
 
 
 def check_faces(geometry: Geometry, missing: str) -> None:
@@ -89,7 +82,7 @@ def check_faces(geometry: Geometry, missing: str) -> None:
 
 
 def open_faces(source: Source, geometry: Geometry) -> Source:
-    """Find the faces of all photographs of a source and return it with one row a face.
+    """Find the faces of all photographs of a source and return it with one row a face; as it is with another crop.
 
     Ids are those of the photographs and `#0`, `#1`, the largest face first; `image` holds its `landmarks` beside
     `bytes` and `path`. A photograph's conditions are null for its faces if several are taken. The plan is completed.
@@ -98,7 +91,9 @@ def open_faces(source: Source, geometry: Geometry) -> Source:
         ValueError: if the detector is not installed, if no face is found, or if more than 1 % of the photographs
             cannot be read.
     """
-    rows, names = source.rows, condition_names(source.rows)
+    if geometry.crop != "face":
+        return source
+    rows, names = source.rows, condition_names(source.rows.column_names)
     identity, counts = faces_identity(geometry), FaceCounts(photos=len(source.rows))
     left_out, broken = list(source.left_out), []
     taken: list[tuple[int, str, np.ndarray]] = []  # row, id and landmarks of each face
@@ -131,7 +126,7 @@ def open_faces(source: Source, geometry: Geometry) -> Source:
 
 
 def _find_all(rows: Dataset, geometry: Geometry) -> Iterator[tuple[str, list[Face], int, str]]:
-    """Yield id, large faces, number of small ones, and a broken photograph's problem, in the order of the rows."""
+    """Iterate over id, large faces, number of small ones, and a broken photograph's problem, row by row."""
 
     def find(row: dict[str, Any]) -> tuple[str, list[Face], int, str]:
         try:
@@ -139,12 +134,7 @@ def _find_all(rows: Dataset, geometry: Geometry) -> Iterator[tuple[str, list[Fac
         except ValueError as error:
             return row["id"], [], 0, str(error).removeprefix(f"{row['id']}: ")
 
-    photos = rows.select_columns(["id", "image"])
-    with ThreadPoolExecutor(available_cpus()) as pool, ProgressBar(len(rows), "finding faces", "photos") as progress:
-        for start in range(0, len(rows), _CHUNK):
-            chunk = [photos[row] for row in range(start, min(start + _CHUNK, len(rows)))]
-            yield from pool.map(find, chunk)
-            progress.update(len(chunk))
+    return map_rows(find, rows.select_columns(["id", "image"]), "finding faces", "photos")
 
 
 def _face_rows(rows: Dataset, taken: list[tuple[int, str, np.ndarray]], conditions: list[str]) -> Dataset:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
 from .conditions import describe_condition
-from .contents import Contents, shortened
+from .contents import Contents, condition_names, shortened
 
 MAX_LINES = 15
 _MAX_CONDITIONS = 5  # more of them share a line
@@ -54,9 +54,7 @@ class Plan:
             self.examples.setdefault(_general(reason), image_id)
         self.left_out = dict(Counter(_general(reason) for _, reason in left_out))
         features = rows.features  # copied by each access
-        for name in rows.column_names:
-            if name in ("id", "image", "split"):
-                continue
+        for name in condition_names(rows.column_names):
             if isinstance(features[name], ClassLabel):
                 self._note_similar(name, features[name].names)
             origin = self.contents.columns[name].origin

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_da
 from ..devices import available_cpus
 from .avatars import open_avatars
 from .conditions import infer_condition
-from .contents import Column, Contents, SourceOptions, shortened
+from .contents import RESERVED, Column, Contents, SourceOptions, condition_names, shortened
 from .hf_dataset import holds_dataset, read_hf_dataset
 from .image_folder import read_folder
 from .plan import Plan
@@ -25,7 +25,6 @@ AVATARS = "avatars"
 DEFAULT_NUM_AVATARS = 8000
 DEFAULT_AVATAR_SIZE = 64
 MAX_LEFT_OUT = 0.01  # larger shares of unusable images are an error
-_RESERVED = ("id", "image", "split")
 _SIZE, _GROUP = "__size__", "__group__"
 
 
@@ -135,7 +134,7 @@ def _read_avatars(options: SourceOptions) -> Contents:
     rows = open_avatars(count, options.avatar_size, options.seed, num_proc=min(available_cpus(), 1 + count // 200))
     contents = Contents("embedded dataset of rendered faces", list(rows["id"][:]))
     contents.images = rows.select_columns("image").cast_column("image", Image(decode=False))
-    names = [name for name in rows.column_names if name not in _RESERVED]
+    names = condition_names(rows.column_names)
     contents.columns = {name: Column(list(rows[name][:])) for name in names}
     return contents
 
@@ -207,7 +206,7 @@ def _wanted_columns(source: str, contents: Contents, options: SourceOptions) -> 
         ValueError: for a requested column that the source does not have.
     """
     columns = dict(contents.columns)
-    for name in set(_RESERVED) & columns.keys():
+    for name in set(RESERVED) & columns.keys():
         contents.unused[f"column {name}"] = "the name is taken; rename it to use it"
         del columns[name]
     if options.conditions is None:

@@ -59,6 +59,11 @@ class Geometry:
         if self.crop == "face" and self.resolution and self.resolution[0] != self.resolution[1]:
             raise ValueError(f"resolution={'x'.join(map(str, self.resolution))}: crop=face makes squares, such as 256")
 
+    @property
+    def smallest_face(self) -> float:
+        """The smallest side of a face's crop in pixels of the photograph."""
+        return smallest_side(self.min_face_size, self.resolution and self.resolution[0])
+
     def faces_of(self, image: PILImage.Image) -> tuple[list[Face], int]:
         """Find the requested faces of an RGB photograph.
 
@@ -66,8 +71,7 @@ class Geometry:
             The faces that are large enough, the largest first, and the number of those that are too small.
         """
         found = find_faces(image)[: 1 if self.faces == "largest" else None]
-        least = smallest_side(self.min_face_size, self.resolution and self.resolution[0])
-        large = [face for face in found if face.side >= least]
+        large = [face for face in found if face.side >= self.smallest_face]
         return large, len(found) - len(large)
 
     def fit_face(self, image: PILImage.Image, landmarks: np.ndarray) -> PILImage.Image:
@@ -130,12 +134,12 @@ class Crop:
 
     Attributes:
         id: Id of the row, and of a face `ID#0`, `ID#1`, the largest first.
-        image: RGB, of the geometry's resolution.
+        pixels: uint8 [height, width, 3].
         face: The face, with crop `face`.
     """
 
     id: str
-    image: PILImage.Image
+    pixels: np.ndarray
     face: Face | None = None
 
 
@@ -150,6 +154,16 @@ class Crops:
 
     crops: list[Crop]
     too_small: list[str]
+
+
+def stored_bytes(stored: dict[str, Any] | None) -> bytes | None:
+    """Return the bytes of an undecoded image, a dict of `bytes` and `path`; None if it has none.
+
+    Raises:
+        OSError: if its file cannot be read.
+    """
+    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+    return Path(path).read_bytes() if data is None and path else data
 
 
 def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
@@ -184,14 +198,14 @@ def decode_crops(row: dict[str, Any], geometry: Geometry) -> Crops:
     """
     image_id = str(row["id"])
     if geometry.crop != "face":
-        return Crops([Crop(image_id, decode_image(row, geometry))], [])
+        return Crops([Crop(image_id, np.asarray(decode_image(row, geometry)))], [])
 
     def fit(image: PILImage.Image) -> Crops:
         photo = to_rgb(image, geometry.background)
         faces, too_small = geometry.faces_of(photo)
         if not faces and not too_small:
             raise ValueError(NO_FACE)
-        images = [geometry.fit_face(photo, face.landmarks) for face in faces]
+        images = [np.asarray(geometry.fit_face(photo, face.landmarks)) for face in faces]
         crops = [Crop(f"{image_id}#{i}", *pair) for i, pair in enumerate(zip(images, faces, strict=True))]
         return Crops(crops, [f"{image_id}#{len(faces) + i}" for i in range(too_small)])
 
@@ -220,9 +234,7 @@ def _decode(row: dict[str, Any], fit: Callable[[PILImage.Image], Decoded]) -> De
     """
     stored = row["image"] or {}
     try:
-        data = stored.get("bytes")
-        if data is None and stored.get("path"):
-            data = Path(stored["path"]).read_bytes()
+        data = stored_bytes(stored)
         if not data:
             raise ValueError("no image" if data is None else "an empty file")
         with open_image(data, stored.get("path") or str(row["id"])) as image:

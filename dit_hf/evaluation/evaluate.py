@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
-from ..data.transforms import Faces, Geometry, parse_resolution
+from ..data.transforms import Faces, Geometry
 from ..hub.card import write_run_card
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
 from ..sampling.generate import MAX_IMAGES
 from ..schedulers.accuracy import check_num_inference_steps
-from ..storage import disk_errors, folder_taken, hash_json, is_missing_or_empty
+from ..storage import check_folder, disk_errors, folder_taken, hash_json, is_missing_or_empty
 from .announce import (
     RECONSTRUCTIONS,
     REFERENCE,
@@ -122,8 +122,8 @@ def evaluate(
         exclude=parse_exclude(exclude),
         split_from=split_from,
     )
-    geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
-    images = _open_images(model, reference, geometry, options, REFERENCE_PER_SAMPLE * num_samples)
+    geometry = Geometry(pipeline.resolution, crop, faces=faces, min_face_size=min_face_size)
+    images = _open_images(model, reference, resolution, geometry, options, REFERENCE_PER_SAMPLE * num_samples)
     place = _statistics_folder(reference, images, folder, net)
 
     # What is compared, and how long that takes. Where the reference is new, so is everything else.
@@ -205,22 +205,20 @@ def _report_folder(model: str, output_dir: str | None) -> Path:
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that holds no evaluation, finished or killed, but something else."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(folder_taken(f"output_dir {folder}", "is a file"))
+    check_folder(folder, "output_dir")
     ours = (EVALUATION_REPORT, "features", "reference-*", ".reference-*")
     if not is_missing_or_empty(folder) and not any(any(folder.glob(name)) for name in ours):
         raise FileExistsError(folder_taken(f"output_dir {folder}", missing=EVALUATION_REPORT))
 
 
 def _open_images(
-    model: str, reference: str | None, geometry: Geometry, options: SourceOptions, most: int
+    model: str, reference: str | None, resolution: str, geometry: Geometry, options: SourceOptions, most: int
 ) -> ReferenceImages | None:
     """Open the reference's images, by default at most `most` that the run was trained on; None for statistics.
 
     Raises:
         ValueError: if they are of another size than the model's, which only a latent cache's can be.
     """
-    resolution = "x".join(map(str, geometry.resolution or ()))  # HxW in pixels
     if reference is None:
         return open_training_images(model, resolution, options, most)
     if (Path(reference) / INFO).is_file():

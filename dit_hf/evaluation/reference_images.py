@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 
-from ..data.contents import SourceOptions
+from ..data.contents import SourceOptions, condition_names
 from ..data.files import CACHE_INFO
+from ..data.parallel import map_rows
 from ..data.photographs import open_faces
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
-from ..data.transforms import Geometry, decode_image, parse_resolution
-from ..devices import available_cpus
+from ..data.transforms import Geometry, decode_image, parse_resolution, stored_bytes
 from ..latents.cache import content_sha256, open_latents, parse_identity, read_cache_info
-from ..latents.reuse import file_stamp, read_image
+from ..latents.reuse import file_stamp
 from ..latents.vae import VAE, decode, encode, load_vae
 from ..runs import RunFolder, find_run, read_run_config
 
@@ -55,9 +54,8 @@ class ReferenceImages:
         """The hash of the bytes of all images, which reads every one; None if the summary tells it."""
         if self.files is None:
             return None
-        with ThreadPoolExecutor(available_cpus()) as pool:
-            hashes = pool.map(_hash_image, (row["image"] for row in self.files))
-            return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        hashes = map_rows(lambda row: _hash_image(row["image"]), self.files, "hashing", "images", shown=False)
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def spread(self, most: int) -> ReferenceImages:
         """Return at most `most` of the images, evenly spread: a cache may be sorted by class."""
@@ -126,8 +124,7 @@ def open_reference_images(
     if geometry.resolution is None:
         raise ValueError("resolution is needed: the images of a reference have one size")
     opened = open_source(source, dataclasses.replace(options, avatar_size=max(geometry.resolution)))
-    if geometry.crop == "face":
-        opened = open_faces(opened, geometry)
+    opened = open_faces(opened, geometry)
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
     rows = opened.rows
@@ -241,17 +238,18 @@ def _open_decoded(folder: str, split: str | None, num_images: int | None) -> Ref
 def _hash_image(stored: dict[str, Any] | None) -> str:
     """Return the hash of an undecoded image's bytes, or a word for one that cannot be read."""
     try:
-        return hashlib.sha256(read_image(stored)[0] or b"").hexdigest()
+        return hashlib.sha256(stored_bytes(stored) or b"").hexdigest()
     except OSError:
         return "unreadable"
 
 
 def _read_conditions(rows: Dataset) -> dict[str, list[int]]:
     """Return the ids of the columns that are conditions: classes, and yes/no attributes as int8."""
+    features = rows.features  # copied by each access
     names = [
         name
-        for name, feature in rows.features.items()
-        if name not in ("id", "image", "split") and (isinstance(feature, ClassLabel) or feature.dtype == "int8")
+        for name in condition_names(features)
+        if isinstance(features[name], ClassLabel) or features[name].dtype == "int8"
     ]
     return {name: _ids(rows, name) for name in names}
 

@@ -62,13 +62,13 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
     vae = vae.to(memory_format=torch.contiguous_format)
     for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
         row = rows[sources[photo_of(image_id, job.geometry.crop)]]
-        original = next(crop.image for crop in decode_crops(row, job.geometry).crops if crop.id == image_id)
+        original = next(crop.pixels for crop in decode_crops(row, job.geometry).crops if crop.id == image_id)
         latents = torch.tensor(latent).view(1, *job.latent_shape)  # [1, channels, height, width]
         pixels = decode(vae, latents)[0].cpu().numpy()  # [height, width, 3]
-        error = np.square(np.asarray(original, np.float64) - pixels).mean()
+        error = np.square(original.astype(np.float64) - pixels).mean()
         ratios.append(10 * math.log10(255**2 / max(error, 1e-9)))
         captions += [Path(image_id).name[-20:], f"{ratios[-1]:.1f} dB"]
-        images += [original, Image.fromarray(pixels)]
+        images += [Image.fromarray(original), Image.fromarray(pixels)]
 
     mean = round(float(np.mean(ratios)), 1)
     title = f"images, and their reconstructions from the latents: PSNR {mean:.1f} dB"

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
+from ..data.contents import condition_names
 from ..data.faces import TOO_SMALL
 from ..data.splits import is_held_out
 from ..data.transforms import Crop, decode_crops
@@ -172,7 +173,7 @@ class ShardEncoder:
         columns[IMAGE_SHA256] = pa.array([decoded[row].sha256 for row in numbers], pa.string())
 
         # Latents. The image is mirrored, not the latent: a VAE is not equivariant to mirroring.
-        images = [np.asarray(crop.image) for _, crop in taken]
+        images = [crop.pixels for _, crop in taken]
         began = time.monotonic()
         columns |= self._encode_images(images, "", notes, sums)
         if self.job.flip:
@@ -247,8 +248,7 @@ class ShardEncoder:
 
 def _unambiguous(columns: dict[str, pa.Array], alone: list[bool]) -> dict[str, pa.Array]:
     """Return the conditions with null for each face that is not alone in its photograph: whose they are is unknown."""
-    names = [name for name in columns if name not in ("id", "split")]
-    return {name: pc.if_else(pa.array(alone), columns[name], None) for name in names}
+    return {name: pc.if_else(pa.array(alone), columns[name], None) for name in condition_names(columns)}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data.contents import condition_names
 from ..data.faces import NO_FACE, TOO_SMALL
-from ..data.photographs import FaceCounts, condition_names
+from ..data.photographs import FaceCounts
 from ..data.transforms import decode_crops, photo_of
 from ..devices import available_cpus
 from ..image_grid import make_grid, save_grid
@@ -37,7 +38,7 @@ def count_faces(spec: CacheSpec, notes: list[ShardNotes]) -> FaceCounts:
 def describe_faces(spec: CacheSpec, notes: list[ShardNotes]) -> None:
     """Complete the plan of a cache of photographs by what was found in them."""
     counts = count_faces(spec, notes)
-    spec.source.plan.add_faces(counts.describe(), counts.ambiguity(condition_names(spec.source.rows)))
+    spec.source.plan.add_faces(counts.describe(), counts.ambiguity(condition_names(spec.source.rows.column_names)))
 
 
 def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Path) -> None:
@@ -63,7 +64,8 @@ def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Pa
     images: dict[str, Image.Image] = {}
     with ThreadPoolExecutor(available_cpus()) as pool:
         for found in pool.map(lambda row: decode_crops(row, job.geometry), rows):
-            images |= {crop.id: crop.image.resize((96, 96), Image.Resampling.BICUBIC) for crop in found.crops}
+            shown = {crop.id: Image.fromarray(crop.pixels) for crop in found.crops}
+            images |= {name: image.resize((96, 96), Image.Resampling.BICUBIC) for name, image in shown.items()}
     captions = [f"{side:.0f} px, {score:.2f}\n{label}" for (_, side, score), label in zip(chosen, labels, strict=True)]
     title = f"{len(random)} of {len(faces):,} faces" + (
         " at random, the smallest and the least certain" if edge else ""

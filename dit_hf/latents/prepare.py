@@ -146,7 +146,7 @@ def prepare_latents(
         opened = with_anonymous_ids(opened)
     if crop == "face" or drop_near_duplicates:
         opened = note_near_duplicates(opened, drop_near_duplicates)
-    if dry_run and crop == "face":
+    if dry_run:
         opened = open_faces(opened, geometry)
     if state.is_main_process:
         print("\n".join(opened.plan.lines()), flush=True)

@@ -37,6 +37,7 @@ class LeftOut:
         check_share(share)
         self.share, self.source = share, source
         self.broken: list[tuple[str, str]] = []
+        self.num_source_faults, self.num_faults = _num_faults(source.left_out), 0
         self.add([])
 
     def all(self) -> list[tuple[str, str]]:
@@ -50,7 +51,8 @@ class LeftOut:
             ValueError: with the first reasons, if the share is exceeded.
         """
         self.broken += broken
-        counts = (_unusable(self.source.left_out), self.source.total), (_unusable(self.broken), len(self.source.rows))
+        self.num_faults += _num_faults(broken)
+        counts = (self.num_source_faults, self.source.total), (self.num_faults, len(self.source.rows))
         if sum(count / max(1, total) for count, total in counts) > self.share:
             summary = " and ".join(f"{count} of {total} images" for count, total in counts if count)
             faults = [(image_id, reason) for image_id, reason in self.all() if _is_fault(reason)]
@@ -58,7 +60,7 @@ class LeftOut:
             raise ValueError(f"{summary} cannot be used, more than max_left_out={self.share:g} of them: {first}")
 
 
-def _unusable(left_out: list[tuple[str, str]]) -> int:
+def _num_faults(left_out: list[tuple[str, str]]) -> int:
     """Return the number of images that are left out because something is wrong with them."""
     return sum(_is_fault(reason) for _, reason in left_out)
 

@@ -31,7 +31,8 @@ from .inputs import Inputs, Rows, read_inputs
 from .writer import GRID, Series, write_series
 
 Mode = Literal["generate", "img2img", "inpaint", "interpolate", "edit"]
-_PIPELINES: dict[str, type[LatentDiTPipeline]] = {
+# The pipeline of each mode.
+PIPELINES: dict[str, type[LatentDiTPipeline]] = {
     "generate": LatentDiTPipeline,
     "img2img": LatentDiTImg2ImgPipeline,
     "inpaint": LatentDiTInpaintPipeline,
@@ -233,7 +234,7 @@ def _open_pipeline(
             raise ValueError(f"--scheduler {scheduler} is unknown; valid names are {', '.join(SCHEDULERS)}")
         settings = SCHEDULERS[scheduler]
         loaded.scheduler = getattr(diffusers, scheduler).from_config(loaded.scheduler.config, **settings)
-    pipeline = _PIPELINES[mode](**loaded.components)
+    pipeline = PIPELINES[mode](**loaded.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -105,7 +105,7 @@ def test_faces_become_images_of_their_own(photos):
     geometry = Geometry((64, 64), "face")
     found = decode_crops({"id": "b.png", "image": {"path": str(photos / "b.png")}}, geometry)
     assert [crop.id for crop in found.crops] == ["b.png#0", "b.png#1"]
-    assert [crop.image.size for crop in found.crops] == [(64, 64)] * 2
+    assert [crop.pixels.shape for crop in found.crops] == [(64, 64, 3)] * 2
     assert found.crops[0].face.side > found.crops[1].face.side
     large = Geometry((64, 64), "face", min_face_size=150)
     found = decode_crops({"id": "b.png", "image": {"path": str(photos / "b.png")}}, large)
