@@ -88,6 +88,16 @@ def is_missing_or_empty(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def check_own_folder(folder: Path, marker: str) -> None:
+    """Refuse an `output_dir` that holds something other than what is recognized by the file `marker`.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    if not (is_missing_or_empty(folder) or (folder / marker).is_file()):
+        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=marker))
+
+
 def folder_taken(place: str, problem: str = "holds something else", missing: str | None = None) -> str:
     """Return the sentence that refuses to write to `place`, such as "output_dir runs/a".
 

@@ -19,9 +19,9 @@ from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_ex
 from ..data.transforms import Faces, Geometry, parse_resolution
 from ..pipelines.attributes import Attributes
 from ..storage import (
+    check_own_folder,
     disk_errors,
     folder_taken,
-    is_missing_or_empty,
     new_folder,
     partial_folder,
     read_json,
@@ -162,7 +162,7 @@ def reference(
         FileExistsError: if `output_dir` holds other statistics, or something else.
         ValueError: for options that do not fit, or if too many of the images cannot be read.
     """
-    check_reference_folder(Path(output_dir))
+    check_own_folder(Path(output_dir), INFO)
     net = load_features(features, feature_weights, ranks().device)
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
@@ -185,16 +185,6 @@ def reference(
     return Path(output_dir)
 
 
-def check_reference_folder(folder: Path) -> None:
-    """Refuse a folder that holds something other than statistics.
-
-    Raises:
-        FileExistsError: naming the folder.
-    """
-    if not ((folder / INFO).is_file() or is_missing_or_empty(folder)):
-        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=INFO))
-
-
 def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch_size: int) -> Reference:
     """Compute the statistics of `images`, or read them from `folder`; must be called on all ranks.
 
@@ -205,7 +195,7 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
     """
     state, identity, place = ranks(), statistics_identity(images, net), f"output_dir {folder}"
     finished = (folder / INFO).is_file()
-    check_reference_folder(folder)
+    check_own_folder(folder, INFO)
     # All ranks must have looked at the folder before the main process writes to it.
     state.wait_for_everyone()
     content = _content_sha256(folder, images)

@@ -18,7 +18,7 @@ from ..data.files import CACHE_INFO
 from ..data.photographs import faces_identity
 from ..data.sources import Source
 from ..data.transforms import DECODING_VERSION, Geometry
-from ..storage import folder_taken, is_missing_or_empty, read_manifest
+from ..storage import check_own_folder, folder_taken, is_missing_or_empty, read_manifest
 from ..upload import upload_folder
 from .reuse import SOURCE_FILES
 from .shards import load_rows
@@ -232,16 +232,6 @@ def _parse(pattern: re.Pattern[str], name: str, written: dict[str, Any]) -> dict
     return match.groupdict()
 
 
-def check_cache_folder(folder: Path) -> None:
-    """Refuse a folder that holds something other than a finished cache.
-
-    Raises:
-        FileExistsError: naming the folder.
-    """
-    if not (is_missing_or_empty(folder) or (folder / CACHE_INFO).is_file()):
-        raise FileExistsError(folder_taken(f"output_dir {folder}", missing=CACHE_INFO))
-
-
 def finished_identity(folder: Path, verify: bool) -> dict[str, Any] | None:
     """Return the identity of the finished cache in `folder`; None if there is nothing.
 
@@ -253,7 +243,7 @@ def finished_identity(folder: Path, verify: bool) -> dict[str, Any] | None:
         FileExistsError: if it holds something else.
         ValueError: if it is damaged.
     """
-    check_cache_folder(folder)
+    check_own_folder(folder, CACHE_INFO)
     if is_missing_or_empty(folder):
         return None
     return parse_identity(read_cache_info(folder, hashes=verify)["identity"])

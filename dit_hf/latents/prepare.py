@@ -11,15 +11,16 @@ from accelerate.utils import broadcast_object_list
 
 from ..data.anonymous import with_anonymous_ids
 from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
+from ..data.files import CACHE_INFO
 from ..data.near_duplicates import note_near_duplicates
 from ..data.photographs import check_faces, open_faces
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Faces, Geometry, parse_resolution
 from ..devices import memory_errors
-from ..storage import disk_errors
+from ..storage import check_own_folder, disk_errors
 from ..upload import check_repo_id
 from .build import build, is_finished, plan_job
-from .cache import CacheSpec, cache_identity, check_cache_folder, push_latents, read_cache_info
+from .cache import CacheSpec, cache_identity, push_latents, read_cache_info
 from .card import describe_copies, quality
 from .progress import LeftOut, check_share
 from .shards import check_name
@@ -121,7 +122,7 @@ def prepare_latents(
         raise ValueError("resolution is needed: all latents of a cache have one shape")
     final = Path(output_dir)
     check_name(final)
-    check_cache_folder(final)
+    check_own_folder(final, CACHE_INFO)
     check_share(max_left_out)
     if push_to_hub is not None:
         check_repo_id(push_to_hub, "push_to_hub")
