@@ -22,6 +22,15 @@ def test_a_training_loop_of_ones_own(latents, tmp_path, monkeypatch, capsys):
     assert image.size == (16, 16)
 
 
+def test_the_notebook_is_stored_with_its_images():
+    """Its page on GitHub shows the three grids, and stays small enough to be rendered."""
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert not any(output.output_type == "error" for output in outputs)
+    assert (EXAMPLES / "quickstart.ipynb").stat().st_size < 500_000
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     """In a kernel of its own, with fewer images and steps."""
