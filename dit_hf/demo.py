@@ -186,12 +186,12 @@ def _time_step(trainer: Trainer, dtype: torch.dtype | None) -> float:
 
 
 def _caption_lines(row: Attributes) -> list[str]:
-    """Return three short lines that name the easily visible attributes of a row."""
+    """Return one to three short lines that name the easily visible attributes of a row."""
     lines = [["man" if row["Male"] else "woman"], [], []]
     for line, name, word in CAPTIONS:
         if row[name]:
             lines[line].append(word)
-    return [", ".join(line) for line in lines]
+    return [", ".join(line) for line in lines if line]
 
 
 def _make_denoising_grid(pipeline: LatentDiTPipeline, requested: list[Attributes]) -> Image.Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dit_hf.demo import _run_module
+from dit_hf.demo import CAPTIONS, _caption_lines, _run_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,3 +56,9 @@ def test_a_module_of_the_current_folder_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_module("json.tool", "--help")
     assert not (tmp_path / "run").exists()
+
+
+def test_captions_have_no_empty_lines():
+    """Attributes of the second line are missing; that of the third moves up."""
+    row = {"Male": True} | {name: name in ("Smiling", "Black_Hair") for _, name, _ in CAPTIONS}
+    assert _caption_lines(row) == ["man, smiling", "black hair"]
