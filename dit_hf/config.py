@@ -207,8 +207,8 @@ class TrainConfig:
     """Number of samples for the Fréchet distance."""
     evaluation_features: str = "efficientnet-lite0"
     """Feature network of the Fréchet distance, as in `dit-hf evaluate`; with `inception` it is the FID."""
-    report_to: Literal["wandb", "tensorboard", "none"] = "wandb"
-    """Tracker to log to beside the run's own files: `wandb`, `tensorboard` or `none`."""
+    report_to: Literal["wandb", "tensorboard", "trackio", "none"] = "wandb"
+    """Tracker to log to beside the run's own files: `wandb`, `tensorboard`, `trackio` or `none`."""
     push_to_hub: bool = False
     """Push the run to the Hub: in the background every `push_to_hub_steps`, and when it is finished."""
     push_to_hub_steps: int = number(0, low=0)

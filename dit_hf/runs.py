@@ -117,6 +117,10 @@ class RunFolder:
     def wandb_id(self) -> Path:
         return self.path / "wandb_id"
 
+    @property
+    def trackio(self) -> Path:
+        return self.path / "trackio"
+
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 

@@ -97,7 +97,11 @@ def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
             2,
             "--optim.learning_rate: expected a number, got 'fast'",
         ),
-        (["train", "avatars", "--train.report_to", "null"], 2, "expected one of wandb, tensorboard, none, got 'null'"),
+        (
+            ["train", "avatars", "--train.report_to", "null"],
+            2,
+            "expected one of wandb, tensorboard, trackio, none, got 'null'",
+        ),
         (["train", "--data", "module.Class"], 2, "--data is a section: options are spelled --data.KEY VALUE"),
         (["prepare-latents", "x", "--output_dir", "y", "--max_left_out", "nan"], 2, "expected a number, got 'nan'"),
         (["train", "--train.output_dir="], 2, "--train.output_dir needs a value: text"),

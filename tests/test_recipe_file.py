@@ -26,7 +26,7 @@ def read(tmp_path, text):
         ("learning_rate: 0.1\n", "line 1: unknown section learning_rate; it is a key of the section optim"),
         ("train: {learning_rate: 0.1}\n", r"unknown key train\.learning_rate; it is a key of the section optim"),
         ("train:\n\tseed: 1\n", "line 2: a tab; indent with spaces"),
-        ("train: {report_to: null}\n", "expected one of wandb, tensorboard, none, got 'null'"),
+        ("train: {report_to: null}\n", "expected one of wandb, tensorboard, trackio, none, got 'null'"),
         ("train: {class_path: mod.D}\n", r"unknown key train\.class_path"),
         ("data: mod.D\n", r"line 1: data is a section: expected keys below it \(latents, "),
         ("train: !!python/object/apply:os.system [id]\n", "line 1: train is a section"),

@@ -61,8 +61,9 @@ def announce(
     if grids_go_to:
         lines.append(f"tracker    {grids_go_to}, which also gets the sample grids")
     if online:
+        offline = "WANDB_MODE=offline or " if grids_go_to == "wandb" else ""
         lines.append(
-            "privacy    sample grids, which may resemble training images, leave this machine; WANDB_MODE=offline or "
+            f"privacy    sample grids, which may resemble training images, leave this machine; {offline}"
             "--train.report_to none keeps them"
         )
     return lines + memory_lines(step, train, parameters, micro_batch, compiled)

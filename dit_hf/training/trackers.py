@@ -1,9 +1,10 @@
-"""Trackers that log a run beside its own files: wandb or TensorBoard. They never end a training."""
+"""Trackers that log a run beside its own files: wandb, TensorBoard or trackio. They never end a training."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from accelerate.utils import compare_versions
 from PIL import Image
 
@@ -26,7 +27,7 @@ def choose_tracker(report_to: str, log: Log) -> tuple[str | None, dict[str, Any]
     """Choose the tracker of a run and its init options, without ever prompting for a login.
 
     Args:
-        report_to: `wandb`, `tensorboard` or `none`.
+        report_to: `wandb`, `tensorboard`, `trackio` or `none`.
         log: Receives a line if the tracker is not installed, too old, switched off or offline.
 
     Returns:
@@ -72,6 +73,8 @@ def choose_tracker(report_to: str, log: Log) -> tuple[str | None, dict[str, Any]
 
 def is_online(tracker: str | None, options: dict[str, Any]) -> bool:
     """Check whether a tracker, chosen by `choose_tracker` with its init options, sends what it logs to a server."""
+    if tracker == "trackio":
+        return any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
     mode = options.get("mode") or os.environ.get("WANDB_MODE", "").lower()
     return tracker == "wandb" and mode not in ("offline", "dryrun")
 
@@ -101,10 +104,18 @@ def start_tracker(
     flat = {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
     # TensorBoard's hyperparameters take no other types.
     simple = {name: v if isinstance(v, int | float | str | bool) else str(v) for name, v in flat.items()}
+    project = "dit_hf"
     with _never_fatal(accelerator, log):
-        own = {**_wandb_run(run, log), **options} if tracker == "wandb" else {"purge_step": step + 1} if step else {}
-        project = os.environ.get("WANDB_PROJECT", "dit_hf") if tracker == "wandb" else "dit_hf"
-        accelerator.init_trackers(project, config=simple, init_kwargs={tracker: own})
+        if tracker == "wandb":
+            options = {**_wandb_run(run, log), **options}
+            project = os.environ.get("WANDB_PROJECT", project)
+        elif tracker == "trackio":
+            options = {**_trackio_run(run), **options}
+        elif step:
+            options = {"purge_step": step + 1}
+        # trackio prints a dozen lines, among them a command that does not name the folder.
+        with contextlib.redirect_stdout(io.StringIO()) if tracker == "trackio" else contextlib.nullcontext():
+            accelerator.init_trackers(project, config=simple, init_kwargs={tracker: options})
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any], log: Log) -> None:
@@ -124,11 +135,15 @@ def log_sample_grid(accelerator: Accelerator, path: Path, step: int, log: Log) -
                 tracker.log_images({"samples": grid}, step=step)
             elif isinstance(tracker, TensorBoardTracker):
                 tracker.log_images({"samples": grid}, step=step, dataformats="NHWC")
+            elif isinstance(tracker, TrackioTracker):
+                import trackio
+
+                tracker.log({"samples": trackio.Image(grid[0])}, step=step)
 
 
 def end_trackers(accelerator: Accelerator, log: Log) -> None:
     """End the run of the tracker."""
-    with _never_fatal(accelerator, log):
+    with _never_fatal(accelerator, log), contextlib.redirect_stdout(io.StringIO()):
         accelerator.end_training()
 
 
@@ -141,6 +156,15 @@ def _never_fatal(accelerator: Accelerator, log: Log) -> Iterator[None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         log(f"the tracker failed ({reason}): the run is logged to {LOG} only from now on")
         accelerator.trackers = []
+
+
+def _trackio_run(run: Path) -> dict[str, Any]:
+    """Return the options of `trackio.init` for a run, whose database is in the run's folder unless TRACKIO_DIR is set.
+
+    trackio reads the variable when it is imported: a second run in one process goes into the folder of the first.
+    """
+    os.environ.setdefault("TRACKIO_DIR", str(RunFolder(run).trackio.absolute()))
+    return {"name": run.name, "resume": "allow"}
 
 
 def _wandb_run(run: Path, log: Log) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import shutil
+import sys
 
 import pytest
 import wandb
@@ -145,6 +146,36 @@ def test_tensorboard_gets_the_log_and_the_sample_grids(config):
     assert [grid.step for grid in grids] == [4, 8]
     with Image.open(run / "samples" / "step-8.png") as grid:
         assert (grids[-1].width, grids[-1].height) == grid.size
+
+
+def test_trackio_gets_the_log_and_the_sample_grids_of_both_parts_of_a_run(config, monkeypatch, capsys):
+    for name in ("TRACKIO_DIR", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
+    config = changed(config, train={"report_to": "trackio", "sampling_steps": 4, "max_train_steps": 4})
+    train(config)
+    run = train(changed(config, train={"max_train_steps": 8, "resume_from_checkpoint": "latest"}))
+    assert "Trackio" not in capsys.readouterr().out
+
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert SQLiteStorage.get_runs("dit_hf") == [run.name]
+    rows = SQLiteStorage.get_logs("dit_hf", run.name)
+    shown = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert shown == pytest.approx({int(row["step"]): float(row["loss"]) for row in read_log(run)}, rel=1e-6)
+    assert [row["step"] for row in rows if "samples" in row] == [4, 8]
+    assert len(list((run / "trackio" / "media").rglob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "online"), [("TRACKIO_SPACE_ID", True), ("TRACKIO_SERVER_URL", True), ("TRACKIO_DIR", False)]
+)
+def test_trackio_leaves_the_machine_for_a_space_or_a_server(monkeypatch, variable, online):
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "somewhere")
+    assert is_online("trackio", {}) is online
 
 
 @pytest.mark.parametrize(
