@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_transformer, tiny_vae
+from peft import LoraConfig
 from PIL import Image
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, cli
@@ -47,11 +48,13 @@ def verb_of(command):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what a page's code finds: the demo's pipeline, here of random weights, and two images."""
+    """A folder with what a page's code finds: the demo's pipeline, here of random weights, a LoRA, and two images."""
     monkeypatch.chdir(tmp_path)
     transformer = tiny_transformer(conditions=dict.fromkeys(ATTRIBUTES, 2))
     scheduler = CosineLatentScheduler(prediction_type="v_prediction")
     LatentDiTPipeline(transformer, scheduler, tiny_vae(), guidance_scale=2.0).save_pretrained("runs/demo/pipeline")
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    transformer.save_lora_adapter("my-lora")
     Image.new("RGB", (20, 16), "teal").save("face.png")
     Image.new("L", (20, 16), 255).save("mask.png")
 
