@@ -4,12 +4,17 @@ import csv
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
 
+from dit_hf import open_images
+from dit_hf.latents import shards
 from dit_hf.latents.cache import NOT_PUSHED, open_latents
+from dit_hf.latents.encode import ShardEncoder
 from dit_hf.latents.prepare import prepare_latents
+from dit_hf.storage import sha256
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,66 @@ def test_a_second_call_returns_the_cache_of_faces(cache, photos, capsys):
     assert "already holds" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"faces was all of at least 120 px.* and is all of at least 100 px"):
         prepare_latents(str(photos), str(cache), "avatar", "16", crop="face", min_face_size=100)
+
+
+@pytest.fixture
+def many_photos(tmp_path):
+    """Twenty photographs of no, one and two people in turn."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    face = Image.fromarray(skimage.data.astronaut()).crop((120, 20, 330, 230)).resize((120, 120))
+    for number in range(20):
+        photo = Image.new("RGB", (280, 140), (12 * number, 128, 128))
+        for person in range(number % 3):
+            photo.paste(face, (10 + 140 * person, 5 + number % 10))
+        photo.save(folder / f"{number:02}.png")
+    return folder
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_processes_and_an_interruption_make_the_same_cache_of_faces(tmp_path, many_photos, monkeypatch):
+    """Photographs have no, one or several rows, which must not depend on who encodes them and when."""
+    options = {"vae": "avatar", "resolution": "16", "crop": "face", "min_face_size": 40}
+    monkeypatch.setattr(shards, "MIN_SHARD", 8)
+    monkeypatch.setattr(shards, "MAX_BATCH", 8)
+    encoded, encode = [], ShardEncoder._encode_batch
+
+    def stop_in_the_third_shard(self, table, *others):
+        encoded.append(table)
+        if len(encoded) == 3:
+            raise Stopped
+        return encode(self, table, *others)
+
+    monkeypatch.setattr(ShardEncoder, "_encode_batch", stop_in_the_third_shard)
+    with pytest.raises(Stopped):
+        prepare_latents(str(many_photos), str(tmp_path / "one"), **options)
+    one = prepare_latents(str(many_photos), str(tmp_path / "one"), **options)
+    two = prepare_latents(str(many_photos), str(tmp_path / "two"), **options, num_proc=2)
+    rows, info = open_latents(one)
+    assert rows["id"][:] == [f"{number:02}.png#{face}" for number in range(20) for face in range(number % 3)]
+    assert info["plan"]["faces"] == "20 photos: 19 faces, 7 without a face, 0 faces too small"
+    hashes = [{path.name: sha256(path) for path in folder.glob("*") if path.is_file()} for folder in (one, two)]
+    assert hashes[0] == hashes[1]
+    assert len(list(one.glob("data-*.arrow"))) == 3
+
+
+def test_an_iphones_photograph_is_turned_before_its_face_is_sought(tmp_path):
+    """HEIC, stored on its side with an orientation, as a phone held upright does."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    upright = Image.fromarray(skimage.data.astronaut())
+    on_its_side = upright.transpose(Image.Transpose.ROTATE_90)
+    on_its_side.save(folder / "IMG_1.HEIC", format="HEIF", exif=exif.tobytes(), quality=90)
+    upright.save(folder / "IMG_2.png")
+    faces = open_images(str(folder), 64, crop="face")
+    assert faces["id"] == ["IMG_1.HEIC#0", "IMG_2.png#0"]
+    heic, png = (np.asarray(image, float) for image in faces["image"])
+    assert np.abs(heic - png).mean() < 4
 
 
 def test_conditions_of_several_faces_are_null(photos, tmp_path):
