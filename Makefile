@@ -18,8 +18,9 @@ test-gpu: .venv/installed
 	.venv/bin/python -m pytest -m gpu
 
 # With the lowest versions of our libraries, with the newest, and what other versions read of what we write.
+VERSIONS ?= lowest newest readers
 test-versions: .venv/installed
-	.venv/bin/python scripts/test_versions.py
+	.venv/bin/python scripts/test_versions.py $(VERSIONS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -26,10 +26,11 @@ DATASETS = {
     "3.6.0": ["pyarrow==20.0.0"],
     "4.0.0": ["pyarrow==21.0.0"],
 }
-# Of 2025, and of 2026. The last of those before 0.35 is refused by one line.
+# Each with the other libraries of its time. Those before 0.35 are refused by one line.
 OLD_DIFFUSERS = ("0.30.3", "0.32.2", "0.33.1", "0.34.0", "0.35.0", "0.35.2", "0.36.0", "0.37.1", "0.38.0", "0.39.0")
 NEW_DIFFUSERS = ("0.40.0", "0.41.0", "0.42.0", "0.42.1")
 OF_2025 = ["transformers==4.57.6", "huggingface_hub==0.36.0", "accelerate==1.11.0", "numpy<2.4", "pillow", "requests"]
+OF_2026 = ["transformers", "accelerate", "diffusers"]
 
 
 def main(names: list[str]) -> int:
@@ -83,12 +84,16 @@ def environment(name: str, packages: list[str], torch: bool = True) -> Path:
     wanted = "\n".join([*packages, bounds])
     if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
         if torch:  # first and alone, so that its version stands before anything else asks for one
-            subprocess.run([*pip, torch_version()], check=True)
-        subprocess.run([*pip, *packages], check=True)
+            subprocess.run([*pip(python), torch_version()], check=True)
+        subprocess.run([*pip(python), *packages], check=True)
         done.write_text(wanted, encoding="utf-8")
     return python
+
+
+def pip(python: Path) -> list[str | Path]:
+    """Return the command that installs into the environment of `python`."""
+    return [python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
 
 
 def read() -> int:
@@ -101,11 +106,25 @@ def read() -> int:
         readers.append((f"datasets {version}", python, ""))
     readers.append(("datasets (newest)", environment("datasets-newest", ["datasets"], torch=False), ""))
     for version in (*OLD_DIFFUSERS, *NEW_DIFFUSERS):
-        base = ("of-2025", OF_2025) if version in OLD_DIFFUSERS else ("of-2026", ["transformers", "accelerate", "diffusers"])
+        base = (
+            ("of-2025", OF_2025)
+            if version in OLD_DIFFUSERS
+            else ("of-2026", ["transformers", "accelerate", "diffusers"])
+        )
         python = environment(*base)
         target = FOLDER / f"diffusers-{version}"
         if not target.is_dir():
-            pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps", "--target", target]
+            pip = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--disable-pip-version-check",
+                "-q",
+                "--no-deps",
+                "--target",
+                target,
+            ]
             subprocess.run([*pip, f"diffusers=={version}"], check=True)
         readers.append((f"diffusers {version}", python, str(target)))
     failed = 0

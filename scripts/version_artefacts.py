@@ -1,9 +1,10 @@
-"""Make a small cache and a small pipeline, or open them with the libraries of this environment (`test_versions.py`)."""
+"""Make a cache and a pipeline, or open them with the libraries of this environment; see `test_versions.py`."""
 
 import hashlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 CALL = {"num_inference_steps": 25, "output_type": "np"}
 ATTRIBUTES = {"Smiling": True, "class": "cat"}
@@ -56,17 +57,21 @@ def open_pipeline(folder: Path) -> str:
     import numpy
     import torch
 
-    options = {"custom_pipeline": "pipeline", "trust_remote_code": True}
-    oldest = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= OLDEST_DIFFUSERS
+    def load(place: str) -> Any:
+        options = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+        return diffusers.DiffusionPipeline.from_pretrained(place, **options)
+
+    if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < OLDEST_DIFFUSERS:
+        try:
+            load(str(folder / "pipeline"))
+        except ImportError as error:
+            line = str(error)
+        expected = f"needs diffusers 0.35.0 or newer, and {diffusers.__version__} is installed"
+        assert expected in line, line
+        return line
     with tempfile.TemporaryDirectory() as saved:
         for place in (str(folder / "pipeline"), saved):
-            try:
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(place, **options)
-            except ImportError as error:
-                assert not oldest, error
-                assert "needs diffusers 0.35" in str(error), error
-                assert diffusers.__version__ in str(error), error
-                return f"refused: {error}"
+            pipeline = load(place)
             pipeline.set_progress_bar_config(disable=True)
             images = pipeline(ATTRIBUTES, generator=torch.Generator().manual_seed(0), **CALL).images
             assert numpy.array_equal(images, numpy.load(folder / "pixels.npy")), "other pixels"

@@ -79,7 +79,8 @@ def dispatch_attention_fn(query, key, value, attn_mask=None, dropout_p=0.0, is_c
 
 def check_imports(filename):
     content = open(filename, encoding="utf-8").read()
-    names = re.findall(r"^\\s*import\\s+(\\S+)\\s*$", content, re.M) + re.findall(r"^\\s*from\\s+(\\S+)\\s+import", content, re.M)
+    names = re.findall(r"^\\s*import\\s+(\\S+)\\s*$", content, re.M)
+    names += re.findall(r"^\\s*from\\s+(\\S+)\\s+import", content, re.M)
     for name in {name.partition(".")[0] for name in names if not name.startswith(".")}:
         __import__(name)
     return dynamic_modules_utils.get_relative_imports(filename)
