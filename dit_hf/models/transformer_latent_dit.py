@@ -96,9 +96,8 @@ class LatentDiTAttnProcessor:
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, *image_rotary_emb) for x in (query, key))
 
-        # 3. Attend, and join the heads.
-        # Passed only where it is set, because diffusers has it only from 0.36 on.
-        parallel = {} if self._parallel_config is None else {"parallel_config": self._parallel_config}
+        # 3. Attend, and join the heads. Diffusers has `parallel_config` only from 0.36 on.
+        parallel: dict[str, Any] = {} if self._parallel_config is None else {"parallel_config": self._parallel_config}
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, **parallel
         )  # [batch, tokens, heads, head_dim]
