@@ -2,9 +2,10 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu lint release
+.PHONY: demo test test-slow test-gpu test-versions lint release
 demo: .venv/installed
 	.venv/bin/dit-hf demo --output_dir runs/demo
+	@echo 'dit-hf is in .venv: . .venv/bin/activate'
 
 # Two processes of one thread each: tiny models gain nothing from more threads.
 test: .venv/installed
@@ -15,6 +16,11 @@ test-slow: .venv/installed
 
 test-gpu: .venv/installed
 	.venv/bin/python -m pytest -m gpu
+
+# With the lowest versions of our libraries, with the newest, and what other versions read of what we write.
+VERSIONS ?= lowest newest readers
+test-versions: .venv/installed
+	.venv/bin/python scripts/test_versions.py $(VERSIONS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

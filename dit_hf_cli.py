@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def main(args: list[str] | None = None) -> int:
         args: The command line without the program's name; None is `sys.argv[1:]`.
 
     Returns:
-        2 for an unknown verb, and as `dit_hf.cli.run`.
+        2 for an unknown verb, 1 if a package is missing or too old, and as `dit_hf.cli.run`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -44,9 +45,15 @@ def main(args: list[str] | None = None) -> int:
     elif "-h" in args or "--help" in args:
         print(help_text(verb), end="")
     else:
-        from dit_hf.cli import run
+        try:
+            from dit_hf.cli import run
 
-        return run(verb, args[1:])
+            return run(verb, args[1:])
+        except ImportError as error:  # a package that is missing or too old
+            if os.environ.get("DIT_HF_TRACEBACK"):
+                raise
+            print(f"dit-hf {verb}: error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

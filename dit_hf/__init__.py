@@ -3,6 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .versions import check_versions
+
+check_versions()  # before anything is imported that another version may not have
+
+# ruff: noqa: E402
 import diffusers
 
 from .data.images import describe_source, open_images

@@ -48,11 +48,10 @@ CAPTIONS = (
 
 NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU helps):
   dit-hf prepare-latents celeba --crop celeba-178 --resolution 256 --flip --output_dir runs/celeba/latents
-  dit-hf train --config recipes/celeba.yaml
+  dit-hf train celeba
   dit-hf sample runs/celeba-dit --output_dir faces
 And with this model, in a browser:
-  dit-hf app {run}
-(After `make demo` the commands are in .venv: `. .venv/bin/activate`.)"""
+  dit-hf app {run}"""
 
 
 def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:

@@ -31,17 +31,20 @@ With dit_hf installed, `import dit_hf` and `DiffusionPipeline.from_pretrained("{
 """
     + _LICENSE
 )
+
+
+def _snippet(variable: str, kind: str) -> str:
+    # Built, because diffusers takes lines of a repository's code for imports wherever they stand.
+    return f'\n```python\nfrom dit_hf import {kind}\n\n{variable} = {kind}.from_pretrained("{{repo_id}}")\n```\n'
+
+
 TRANSFORMER_CARD = (
     _HEAD.replace("{metadata}", "")
     + """The transformer of a latent Diffusion Transformer (https://arxiv.org/abs/2212.09748), pushed from Python by
 dit_hf; the VAE and the scheduler that it was trained with are not in it. With dit_hf installed, this loads it:
-
-```python
-from dit_hf import LatentDiTTransformer2DModel
-
-transformer = LatentDiTTransformer2DModel.from_pretrained("{repo_id}")
-```
-
+"""
+    + _snippet("transformer", "LatentDiTTransformer2DModel")
+    + """
 `config.json` names the conditions, the size of the latents and the shape of the network.
 """
     + _LICENSE
@@ -50,13 +53,8 @@ SCHEDULER_CARD = (
     _HEAD.replace("{metadata}", "")
     + """A scheduler of a latent Diffusion Transformer, pushed from Python by dit_hf; it has no weights. With dit_hf
 installed, this loads it:
-
-```python
-from dit_hf import CosineLatentScheduler
-
-scheduler = CosineLatentScheduler.from_pretrained("{repo_id}")
-```
 """
+    + _snippet("scheduler", "CosineLatentScheduler")
 )
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 MANIFEST = "manifest.json"
 # Bytes up to which the files of a manifest are always compared by content: it takes no time.
 SMALL_FILE = 2**20
+_ON_WINDOWS = os.name == "nt"
 _OWN_SHA256 = "json_sha256"  # the key of the hash of a JSON file's other keys
 
 
@@ -292,7 +293,10 @@ def hash_json(value: dict[str, Any]) -> str:
 
 def sync(path: Path) -> None:
     """Wait until a file's content or a folder's entries have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if _ON_WINDOWS and path.is_dir():  # which it does not open
+        return
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -326,8 +330,10 @@ def locked(lock: Path, place: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Unlink while the lock is still held, so that it cannot be another process' file that is removed.
-        lock.unlink(missing_ok=True)
+        # Unlink while the lock is still held, so that it cannot be another process' file that is removed. On Windows,
+        # which unlinks no open file, `release` does it.
+        if not _ON_WINDOWS:
+            lock.unlink(missing_ok=True)
         held.release()
 
 

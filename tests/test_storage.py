@@ -181,3 +181,24 @@ def test_a_taken_folder_is_refused_in_one_sentence(tmp_path):
         "output_dir a holds something else (no b.json); name a new folder"
     )
     assert folder_taken("output_dir a", "is not empty") == "output_dir a is not empty; name a new folder"
+
+
+def test_on_windows_no_folder_is_opened_and_no_open_file_unlinked(tmp_path, monkeypatch):
+    """Windows refuses both, and syncs only a file that is open for writing."""
+    opened, unlinked = {}, []
+
+    def open_like_windows(path, flags, *args):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        opened[Path(path).name] = flags
+        return os_open(path, flags, *args)
+
+    os_open = os.open
+    monkeypatch.setattr(storage, "_ON_WINDOWS", True)
+    monkeypatch.setattr(os, "open", open_like_windows)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: unlinked.append(path))
+    with locked(tmp_path / ".lock", "run a"), new_folder(tmp_path / "made") as partial:
+        (partial / "a.txt").write_text("a")
+    assert (tmp_path / "made" / "a.txt").read_text() == "a"
+    assert opened["a.txt"] == os.O_RDWR
+    assert not unlinked

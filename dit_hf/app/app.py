@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..runs import load_pipeline
+from ..versions import check_versions
 from .studio import Studio
 
 
@@ -18,8 +19,10 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
 
     Raises:
         ValueError: if the model cannot be loaded, gradio is not installed, or this machine cannot listen at `host`.
+        ImportError: if gradio is too old.
         OSError: if the port is taken.
     """
+    check_versions("app")
     # gradio is an optional dependency, and takes seconds to import.
     try:
         from .about import about

@@ -137,7 +137,7 @@ class ShardEncoder:
         notes.sums = sums.tolist()
         notes.size = written.stat().st_size
         notes.sha256 = sha256(written)
-        written.rename(job.path(shard))
+        written.replace(job.path(shard))
         np.save(job.stamps_path(shard), np.array(stamps, np.int64).reshape(-1, 3))
         sync(job.stamps_path(shard))
         sync(job.folder)

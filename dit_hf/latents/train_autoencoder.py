@@ -24,7 +24,7 @@ from ..data.splits import is_held_out
 from ..data.transforms import Faces, photo_of
 from ..devices import available_cpus, default_device
 from ..progress import ProgressBar
-from ..storage import folder_taken, is_missing_or_empty, new_folder
+from ..storage import folder_taken, is_missing_or_empty, new_folder, write_text
 from .vae import encode
 
 KL_WEIGHT = 1e-4
@@ -140,7 +140,7 @@ def train_autoencoder(
     figures = {"psnr_db": psnr(vae.half().float(), validation), "held_out": len(validation), "seconds": seconds}
     with new_folder(folder) as partial:
         vae.half().save_pretrained(partial)
-        (partial / "training.json").write_text(json.dumps({"settings": settings, **figures}, indent=2) + "\n")
+        write_text(partial / "training.json", json.dumps({"settings": settings, **figures}, indent=2) + "\n")
     print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(validation)} held-out images")
     return vae
 

@@ -96,9 +96,10 @@ class LatentDiTAttnProcessor:
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, *image_rotary_emb) for x in (query, key))
 
-        # 3. Attend, and join the heads.
+        # 3. Attend, and join the heads. Diffusers has `parallel_config` only from 0.36 on.
+        parallel: dict[str, Any] = {} if self._parallel_config is None else {"parallel_config": self._parallel_config}
         hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, backend=self._attention_backend, **parallel
         )  # [batch, tokens, heads, head_dim]
         hidden_states = hidden_states.flatten(2, 3).to(query.dtype)  # [batch, tokens, dim]
         return attn.to_out[1](attn.to_out[0](hidden_states))  # [batch, tokens, dim]

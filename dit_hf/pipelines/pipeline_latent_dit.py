@@ -22,6 +22,7 @@ from .exclusive import exclusive
 from .guidance import Guidance, GuidanceOptions, build_guidance
 from .interpolation import interpolate_noises
 from .saving import LatentDiTSavingMixin
+from .signature import with_types
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
     _guidance_scale: float
     scheduler: CosineLatentScheduler | SchedulerMixin
 
+    @with_types
     def __init__(
         self,
         transformer: LatentDiTTransformer2DModel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -20,7 +21,10 @@ class LatentDiTSavingMixin(ShortCardMixin):
     @property
     def components(self) -> dict[str, Any]:
         """All arguments of `__init__`, so that another pipeline made with them works on the same latents."""
-        return {**super().components, **super().parameters}  # type: ignore[misc]
+        # Not by `super().parameters`, which diffusers has only from 0.36 on.
+        names = inspect.signature(type(self).__init__).parameters
+        config = {name: value for name, value in self.config.items() if name in names}  # type: ignore[attr-defined]
+        return {**config, **super().components}  # type: ignore[misc]
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -12,6 +12,25 @@ from diffusers.configuration_utils import ConfigMixin
 
 CODE_FILE = "pipeline.py"
 NOTICE = "# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.\n"
+OLDEST_DIFFUSERS = "0.35.0"
+
+CODE_HEAD = f"""# Written by dit_hf when this pipeline was saved; it is not to be edited.
+from __future__ import annotations
+
+import sys
+
+import diffusers
+from packaging.version import Version
+
+if Version(diffusers.__version__) < Version("{OLDEST_DIFFUSERS}"):
+    raise ImportError(
+        "this pipeline needs diffusers {OLDEST_DIFFUSERS} or newer, and " + diffusers.__version__ + " is installed: "
+        "pip install -U diffusers"
+    )
+"""
+CODE_TAIL = """if "dit_hf" not in sys.modules:  # which has registered its own
+    vars(diffusers).update({kind.__name__: kind for kind in ({names})})
+"""
 
 
 def standalone_source(pipeline_class: type) -> str:
@@ -37,13 +56,8 @@ def standalone_source(pipeline_class: type) -> str:
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, ConfigMixin) and value.__module__ == module.__name__
     )
-    return (
-        NOTICE + "# Written by dit_hf when this pipeline was saved; it is not to be edited.\n"
-        "from __future__ import annotations\n\nimport sys\n\nimport diffusers\n\n"
-        + "\n\n".join(own.sub("", source).strip() + "\n" for source in sources)
-        + '\n\nif "dit_hf" not in sys.modules:  # which has registered its own\n'
-        f"    vars(diffusers).update({{kind.__name__: kind for kind in ({names})}})\n"
-    )
+    code = "\n\n".join(own.sub("", source).strip() + "\n" for source in sources)
+    return "\n".join([NOTICE + CODE_HEAD, code, CODE_TAIL.replace("{names}", names)])
 
 
 def _with_imports(module: ModuleType) -> list[ModuleType]:

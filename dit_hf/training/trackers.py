@@ -186,7 +186,7 @@ def _wandb_id(run: Path, log: Log) -> str:
     here = str(run.resolve())
     known, _, folder = file.read_text(encoding="utf-8").partition("\n") if file.is_file() else ("", "", "")
     original = RunFolder(Path(folder)).wandb_id
-    if known and folder and folder != here and original.is_file() and original.read_text().startswith(known):
+    if known and folder and folder != here and original.is_file() and original.read_bytes().startswith(known.encode()):
         log(f"{run} is a copy of another run, and is another run of wandb")
         known = ""
     if not known:

@@ -50,3 +50,76 @@ def test_its_own_code_does_not_replace_the_packages_classes(tmp_path):
     own.set_progress_bar_config(disable=True)
     assert np.array_equal(generate(own), generate(pipeline))
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is LatentDiTPipeline
+
+
+# What diffusers 0.35 has otherwise, as far as a pipeline meets it: it reads no string and no `X | None` as a type,
+# has no `parameters`, passes no `parallel_config`, and takes lines for imports wherever they stand.
+AS_IN_0_35 = """
+import inspect, re, typing
+from diffusers import DiffusionPipeline
+from diffusers.models import attention_dispatch
+from diffusers.utils import dynamic_modules_utils
+
+def signature_types(cls):
+    types = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        kind = parameter.annotation
+        if inspect.isclass(kind):
+            types[name] = (kind,)
+        elif typing.get_origin(kind) == typing.Union:
+            types[name] = typing.get_args(kind)
+        elif typing.get_origin(kind) in (list, dict):
+            types[name] = (kind,)
+    return types
+
+dispatch = attention_dispatch.dispatch_attention_fn
+def dispatch_attention_fn(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                          enable_gqa=False, attention_kwargs=None, *, backend=None):
+    return dispatch(query, key, value, backend=backend)
+
+def check_imports(filename):
+    content = open(filename, encoding="utf-8").read()
+    names = re.findall(r"^\\s*import\\s+(\\S+)\\s*$", content, re.M)
+    names += re.findall(r"^\\s*from\\s+(\\S+)\\s+import", content, re.M)
+    for name in {name.partition(".")[0] for name in names if not name.startswith(".")}:
+        __import__(name)
+    return dynamic_modules_utils.get_relative_imports(filename)
+
+DiffusionPipeline._get_signature_types = classmethod(signature_types)
+del DiffusionPipeline.parameters
+attention_dispatch.dispatch_attention_fn = dispatch_attention_fn
+dynamic_modules_utils.check_imports = check_imports
+"""
+LOAD = 'DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline="pipeline", trust_remote_code=True)'
+
+
+def test_diffusers_0_35_loads_it_too(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "first")
+    code = f"""{AS_IN_0_35}
+import numpy, torch
+pipe = {LOAD}
+pipe.set_progress_bar_config(disable=True)
+numpy.save(sys.argv[3], pipe({{"class": "cat", "Smiling": True}}, {CALL})
+assert pipe.components.keys() >= {{"transformer", "latents_mean", "guidance_scale"}}
+pipe.save_pretrained(sys.argv[2])
+"""
+    run_without_dit_hf(code, tmp_path / "first", tmp_path / "second", tmp_path / "images.npy")
+    assert np.array_equal(np.load(tmp_path / "images.npy"), generate(pipeline))
+    assert np.array_equal(generate(DiffusionPipeline.from_pretrained(tmp_path / "second")), generate(pipeline))
+
+
+def test_an_older_diffusers_gets_one_line_with_both_versions(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    code = f"""
+import diffusers
+from diffusers import DiffusionPipeline
+diffusers.__version__ = "0.34.0"
+try:
+    {LOAD}
+except ImportError as error:
+    print(error)
+"""
+    assert run_without_dit_hf(code, tmp_path).splitlines()[-1] == (
+        "this pipeline needs diffusers 0.35.0 or newer, and 0.34.0 is installed: pip install -U diffusers"
+    )
