@@ -83,8 +83,8 @@ class ModelConfig:
     use_rotary_positional_embeddings: bool = False
     """Also rotate queries and keys by their position (RoPE)."""
     init_from: str | None = None
-    """Initialize from this model: the folder of a run, of a checkpoint or of a pipeline, or a Hub id. Its conditions
-    and resolution may differ; its sizes, patches and prediction type must not.
+    """Initialize from this model: the folder of a run, of a checkpoint or of a pipeline, or a Hub id
+    (`OWNER/NAME@REVISION`). Its conditions and resolution may differ; its sizes, patches and prediction type must not.
     """
 
     def sizes(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class TrainConfig:
     hub_private_repo: bool = False
     """Make a new repository private."""
     hub_revision: str | None = None
-    """Branch to push to; null is main."""
+    """Branch to push to, or an open pull request, `refs/pr/1`; null is main."""
 
 
 @dataclass

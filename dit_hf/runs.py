@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from .config import Config, ObjectiveConfig
 from .data.files import CACHE_INFO
 from .devices import default_device
+from .hub_ids import reading_problem, split_revision
 from .latents.cache import load_cache_vae
 from .latents.reader import LatentReader
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
@@ -36,7 +37,6 @@ from .storage import (
     sha256,
     temporary_folder,
 )
-from .upload import hub_problem
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of the latents by channel
 
@@ -261,7 +261,7 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
 
     Args:
         model: A run's folder (its exported `pipeline/` is loaded), a checkpoint (with its EMA weights), a pipeline's
-            folder, or a Hub id.
+            folder, or a Hub id, which may name a revision (`OWNER/NAME@REVISION`: a branch, tag, commit, `refs/pr/1`).
         device: Where to load it; None is the accelerator, if there is one.
         options: Options of `DiffusionPipeline.from_pretrained`.
 
@@ -289,16 +289,16 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
         check_exported_pipeline(run.path)
 
     # Everything that can go wrong becomes one line: no such folder, no network, a damaged file, each with an exception
-    # of its own.
-    problem = None if Path(model).exists() else hub_problem()
+    # of its own. The Hub is asked first, because diffusers prints what it answers and then speaks of local files.
+    repo_id, revision = split_revision(model)
+    problem = None if run.path.exists() else reading_problem(repo_id, revision, "model_index.json")
     try:
-        folder = str(run.pipeline) if run.pipeline.is_dir() else model
-        local = {"local_files_only": True} if problem else {}
-        pipeline = DiffusionPipeline.from_pretrained(folder, **options, **local)
+        folder = str(run.pipeline) if run.pipeline.is_dir() else repo_id
+        place = {"revision": revision, "local_files_only": problem is not None}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **options, **place)
     except Exception as error:
         if problem:
-            reason = f"not on this machine, and the Hub cannot be reached ({problem})"
-            raise ValueError(f"{model}: {reason}") from error
+            raise ValueError(f"{model}: {problem}") from error
         raise ValueError(f"{model}: no pipeline could be loaded from there ({first_line(error)})") from error
     if not isinstance(pipeline, LatentDiTPipeline):
         raise ValueError(f"{model}: expected a LatentDiTPipeline, got {type(pipeline).__name__}")
@@ -334,7 +334,8 @@ def check_model(model: str) -> None:
         return
 
     # On the Hub a model is OWNER/NAME. What begins like an existing folder, or has more or fewer parts, is a path.
-    local = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) != 2 or path.parent.is_dir()
+    parts = Path(split_revision(model)[0]).parts
+    local = path.is_absolute() or model.startswith((".", "~")) or len(parts) != 2 or Path(parts[0]).is_dir()
     if not local:
         return
     checkpoints = [checkpoint.name for checkpoint in RunFolder(path.parent).checkpoints()]

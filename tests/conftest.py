@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from local_hub import Hub, running_hub
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
@@ -157,6 +157,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
         for name, value in hub.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # of huggingface_hub's functions, read at import
         address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -21,7 +21,11 @@ class Hub:
 
     Attributes:
         broken: Patterns of requests (`POST /api/...`) to which the connection is closed without an answer.
+        answers: By such patterns, refusals that are given once each, in order: status, error code, other headers.
+        denied: By name of a repository, the status and error code of every request for it.
+        large: Suffixes of the files that go by LFS.
         requests: All that were made.
+        commits: Repository (a key of `repositories`) and message of all that were made.
     """
 
     def __init__(self) -> None:
@@ -29,6 +33,10 @@ class Hub:
         self.private: dict[str, bool] = {}
         self.stored: dict[str, bytes] = {}
         self.broken: set[str] = set()
+        self.answers: dict[str, list[tuple[int, str, dict[str, str]]]] = {}
+        self.denied: dict[str, tuple[int, str]] = {}
+        self.large: tuple[str, ...] = (".safetensors", ".png")
+        self.commits: list[tuple[str, str]] = []
         self.requests: list[str] = []
         self.endpoint = ""
 
@@ -77,7 +85,21 @@ def running_hub() -> Iterator[Hub]:
             request = f"{self.command} {urlsplit(self.path).path}"
             hub.requests.append(request)
             self.close_connection = any(fnmatch.fnmatch(request, pattern) for pattern in hub.broken)
-            return self.close_connection
+            return self.close_connection or self.is_refused(request)
+
+        def is_refused(self, request: str) -> bool:
+            """Answer a request that `answers` or `denied` refuse."""
+            names = request.partition(" ")[2].removeprefix("/api/").removeprefix("models/").strip("/")
+            for name, (status, code) in hub.denied.items():
+                if f"{names}/".startswith(f"{name}/"):
+                    self.answer(status, {"error": code}, X_Error_Code=code)
+                    return True
+            for pattern, answers in hub.answers.items():
+                if answers and fnmatch.fnmatch(request, pattern):
+                    status, code, headers = answers.pop(0)
+                    self.answer(status, {"error": code}, X_Error_Code=code, **headers)
+                    return True
+            return False
 
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -114,6 +136,9 @@ def running_hub() -> Iterator[Hub]:
                 self.answer(200, {"transfer": "basic", "objects": objects})
             elif "/branch/" in path:
                 name, _, branch = self.repository(path).partition("/branch/")
+                if branch.startswith("refs/"):
+                    self.answer(400, {"error": "Invalid reference for a branch"})
+                    return
                 hub.repositories.setdefault(f"{name}@{branch}", dict(hub.repositories[name]))
                 self.answer(200, {})
             elif "/preupload/" in path:
@@ -122,7 +147,7 @@ def running_hub() -> Iterator[Hub]:
                     self.not_found(name, "RevisionNotFound")
                     return
                 files = [f["path"] for f in json.loads(body)["files"]]
-                modes = ["lfs" if p.endswith((".safetensors", ".png")) else "regular" for p in files]
+                modes = ["lfs" if p.endswith(hub.large) else "regular" for p in files]
                 answers = zip(files, modes, strict=True)
                 self.answer(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in answers]})
             elif "/commit/" in path:
@@ -146,8 +171,20 @@ def running_hub() -> Iterator[Hub]:
             return wanted if wanted["oid"] in hub.stored else {**wanted, "actions": upload}
 
         def commit(self, name: str, revision: str, body: bytes) -> None:
-            repository = hub.repositories[hub.key(name, revision)]
-            for entry in map(json.loads, body.splitlines()):
+            key, entries = hub.key(name, revision), [json.loads(line) for line in body.splitlines()]
+            (header,) = (entry["value"] for entry in entries if entry["key"] == "header")
+            if header.get("parentCommit") not in (None, hub.commit(key)):
+                self.answer(412, {"error": "A commit has happened since. Please refresh and try again."})
+                return
+            pull_request = {}
+            if "create_pr=1" in urlsplit(self.path).query:
+                number = 1 + sum(other.startswith(f"{name}@refs/pr/") for other in hub.repositories)
+                pull_request = {"pullRequestUrl": f"{hub.endpoint}/{name}/discussions/{number}"}
+                hub.repositories[f"{name}@refs/pr/{number}"] = dict(hub.repositories[key])
+                key = f"{name}@refs/pr/{number}"
+            hub.commits.append((key, header["summary"]))
+            repository = hub.repositories[key]
+            for entry in entries:
                 value = entry["value"]
                 if entry["key"] == "file":
                     repository[value["path"]] = base64.b64decode(value["content"])
@@ -155,8 +192,9 @@ def running_hub() -> Iterator[Hub]:
                     repository[value["path"]] = hub.stored[value["oid"]]
                 elif entry["key"] == "deletedFile":
                     del repository[value["path"]]
-            oid = hub.commit(hub.key(name, revision))
-            self.answer(200, {"commitUrl": f"{hub.endpoint}/{name}/commit/{oid}", "commitOid": oid})
+            oid = hub.commit(key)
+            url = f"{hub.endpoint}/{name}/commit/{oid}"
+            self.answer(200, {"commitUrl": url, "commitOid": oid, **pull_request})
 
         def repository(self, path: str) -> str:
             return path.removeprefix("/api/").removeprefix("models/")
@@ -165,15 +203,15 @@ def running_hub() -> Iterator[Hub]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
+            path = urlsplit(self.path).path  # in which a revision such as refs/pr/1 is quoted
             if self.is_broken():
                 return
             if path == "/api/whoami-v2":
                 self.answer(200, {"name": "you", "type": "user", "auth": {"accessToken": {"role": "write"}}})
             elif "/resolve/" in path:
                 name, _, rest = path[1:].partition("/resolve/")
-                key = hub.key(name, rest.partition("/")[0])
-                content = hub.repositories.get(key, {}).get(rest.partition("/")[2])
+                key = hub.key(name, unquote(rest.partition("/")[0]))
+                content = hub.repositories.get(key, {}).get(unquote(rest.partition("/")[2]))
                 if content is None:
                     self.not_found(name, "EntryNotFound" if key in hub.repositories else "RevisionNotFound")
                 else:
@@ -187,7 +225,7 @@ def running_hub() -> Iterator[Hub]:
         def describe(self, path: str) -> None:
             kind = "/tree/" if "/tree/" in path else "/revision/"
             name, _, revision = self.repository(path).partition(kind)
-            key = hub.key(name, revision.partition("/")[0] or "main")
+            key = hub.key(name, unquote(revision.partition("/")[0]) or "main")
             files = hub.repositories.get(key)
             if files is None:
                 self.not_found(name, "RevisionNotFound")

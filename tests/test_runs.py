@@ -1,5 +1,6 @@
 """MODEL: a run's folder, a checkpoint or a pipeline's folder; and the files of a run."""
 
+import json
 import resource
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from dit_hf.latents.vae import weights_sha256
 from dit_hf.runs import find_run, load_pipeline
 from dit_hf.sampling.generate import generate_images
 from dit_hf.training.trainer import Trainer, train
+from dit_hf_cli import main
 
 
 @pytest.mark.parametrize("last_step", [8, 9], ids=["before-its-next-checkpoint", "after-it"])
@@ -99,3 +101,70 @@ def test_a_temporary_folder_without_room_is_named(config, monkeypatch, tmp_path)
             load_pipeline(f"{run}/checkpoint-8")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def revisions(hub, tmp_path):
+    """Two models as revisions of a repository, `main` and `v2`, and the hash of the weights of each."""
+    hashes = {}
+    for difference, revision in enumerate(("main", "v2")):
+        pipeline = tiny_pipeline()
+        with torch.no_grad():
+            next(pipeline.transformer.parameters()).add_(difference)
+        pipeline.save_pretrained(tmp_path / revision)
+        files = {path: path.read_bytes() for path in (tmp_path / revision).rglob("*") if path.is_file()}
+        key = "you/demo" if revision == "main" else f"you/demo@{revision}"
+        hub.repositories[key] = {path.relative_to(tmp_path / revision).as_posix(): files[path] for path in files}
+        hashes[revision] = weights_sha256(pipeline.transformer)
+    assert hashes["main"] != hashes["v2"]
+    return hashes
+
+
+def test_a_model_on_the_hub_may_be_a_revision(hub, revisions):
+    hub.repositories["you/demo@refs/pr/1"] = hub.repositories["you/demo@v2"]
+    commit = hub.commit("you/demo@v2")
+    for revision, content in ((None, "main"), ("v2", "v2"), ("refs/pr/1", "v2"), (commit, "v2"), ("main", "main")):
+        name = f"you/demo@{revision}" if revision else "you/demo"
+        assert weights_sha256(load_pipeline(name, "cpu").transformer) == revisions[content]
+    with pytest.raises(ValueError, match="you/demo@v3: you/demo has no branch, tag or commit v3 on the Hub"):
+        load_pipeline("you/demo@v3")
+
+
+def test_commands_take_a_revision_and_write_it_down(hub, revisions, tmp_path):
+    few = ["--num_images", "1", "--num_inference_steps", "1"]
+    assert main(["sample", "you/demo@v2", "--output_dir", str(tmp_path / "images"), *few]) == 0
+    assert json.loads(Image.open(tmp_path / "images" / "00000.png").text["dit_hf"])["model"] == "you/demo@v2"
+    assert main(["push", "you/demo@v2", "you/other"]) == 0
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert hub.repositories["you/other"][weights] == hub.repositories["you/demo@v2"][weights]
+
+
+MISSING = "no such model on the Hub, or a private one: check the name, or log in by `hf auth login`"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "line"),
+    [
+        (403, "GatedRepo", "gated on the Hub: ask for access at {endpoint}/you/real, and log in by `hf auth login`"),
+        (
+            401,
+            "RepoNotFound",
+            MISSING,
+        ),
+        (
+            404,
+            "RepoNotFound",
+            MISSING,
+        ),
+        (0, "", "not on this machine, and the Hub cannot be reached (Server disconnected without sending a response)"),
+    ],
+)
+def test_why_a_model_cannot_be_loaded_is_one_line(hub, tmp_path, capfd, status, code, line):
+    if status:
+        hub.denied["you/real"] = (status, code)
+    else:
+        hub.broken = {"*"}
+    assert main(["sample", "you/real", "--output_dir", str(tmp_path / "images")]) == 1
+    captured = capfd.readouterr()
+    assert captured.err == f"dit-hf sample: error: you/real: {line.format(endpoint=hub.endpoint)}\n"
+    assert captured.out == ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..hub_ids import split_revision
 from ..runs import RunFolder
 from .studio import Studio
 
@@ -27,7 +29,9 @@ def about(model: str, name: str, studio: Studio) -> str:
     if card is not None and (license := card.data.get("license_name") or card.data.get("license")):
         facts.append(f"licence {license}")
     if not Path(model).exists():
-        facts.append(f"[model card](https://huggingface.co/{model})")
+        repo_id, revision = split_revision(model)
+        place = f"/tree/{quote(revision, safe='')}" if revision else ""
+        facts.append(f"[model card](https://huggingface.co/{repo_id}{place})")
     sentence = _first_sentence(card.text) if card is not None else ""
     return f"# {name}\n{sentence or 'Images from a latent Diffusion Transformer.'}  \n{' · '.join(facts)}"
 
@@ -38,7 +42,10 @@ def _card(model: str) -> ModelCard | None:
     if Path(model).exists() and not path.is_file():
         return None
     try:
-        return ModelCard.load(path if path.is_file() else model, ignore_metadata_errors=True)
+        if not path.is_file():
+            repo_id, revision = split_revision(model)
+            path = Path(hf_hub_download(repo_id, path.name, revision=revision))
+        return ModelCard.load(path, ignore_metadata_errors=True)
     except (EntryNotFoundError, HfHubHTTPError, ValueError, OSError):
         return None
 

@@ -13,7 +13,7 @@ def app(model: str, host: str = "127.0.0.1", port: int | None = None) -> None:
     """Serve a page that generates images with a model, and edits and inpaints given ones, until Ctrl-C.
 
     Args:
-        model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
+        model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id (`OWNER/NAME@REVISION`).
         host: The address to listen at; 0.0.0.0 is reachable from other machines.
         port: The port; by default the first free one from 7860 on.
 

@@ -19,6 +19,7 @@ from datasets import (
     load_from_disk,
 )
 
+from ..hub_ids import split_revision
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import nearest_folder
 from .celeba import CELEBA_LISTS
@@ -129,8 +130,8 @@ def _read_split_column(options: SourceOptions, contents: Contents) -> None:
 
 def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDict:
     """Load a source as its own splits, whatever their names."""
-    path = Path(source)
-    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    path, (repo_id, revision) = Path(source), split_revision(source)
+    if not path.exists() and (repo_id.count("/") != 1 or source.startswith((".", "/", "~"))):
         near = nearest_folder(path)
         hint = f"did you mean {near}?" if near else "a dataset on the Hub is spelled OWNER/NAME"
         raise FileNotFoundError(f"source {source}: no such folder; {hint}")
@@ -149,7 +150,7 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
             loaded = load_from_disk(source)
         else:
             contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
-            builder = load_dataset_builder(source, options.dataset_config_name)
+            builder = load_dataset_builder(repo_id, options.dataset_config_name, revision=revision)
             builder.download_and_prepare()
             loaded = with_stored_classes(builder.as_dataset(), builder.config.data_files or {})
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
@@ -172,7 +173,9 @@ def _load_problem(source: str, error: Exception) -> str:
     reason = cause_of(error)
     # The text of an error of datasets 5.2, which lists the configurations as Python code.
     if reason == "Config name is missing":
-        reason = f"name one by --dataset_config_name: {', '.join(get_dataset_config_names(source))}"
+        repo_id, revision = split_revision(source)
+        names = get_dataset_config_names(repo_id, revision=revision)
+        reason = f"name one by --dataset_config_name: {', '.join(names)}"
     return reason if Path(source).exists() else f"no such folder, and as a dataset on the Hub: {reason}"
 
 

@@ -66,7 +66,7 @@ def evaluate(
     repeating an earlier call is quick.
 
     Args:
-        model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
+        model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id (`OWNER/NAME@REVISION`).
         reference: a folder of `dit-hf reference`, or any source of images (see prepare-latents), including a latent
             cache, which is decoded; by default the images that the run was trained on.
         num_samples: how many images are generated.

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..devices import default_device
+from ..hub_ids import reading_problem, split_revision
 from ..latents.vae import weights_sha256
 from ..storage import first_line
-from ..upload import hub_problem
 from .efficientnet import EfficientNetLite0
 from .inception import FIDInception
 
@@ -209,8 +209,9 @@ def _find_weights(weights: str) -> Path:
         if weights.count("/") >= 2:
             from huggingface_hub import hf_hub_download
 
-            owner, repository, file = weights.split("/", 2)
-            return Path(hf_hub_download(f"{owner}/{repository}", file))
+            location, revision = split_revision(weights)
+            owner, repository, file = location.split("/", 2)
+            return Path(hf_hub_download(f"{owner}/{repository}", file, revision=revision))
         raise FileNotFoundError("no such file, URL, or OWNER/NAME/FILE on the Hub")
     except Exception as error:  # no network, no such file, a wrong hash: each client has its own exceptions
         reason = first_line(error)
@@ -262,17 +263,14 @@ def _load_transformers(name: str, device: torch.device) -> FeatureNet:
         raise ValueError(expected)
 
     # Load the model and the settings of its image processor.
-    problem = None if is_folder else hub_problem()
+    source, revision = split_revision(DINOV2 if name == "dinov2" else name)
+    problem = None if is_folder else reading_problem(source, revision)
     try:
-        source = DINOV2 if name == "dinov2" else name
-        local = is_folder or problem is not None
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
-        model, loading = AutoModel.from_pretrained(
-            source, output_loading_info=True, dtype=torch.float32, local_files_only=local
-        )
+        place: dict[str, Any] = {"revision": revision or "main", "local_files_only": is_folder or problem is not None}
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **place)
+        model, loading = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **place)
     except Exception as error:  # no such model, no network, no vision model: transformers has an exception for each
-        offline = f"it is not on this machine, and the Hub cannot be reached: {problem}"
-        raise ValueError(f"{expected}; not measured ({offline if problem else first_line(error)})") from error
+        raise ValueError(f"{expected}; not measured ({problem or first_line(error)})") from error
     # A pooler that is missing in the checkpoint has random weights: use the first token instead.
     pooled = not any("pooler" in key for key in loading["missing_keys"])
     vision = getattr(model, "vision_model", model)  # the image half of a model like CLIP

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..card_blocks import sign_blocks
 from ..data.sources import AVATARS
+from ..hub_ids import is_hub_id, is_pull_request, split_revision
 from ..latents.vae import weights_sha256
 from ..pipelines.attributes import AttributeValue
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import EVALUATION_REPORT, RunFolder
 from ..storage import read_json, shipped_file, write_text
-from ..upload import is_hub_id
 
 TASK = "unconditional-image-generation"
 TAGS = ["diffusers", "latent-diffusion", "diffusion-transformer", "dit", "dit_hf"]
@@ -72,9 +73,11 @@ def write_card(
         **dict.fromkeys(("sheet", "curve", "revision", "builtin")),
         **template_values,
     }
+    if is_pull_request(values["revision"]):  # which is merged into main, where the card is read
+        values["revision"] = None
     data = card_data(name, training, results, license, datasets)
     card = ModelCard.from_template(data, template_path=str(shipped_file("model_card.md")), **values)
-    write_text(folder / "README.md", str(card))
+    write_text(folder / "README.md", sign_blocks(str(card)))
 
 
 def card_data(
@@ -94,7 +97,8 @@ def card_data(
         datasets: Ids on the Hub; None is the training data, if it came from the Hub.
     """
     # Terms: avatars are free, CelebA is for research, and of any other data nothing is certain.
-    source, base = training.get("source"), training.get("base_model")
+    # A revision has no place in metadata; the card's text names it.
+    source, base = (split_revision(str(training.get(key)))[0] for key in ("source", "base_model"))
     terms: dict[str, Any] = {"license": license or ("apache-2.0" if source == AVATARS else "unknown")}
     if license is None and is_celeba(training):
         terms = {"license": "other", "license_name": "celeba-non-commercial-research", "license_link": CELEBA}
@@ -104,7 +108,7 @@ def card_data(
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=TAGS,
-        datasets=datasets or ([str(source)] if is_hub_id(source) else None),
+        datasets=datasets or ([source] if is_hub_id(source) else None),
         model_name=name if results else None,
         eval_results=results or None,
         **terms,

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..config import PRESETS
+from ..hub_ids import is_hub_id, reading_problem, split_revision
 from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import CONFIG
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
-from ..upload import is_hub_id
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
@@ -236,12 +236,17 @@ def from_diffusers(source: str) -> LatentDiTPipeline:
         ValueError: if it is not one, or has parts that our transformer lacks.
     """
     # On the Hub a model is OWNER/NAME; anything else is not asked for there.
-    if not Path(source).exists() and (not is_hub_id(source) or Path(source).suffix in (".pt", ".safetensors")):
+    (repo_id, revision), is_path = split_revision(source), Path(source).exists()
+    if not is_path and (not is_hub_id(repo_id) or Path(source).suffix in (".pt", ".safetensors")):
         raise ValueError(f"{source}: no such file or folder; a pipeline on the Hub is OWNER/NAME")
+    problem = None if is_path else reading_problem(repo_id, revision, "model_index.json")
     try:
-        other = DiffusionPipeline.from_pretrained(source)
-        labels = DiffusionPipeline.load_config(source).get("id2label") or {}
+        place = {"revision": revision, "local_files_only": problem is not None}
+        other = DiffusionPipeline.from_pretrained(repo_id, **place)
+        labels = DiffusionPipeline.load_config(repo_id, **place).get("id2label") or {}
     except Exception as error:  # no such folder, no network, a damaged file: each has its own exception
+        if problem:
+            raise ValueError(f"{source}: {problem}") from error
         if (Path(source) / CONFIG).is_file():
             raise ValueError(f"{source} is a run of dit_hf already, not a DiT of another project") from error
         if Path(source).is_dir():

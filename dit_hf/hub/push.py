@@ -6,15 +6,18 @@ import contextlib
 import dataclasses
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
+from ..card_blocks import LICENSE
 from ..devices import default_device
+from ..hub_ids import check_branch, check_repo_id, split_revision
 from ..image_grid import make_grid, save_grid
 from ..pipelines.attributes import Attributes
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
@@ -46,14 +49,14 @@ from ..storage import (
     write_json,
     write_text,
 )
-from ..upload import check_repo_id, upload_folder
+from ..upload import PUSHED_FILES, Content, Repository, upload_folder
 from .card import example_attributes, read_report, write_card
 from .space import is_space_file, upload_space, write_space
 from .to_diffusers import BuiltinExport, to_builtin
 
 GRID_SIZE = 8
 _EVALUATION = (EVALUATION_REPORT, EVALUATION_PLOT, SETTINGS_PLOT)
-# Folders that a push replaces as a whole, so that no shard of earlier weights is left.
+# Folders and files of a repository, all that a push writes.
 _FOLDERS = ("transformer", "scheduler", "vae", "evaluation")
 _CARD_IMAGES = {"sheet": "samples.png", "curve": LOSS_CURVE}
 _FILES = (
@@ -64,7 +67,10 @@ _FILES = (
     CONFIG,
     EXPORT,
     *_CARD_IMAGES.values(),
+    PUSHED_FILES,  # of a repository that was downloaded
 )
+# Weights in one file or in shards, and the index of the latter.
+_WEIGHTS = re.compile(r"(transformer|vae)/diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # left by file managers
 
 
@@ -76,6 +82,7 @@ def push(
     attributes: dict[str, bool | int | str] | None = None,
     private: bool = False,
     revision: str | None = None,
+    create_pr: bool = False,
     license: str | None = None,
     datasets: list[str] | None = None,
     max_shard_size: str = "5GB",
@@ -85,18 +92,19 @@ def push(
     """Share a model: weights, card, image grid, recipe, log and evaluation, as a repository of the Hub or a folder.
 
     Args:
-        model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
+        model: the folder of a run, of one of its checkpoints or of a pipeline, or a Hub id (`OWNER/NAME@REVISION`).
         repo_id: the repository (`OWNER/NAME`), which is created if it does not exist.
         output_dir: write the repository to this folder (too).
         builtin: as diffusers' own `DiTPipeline`, which loads without dit_hf and without remote code.
         attributes: for `builtin`, what a model with several conditions generates, e.g. '{"Smiling": true}'.
         private: make a new repository private.
-        revision: push to this branch, which is created if it does not exist.
+        revision: push to this branch, which is created if it does not exist, or to an open pull request, `refs/pr/1`.
+        create_pr: open a pull request with the push.
         license: one of the Hub's identifiers, e.g. `apache-2.0`; by default derived from the training data.
         datasets: ids of the training data on the Hub.
         max_shard_size: largest size of a file of weights.
-        overwrite: replace another model, or, on the Hub, any other content. A folder that holds files which no push
-            has written is never replaced.
+        overwrite: replace another model, or, on the Hub, any other content and the card, whatever was changed in it. A
+            folder that holds files which no push has written is never replaced.
         space: also push a Space of the same name, which runs the app with this model; of a folder, the files of the
             Space are in `OUTPUT_DIR-space`.
 
@@ -117,8 +125,13 @@ def push(
         raise ValueError("--attributes is for --builtin; other exports generate any attributes")
     if not re.fullmatch(r"\d+ *[KMGT]B", max_shard_size.upper()):
         raise ValueError(f"max_shard_size={max_shard_size!r}: expected a size such as 500MB or 5GB")
-    if space and (repo_id is None or builtin or private or revision is not None):
-        raise ValueError("--space loads a public OWNER/NAME: it takes no --builtin, --private or --revision")
+    if space and (repo_id is None or builtin or private or create_pr or revision is not None):
+        raise ValueError(
+            "--space loads a public OWNER/NAME: it takes no --builtin, --private, --revision or --create_pr"
+        )
+    if create_pr and (repo_id is None or revision is not None):
+        raise ValueError("--create_pr opens a pull request to the main branch of OWNER/NAME: it takes no --revision")
+    check_branch(revision)
     folder = Path(output_dir) if output_dir is not None else None
 
     with contextlib.ExitStack() as stack:
@@ -151,7 +164,9 @@ def push(
         if output_dir is not None:
             print(f"{folder} holds the repository{f', {space_folder} the Space' if space else ''}", flush=True)
         if repo_id is not None:
-            print(f"{model} is now {upload(folder, repo_id, private, revision, overwrite)}", flush=True)
+            given = (*(LICENSE if license else ()), *(("datasets",) if datasets else ()))
+            place = upload(folder, repo_id, private, revision, create_pr, overwrite, given)
+            print(f"{model} is now {place}", flush=True)
             if space:
                 print(f"its Space is {upload_space(space_folder, repo_id, overwrite)}", flush=True)
 
@@ -203,30 +218,50 @@ def write_repository(
 
 
 def upload(
-    folder: Path, repo_id: str, private: bool = False, revision: str | None = None, overwrite: bool = False
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    metadata: Collection[str] = (),
 ) -> str:
     """Upload `folder` as the newest commit of a model repository, see [`upload_folder`], and return its address.
+
+    Args:
+        folder: The repository's files.
+        repo_id: See [`upload_folder`], as for the following ones.
+        private: Make a new repository private.
+        revision: A branch or `refs/pr/1`.
+        create_pr: Open a pull request.
+        overwrite: Also replace another model or other content.
+        metadata: Keys of the card's metadata that count more than what its owner changed.
 
     Raises:
         FileExistsError: if the repository holds another model or other content, and `overwrite` is False.
     """
 
-    def check(api: HfApi) -> None:
-        if not overwrite:
-            _check_same_model(api, folder, repo_id, revision)
+    def check(repository: Repository) -> None:
+        _check_same_model(repository, folder, revision)
 
-    # Earlier shards of the weights go; the uploaded ones stay.
-    stale = [f"{name}/*" for name in _FOLDERS]
-    message = "Upload a model by dit_hf"
-    return upload_folder(folder, repo_id, "model", message, private, revision, delete_patterns=stale, check=check)
+    # The figures always are those of the weights.
+    content = Content("model", "Upload a model by dit_hf", check, _is_model_file, ("model-index", *metadata))
+    return upload_folder(folder, repo_id, content, private, revision, create_pr, overwrite)
+
+
+def _is_model_file(name: str) -> bool:
+    """Check whether a file of this name describes or holds weights that a push replaces."""
+    in_evaluation = (f"{RunFolder(Path()).evaluation.name}/{file}" for file in _EVALUATION)
+    return name in in_evaluation or _WEIGHTS.fullmatch(name) is not None
 
 
 def _metadata_folder(model: str) -> Path:
     """Return the folder of `model`; for a Hub id, a local folder with the summary that its repository holds."""
     if Path(model).is_dir():
         return Path(model)
+    repo_id, revision = split_revision(model)
     with contextlib.suppress(EntryNotFoundError):
-        return Path(hf_hub_download(model, EXPORT)).parent
+        return Path(hf_hub_download(repo_id, EXPORT, revision=revision)).parent
     return Path(model)
 
 
@@ -268,7 +303,8 @@ def _is_path(text: str) -> bool:
         return True
     if "://" in text or ", " in text or " / " in text or "\n" in text:  # an address, or prose
         return False
-    # A Hub id has one slash, and so may a relative path, which is known by its existence.
+    # A Hub id has one slash before its revision, and so may a relative path, which is known by its existence.
+    text, _ = split_revision(text)
     return text.count("/") > 1 or ("/" in text and Path(text).exists())
 
 
@@ -297,24 +333,20 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder_taken(place, 'is not empty')}, or give --overwrite true")
 
 
-def _check_same_model(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> None:
+def _check_same_model(repository: Repository, folder: Path, revision: str | None) -> None:
     """Refuse a repository that holds anything but a model of the same architecture and conditions.
 
     Raises:
         FileExistsError: if it holds another model, or something else.
     """
-    files = api.list_repo_files(repo_id, revision=revision)
-    if set(files) <= {".gitattributes"}:
-        return
     name = "transformer/config.json"
-    if name in files:
-        remote = read_json(Path(api.hf_hub_download(repo_id, name, revision=revision)))
-        local = read_json(folder / name)
+    if name in repository.files:
+        remote, local = read_json(repository.download(name)), read_json(folder / name)
         # The same model saved by another version of diffusers is the same model.
         if {**remote, "_diffusers_version": None} == {**local, "_diffusers_version": None}:
             return
-    content = "another model" if "model_index.json" in files else "something else"
+    content = "another model" if "model_index.json" in repository.files else "something else"
+    place = f"{repository.repo_id}{f' (revision {revision})' if revision else ''}"
     raise FileExistsError(
-        f"{repo_id}{f' (branch {revision})' if revision else ''} holds {content} already; name another repository or "
-        "another --revision, or give --overwrite true"
+        f"{place} holds {content} already; name another repository or another --revision, or give --overwrite true"
     )

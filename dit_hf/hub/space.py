@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, SpaceCardData
+from huggingface_hub import SpaceCardData
 
 from ..storage import first_line, write_text
-from ..upload import upload_folder
+from ..upload import PUSHED_FILES, Content, Repository, upload_folder
 from .card import project_address
 
 APP, REQUIREMENTS, README = "app.py", "requirements.txt", "README.md"
@@ -57,16 +57,16 @@ def upload_space(folder: Path, repo_id: str, overwrite: bool = False) -> str:
         FileExistsError: if it holds something else, and `overwrite` is False.
     """
 
-    def check(api: HfApi) -> None:
-        if not overwrite:
-            _check_ours(api, repo_id)
-
-    return upload_folder(folder, repo_id, "space", "Upload a Space by dit_hf", delete_patterns=["*.whl"], check=check)
+    return upload_folder(folder, repo_id, _CONTENT, overwrite=overwrite)
 
 
 def is_space_file(name: str) -> bool:
     """Check whether `write_space` writes files of this name."""
-    return name in (APP, REQUIREMENTS, README) or (name.startswith("dit_hf-") and name.endswith(".whl"))
+    return name in (APP, REQUIREMENTS, README, PUSHED_FILES) or _is_wheel(name)
+
+
+def _is_wheel(name: str) -> bool:
+    return name.startswith("dit_hf-") and name.endswith(".whl")
 
 
 def _readme(repo_id: str) -> str:
@@ -85,7 +85,7 @@ def _readme(repo_id: str) -> str:
         license="apache-2.0",
     )
     text = f"The page of [{repo_id}]({HUB}/{repo_id}): it generates, edits, varies and inpaints images."
-    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
+    return f"---\n{data.to_yaml()}\n---\n\n<!-- dit_hf: begin page -->\n{text}\n<!-- dit_hf: end page -->\n"
 
 
 def _build_wheel(checkout: Path, folder: Path) -> Path:
@@ -112,15 +112,22 @@ def _build_wheel(checkout: Path, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _check_ours(api: HfApi, repo_id: str) -> None:
-    """Refuse a Space that holds anything but a new one's files or those of an earlier push.
+def _check_repository(repository: Repository) -> None:
+    """Refuse a Space that holds anything but the files of an earlier push.
 
     Raises:
         FileExistsError: if it does.
     """
-    files = {*api.list_repo_files(repo_id, repo_type="space")}
-    if files <= {".gitattributes", README}:
+    if APP in repository.files and _IMPORT in repository.download(APP).read_text("utf-8"):
         return
-    if APP in files and _IMPORT in Path(api.hf_hub_download(repo_id, APP, repo_type="space")).read_text("utf-8"):
-        return
-    raise FileExistsError(f"the Space {repo_id} holds something else already; give --overwrite true to replace it")
+    name = repository.repo_id
+    raise FileExistsError(f"the Space {name} holds something else already; give --overwrite true to replace it")
+
+
+_CONTENT = Content(
+    repo_type="space",
+    commit_message="Upload a Space by dit_hf",
+    check=_check_repository,
+    is_ours=_is_wheel,
+    metadata=("sdk", "sdk_version", "python_version", "app_file", "models"),  # without which it does not run
+)

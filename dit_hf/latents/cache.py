@@ -19,14 +19,15 @@ from ..data.photographs import faces_identity
 from ..data.sources import Source
 from ..data.transforms import DECODING_VERSION, Geometry
 from ..storage import check_own_folder, folder_taken, is_missing_or_empty, read_manifest
-from ..upload import upload_folder
+from ..upload import Content, Repository, upload_folder
 from .reuse import SOURCE_FILES
 from .shards import load_rows
 from .vae import VAE, load_vae, weights_sha256
 
 # The owner's to change: nothing reads them.
 EDITABLE = ("README.md", "left_out.csv", "reconstructions.png", "faces.png")
-NOT_PUSHED = [SOURCE_FILES, "left_out.csv"]
+NOT_PUSHED = (SOURCE_FILES, "left_out.csv")
+_SHARD_FILE = re.compile(r"data-\d{5}-of-\d{5}\.arrow")
 _OBJECTS = ("identity", "settings", "conditions", "condition_labels", "statistics")
 _KEYS = (*_OBJECTS, "latent_shape", "vae_sha256")
 FORMAT_VERSION = 3
@@ -107,11 +108,32 @@ def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
         flush=True,
     )
     try:
-        url = upload_folder(folder, repo_id, "dataset", "Upload a latent cache", private, ignore_patterns=NOT_PUSHED)
+        url = upload_folder(folder, repo_id, _CONTENT, private)
     except (ValueError, OSError) as error:
         raise type(error)(f"push_to_hub {error} (the cache in {folder} is complete)") from error
     print(f"{folder} is now {url}", flush=True)
     return url
+
+
+def _check_repository(repository: Repository) -> None:
+    """Refuse a data set that is no latent cache.
+
+    Raises:
+        FileExistsError: if it is none.
+    """
+    if CACHE_INFO not in repository.files:
+        there = ", ".join(sorted(repository.files - {".gitattributes"})[:3])
+        raise FileExistsError(f"{repository.repo_id} holds something else already ({there}); name another repository")
+
+
+_CONTENT = Content(
+    repo_type="dataset",
+    commit_message="Upload a latent cache",
+    check=_check_repository,
+    is_ours=lambda name: _SHARD_FILE.fullmatch(name) is not None,
+    metadata=("configs",),  # which name the shards
+    ignore_patterns=NOT_PUSHED,
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from ..card_blocks import sign_blocks
 from ..data.transforms import decode_crops, photo_of
 from ..image_grid import make_grid, save_grid
 from .shards import Job, load_rows
@@ -95,16 +96,22 @@ def write_cache_card(folder: Path, info: dict[str, Any], left_out: list[tuple[st
     recipe = "celeba" if height * width >= 32 * 32 else "avatars"
     word, source = quality(info["psnr"]), "\n".join(plan)
     copies = "".join(f"\n| copies | {sentence} |" for sentence in describe_copies(info))
+    # With the number of shards, so that shards of another cache that were pushed before are never read too.
+    shards = f"data-*-of-{next(folder.glob('data-*.arrow')).stem.rpartition('-')[2]}.arrow"
     text = f"""---
 tags:
 - dit_hf
 - latents
 configs:
 - config_name: default
-  data_files: data-*.arrow
+  data_files: {shards}
 ---
 
 # Latents of {settings["source"]}
+
+<!-- A push writes the sections between these comments anew, except those that were edited; the rest is yours. -->
+
+<!-- dit_hf: begin contents -->
 
 ![images and their reconstructions](reconstructions.png)
 
@@ -129,6 +136,10 @@ How the source was read:
 {source}
 ```
 
+<!-- dit_hf: end contents -->
+
+<!-- dit_hf: begin use -->
+
 ```python
 from datasets import load_from_disk
 
@@ -140,6 +151,8 @@ hf download OWNER/NAME --repo-type dataset --local-dir latents  # from the Hub
 dit-hf train {recipe} --data.latents latents --train.output_dir runs/mine
 ```
 
+<!-- dit_hf: end use -->
+
 Made by `dit-hf prepare-latents`. The terms of use of the images are those of their source.
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(sign_blocks(text), encoding="utf-8")

@@ -17,8 +17,8 @@ from ..data.photographs import check_faces, open_faces
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Faces, Geometry, parse_resolution
 from ..devices import memory_errors
+from ..hub_ids import check_repo_id
 from ..storage import check_own_folder, disk_errors
-from ..upload import check_repo_id
 from .build import build, is_finished, plan_job
 from .cache import CacheSpec, cache_identity, push_latents, read_cache_info
 from .card import describe_copies, quality
@@ -67,8 +67,8 @@ def prepare_latents(
             metadata.csv, ...), parquet or webdataset shards, a dataset on the Hub (`OWNER/NAME`), or `avatars`.
         output_dir: the cache's folder. If it already holds the finished cache of the same images (by content), labels,
             VAE and geometry, only images that could not be read are tried again.
-        vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`) or folder of a diffusers `AutoencoderKL`,
-            `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
+        vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`, with `@REVISION` or without) or folder of a diffusers
+            `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
         resolution: `N` or `HxW` in pixels, divisible by twice the VAE's reduction of a side (patches are of 2).
         crop: `center` (the largest centered box), `face` (each face of a photograph, aligned by eyes and mouth),
             `celeba-178` or `celeba-140` (squares of CelebA's aligned images), or `none` (stretch the whole image).

@@ -18,8 +18,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from ..devices import default_device
+from ..hub_ids import hub_problem, reading_problem, split_revision
 from ..storage import first_line
-from ..upload import hub_problem
 
 BUNDLED = "avatar"
 # Pixels of the images that a VAE encodes or decodes at once; Stable Diffusion's needs about 3 GB for this many.
@@ -31,8 +31,8 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
     """Load a VAE in float32; `avatar` is the bundled one.
 
     Args:
-        name: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`), folder, or `.safetensors` file. Of a whole pipeline its
-            VAE is loaded; weights that exist in half precision alone are loaded too.
+        name: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`, either with `@REVISION`), folder, or `.safetensors` file.
+            Of a whole pipeline its VAE is loaded; weights that exist in half precision alone are loaded too.
         device: Where to load it; by default the accelerator, if there is one.
 
     Raises:
@@ -56,41 +56,44 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
 
 def _load_named(name: str) -> Any:
     """Load a VAE from a folder or the Hub."""
-    path, subfolder = name, None
     is_path = Path(name).exists() or name.startswith(("/", ".", "~"))
+    (path, revision), subfolder = split_revision(name), None
     # A third part of a Hub id is a subfolder of the repository.
-    if name.count("/") > 1 and not is_path:
-        owner, repository, subfolder = name.split("/", 2)
+    if path.count("/") > 1 and not is_path:
+        owner, repository, subfolder = path.split("/", 2)
         path = f"{owner}/{repository}"
     advice = "give a folder, 'avatar', or a Hub id (which needs the network the first time)"
 
     if not is_path and "/" not in name:
         raise ValueError(f"vae {name}: no such folder; {advice}")
-    problem = None if is_path else hub_problem()
+    problem = None if is_path else reading_problem(path, revision)
     try:
-        return _load_folder(path, subfolder, local_files_only=is_path or problem is not None)
+        return _load_folder(path, subfolder, revision, local_files_only=is_path or problem is not None)
     except Exception as error:  # a missing folder, no network and a damaged file each raise a class of their own
         if is_path and not Path(name).exists():
             raise ValueError(f"vae {name}: no VAE could be loaded from there (no such folder); {advice}") from error
         if is_path and not any((Path(name) / file).is_file() for file in ("config.json", "model_index.json")):
             raise ValueError(f"vae {name}: a folder without config.json, which a VAE has; {advice}") from error
         if problem is not None:
-            reason = f"it is not on this machine, and the Hub cannot be reached: {problem}"
-            raise ValueError(f"vae {name}: {reason}; connect to the network, or give a folder or 'avatar'") from error
+            raise ValueError(f"vae {name}: {problem}; a folder or 'avatar' needs no network") from error
         raise ValueError(f"vae {name}: no VAE could be loaded from there ({first_line(error)}); {advice}") from error
 
 
-def _load_folder(path: str, subfolder: str | None = None, local_files_only: bool = True) -> Any:
+def _load_folder(
+    path: str, subfolder: str | None = None, revision: str | None = None, local_files_only: bool = True
+) -> Any:
     """Load a model from a folder or repository, or the VAE of the pipeline in it, in whole or in half precision."""
     subfolders = [subfolder] if subfolder is not None else [None, "vae"]
     if subfolder is None and (Path(path) / "model_index.json").is_file():
         subfolders = ["vae"]
     errors = []
     for folder, variant in itertools.product(subfolders, (None, "fp16")):
-        options = {"subfolder": folder, "variant": variant, "local_files_only": local_files_only}
+        options = {"subfolder": folder, "variant": variant, "revision": revision}
         try:
             with _quiet_hub():
-                return AutoModel.from_pretrained(path, dtype=torch.float32, **options)
+                return AutoModel.from_pretrained(
+                    path, dtype=torch.float32, local_files_only=local_files_only, **options
+                )
         except Exception as error:
             errors.append(error)
             # There is nothing else to find in a repository that does not exist or may not be read.

@@ -94,7 +94,7 @@ def sample(
     call given again after a kill resumes where it was.
 
     Args:
-        model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id.
+        model: The folder of a run, of one of its checkpoints or of a pipeline, or a Hub id (`OWNER/NAME@REVISION`).
         output_dir: Where `00000.png` … (or `samples.npz`), `sheet.png`, `settings.json` and for films `film.gif` go.
         mode: `generate` new images, `img2img` (variations of given ones), `inpaint`, `interpolate` (a film between
             noises or images) or `edit` (other attributes).

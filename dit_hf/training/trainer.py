@@ -15,13 +15,13 @@ from accelerate import init_empty_weights
 from ..config import Config
 from ..devices import memory_errors
 from ..hub.background_push import BackgroundPush
+from ..hub_ids import check_branch, check_repo_id
 from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..progress import ProgressBar
 from ..runs import RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, locked, write_text
-from ..upload import check_repo_id
 from .accelerator import build_accelerator, on_first_rank, should_compile, start_ranks, use_deterministic_kernels
 from .announce import announce, summary
 from .checkpoint import (
@@ -81,6 +81,7 @@ def train(config: Config, dry_run: bool = False) -> Path:
     place = f"train.output_dir {run}"
     if config.train.push_to_hub and config.train.hub_model_id:
         check_repo_id(config.train.hub_model_id, "train.hub_model_id")
+        check_branch(config.train.hub_revision)
     # Refuse to overwrite before anything is loaded.
     check_run_folder(run, resumed=bool(config.train.resume_from_checkpoint))
 

@@ -49,3 +49,11 @@ def test_a_model_on_the_hub_is_linked(hub, model, studio, capsys):
     header = about("you/faces", "you/faces", studio)
     assert "\nA latent Diffusion Transformer (" in header
     assert header.endswith(" · licence mit · [model card](https://huggingface.co/you/faces)")
+
+
+def test_a_revision_is_described_by_its_own_card(hub, studio):
+    hub.repositories["you/faces@refs/pr/1"] = {"README.md": CARD.encode()}
+    hub.repositories["you/faces"] = {}
+    header = about("you/faces@refs/pr/1", "you/faces@refs/pr/1", studio)
+    assert "\nFaces that nobody has." in header
+    assert header.endswith(" · licence mit · [model card](https://huggingface.co/you/faces/tree/refs%2Fpr%2F1)")

@@ -72,7 +72,7 @@ def read_metadata(folder):
 def test_metadata_is_the_hubs_and_round_trips(tmp_path):
     pipeline = tiny_pipeline()
     write_evaluation(tmp_path, pipeline)
-    write_card(tmp_path, pipeline, "faces", "you/faces", {**TRAINING, "base_model": "you/earlier"})
+    write_card(tmp_path, pipeline, "faces", "you/faces", {**TRAINING, "base_model": "you/earlier@v2"})
     text, metadata = read_metadata(tmp_path)
     assert set(metadata) <= KEYS
     assert metadata["library_name"] == "diffusers"

@@ -117,7 +117,14 @@ def test_names_of_folders_stay_here_for_relative_paths_too(training_latents, con
 def test_reports_are_shared_without_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/mine").mkdir(parents=True)
-    kept = ["facebook/dinov2-large", "S/2", "https://a.b/c/d/e", "(x - 127) / 128, mean / std / n", "no"]
+    kept = [
+        "facebook/dinov2-large",
+        "you/faces@refs/pr/1",
+        "S/2",
+        "https://a.b/c/d/e",
+        "(x - 127) / 128, mean / std / n",
+        "no",
+    ]
     assert without_paths(kept) == kept
     assert without_paths({"a": "runs/mine", "b": "a/b/c d", "c": ["./x"]}) == {"a": "mine", "b": "c d", "c": ["x"]}
     report = {"a": ["/home/me/x", "b/c", 1], "d": "../up", "e": "~/f"}
@@ -251,3 +258,29 @@ def test_two_pushes_do_not_write_one_folder(folder, tmp_path, capsys):
             assert "out is being written by another process; wait for it" in capsys.readouterr().err
     assert main(["push", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "out"}
+
+
+def test_a_push_goes_to_a_pull_request_that_is_there(hub, folder, capsys):
+    hub.repositories["you/demo"] = {".gitattributes": b""}
+    code, line = push(capsys, folder, "you/demo", "--revision", "refs/pr/1")
+    assert code == 1
+    assert "you/demo has no revision refs/pr/1; dit-hf push --create_pr true opens a pull request" in line
+    hub.repositories["you/demo@refs/pr/1"] = {".gitattributes": b""}
+    assert push(capsys, folder, "you/demo", "--revision", "refs/pr/1")[0] == 0
+    files = hub.repositories["you/demo@refs/pr/1"]
+    assert "model_index.json" in files
+    assert b"refs/pr" not in files["README.md"]  # the card is read in main, once it is merged
+    assert hub.repositories["you/demo"] == {".gitattributes": b""}
+    assert "/branch/" not in "".join(hub.requests)
+
+
+def test_create_pr_opens_a_pull_request(hub, folder, capsys):
+    hub.repositories["you/demo"] = {".gitattributes": b""}
+    for options in (["--revision", "v2"], ["--space"]):
+        code, line = push(capsys, folder, "you/demo", "--create_pr", *options)
+        assert code == 1
+        assert "--create_pr" in line
+    code, line = push(capsys, folder, "you/demo", "--create_pr")
+    assert (code, line) == (0, f"{folder} is now {hub.endpoint}/you/demo/discussions/1")
+    assert hub.repositories["you/demo"] == {".gitattributes": b""}
+    assert "model_index.json" in hub.repositories["you/demo@refs/pr/1"]

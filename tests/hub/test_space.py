@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from repositories import assert_no_leaks, push
 
 from dit_hf.hub import space
-from dit_hf.hub.space import SDK_VERSION, write_space
+from dit_hf.hub.space import SDK_VERSION, upload_space, write_space
 
 WHEEL = "dit_hf-0.1.0-py3-none-any.whl"
 
@@ -41,6 +41,7 @@ def test_a_model_and_its_space_are_pushed(hub, folder, wheel, tmp_path, capsys):
     assert {*hub.repositories["spaces/you/faces"]} == {
         ".gitattributes",
         "README.md",
+        "pushed_files.json",
         "app.py",
         "requirements.txt",
         WHEEL,
@@ -70,7 +71,7 @@ def test_a_model_and_its_space_are_pushed(hub, folder, wheel, tmp_path, capsys):
 def test_a_space_loads_a_public_model(hub, folder, options, capsys):
     code, line = push(capsys, folder, "you/faces", "--space", *options)
     assert code == 1
-    assert "--space loads a public OWNER/NAME: it takes no --builtin, --private or --revision" in line
+    assert "--space loads a public OWNER/NAME: it takes no --builtin, --private, --revision or" in line
     assert hub.repositories == {}
 
 
@@ -117,3 +118,18 @@ def test_the_spaces_folder_runs_the_page_and_brings_a_wheel(hub, folder, tmp_pat
             assert "A latent Diffusion Transformer" in page
         finally:
             server.kill()
+
+
+def test_what_was_changed_in_a_space_on_the_site_is_kept(hub, wheel, tmp_path):
+    """Its title and its words; the settings with which it runs are ours until they are changed."""
+    hub.repositories["spaces/you/faces"] = {
+        "README.md": b"---\ntitle: My faces\nsdk: static\n---\n\nMade by me.\n",
+        ".gitattributes": b"",
+    }
+    write_space(tmp_path, "you/faces")
+    for _ in range(2):
+        upload_space(tmp_path, "you/faces")
+        card = RepoCard(hub.repositories["spaces/you/faces"]["README.md"].decode())
+        assert (card.data.title, card.data.sdk, card.data.app_file) == ("My faces", "gradio", "app.py")
+        assert "Made by me." in card.text
+        assert card.text.count("The page of") == 1

@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import tiny_vae
+from datasets import load_dataset, load_from_disk
 from local_hub import running_hub
 
 from dit_hf import storage
+from dit_hf.card_blocks import sign_blocks
 from dit_hf.data.avatars import choose_face, render_face
 from dit_hf.data.transforms import Geometry
 from dit_hf.evaluation.reference_images import open_reference_images
@@ -148,6 +151,66 @@ def test_identity_keeps_the_spelling_of_format_2():
     assert json.dumps(format_identity(identity)) == json.dumps(written)
     with pytest.raises(ValueError, match="unreadable vae: 'vae'"):
         parse_identity({**written, "vae": "vae"})
+
+
+def downloaded(hub, folder):
+    """Write the files of the data set you/big to a folder."""
+    for name, content in hub.repositories["datasets/you/big"].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def num_rows(folder):
+    """The rows that `load_dataset` finds by the card; of a folder it refuses what `load_from_disk` would open."""
+    (Path(folder) / "state.json").unlink()
+    return len(load_dataset(folder, split="train", cache_dir=f"{folder}-cache"))
+
+
+@pytest.mark.parametrize("has_list", [True, False], ids=["pushed", "pushed by 0.1.0"])
+def test_a_cache_of_fewer_shards_replaces_one_of_more(latents, hub, tmp_path, has_list):
+    push_latents(latents, "you/big")
+    files = hub.repositories["datasets/you/big"]
+    shard = files["data-00000-of-00001.arrow"]
+    larger = {f"data-0000{i}-of-00002.arrow": shard for i in range(2)}
+    files |= larger
+    listed = json.loads(files.pop("pushed_files.json"))
+    if has_list:
+        listed["files"] += [*larger]
+        files["pushed_files.json"] = json.dumps(listed).encode()
+    # The card names the shards, whatever else is there.
+    assert num_rows(downloaded(hub, tmp_path / "with")) == 60
+    push_latents(latents, "you/big")
+    assert not larger.keys() & hub.repositories["datasets/you/big"].keys()
+    folder = downloaded(hub, tmp_path / "now")
+    assert load_from_disk(folder)["id"][:] == load_rows(latents)["id"][:]
+    assert num_rows(folder) == 60
+
+
+@pytest.mark.parametrize("files", [{"README.md": b"MINE", "data/train-0.parquet": b"x"}, {"a.csv": b""}])
+def test_a_data_set_that_is_no_cache_is_left_alone(latents, hub, files):
+    hub.repositories["datasets/you/mine"] = dict(files)
+    message = f"push_to_hub you/mine holds something else already .*{[*files][-1]}.*; name another repository"
+    with pytest.raises(FileExistsError, match=message):
+        push_latents(latents, "you/mine")
+    assert hub.repositories["datasets/you/mine"] == files
+
+
+def test_the_edited_card_of_a_cache_keeps_its_owners_words(latents, hub, tmp_path):
+    push_latents(latents, "you/big")
+    files = hub.repositories["datasets/you/big"]
+    edited = "---\nlicense: mit\n" + files["README.md"].decode().removeprefix("---\n") + "\nOf my aunt.\n"
+    files["README.md"] = edited.replace("60 train", "61 train").encode()
+    push_latents(latents, "you/big")
+    card = hub.repositories["datasets/you/big"]["README.md"].decode()
+    assert "license: mit\n" in card
+    assert card.endswith("\nOf my aunt.\n")
+    # Nobody has edited the next one, but its figures are of another cache.
+    files["README.md"] = sign_blocks(edited.replace("PSNR", "about PSNR")).encode()
+    push_latents(latents, "you/big")
+    card = hub.repositories["datasets/you/big"]["README.md"].decode()
+    assert "about PSNR" not in card
+    assert card.endswith("\nOf my aunt.\n")
 
 
 def test_a_cache_is_pushed_with_its_card(latents):

@@ -157,7 +157,7 @@ def test_without_a_network_one_line_says_so_within_seconds(tmp_path, monkeypatch
     assert main(["prepare-latents", *options, "--output_dir", str(tmp_path / "out")]) == 1
     assert time.monotonic() - started < 5
     lines = capsys.readouterr().err.splitlines()
-    expected = r"vae stabilityai/sd-vae-ft-ema: it is not on this machine, and the Hub cannot be reached: .*"
+    expected = r"vae stabilityai/sd-vae-ft-ema: not on this machine, and the Hub cannot be reached \(.*"
     assert re.search(f"error: {expected}({reason})", lines[-1])
     assert "Retrying" not in "".join(lines)
 
@@ -168,6 +168,24 @@ def test_a_vae_that_was_downloaded_needs_no_network(tmp_path, hub, monkeypatch):
     load_vae("you/kept", "cpu")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert same_weights(load_vae("you/kept", "cpu"), tiny_vae())
+
+
+def test_a_vae_may_be_a_revision_and_a_gated_one_is_named(tmp_path, hub):
+    vae = tiny_vae()
+    for key, shift in (("you/vae", 0), ("you/vae@v2", 1)):
+        with torch.no_grad():
+            vae.quant_conv.bias.add_(shift)
+        vae.save_pretrained(tmp_path / key)
+        files = {f"sub/{path.name}": path.read_bytes() for path in (tmp_path / key).iterdir()}
+        hub.repositories[key] = files | {name.removeprefix("sub/"): content for name, content in files.items()}
+    for name in ("you/vae@v2", "you/vae/sub@v2"):
+        loaded = load_vae(name, "cpu")
+        assert same_weights(loaded, vae)
+        assert loaded.config._name_or_path == name
+    assert not same_weights(load_vae("you/vae", "cpu"), vae)
+    hub.denied["you/real"] = (403, "GatedRepo")
+    with pytest.raises(ValueError, match=r"vae you/real: gated on the Hub: ask for access at .*/you/real,"):
+        load_vae("you/real")
 
 
 def _original_names(vae):
