@@ -22,6 +22,7 @@ from .data.files import CACHE_INFO
 from .devices import default_device
 from .latents.cache import load_cache_vae
 from .latents.reader import LatentReader
+from .latents.vae import check_weights
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
@@ -291,6 +292,9 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
         folder = str(run.pipeline) if run.pipeline.is_dir() else model
         local = {"local_files_only": True} if problem else {}
         pipeline = DiffusionPipeline.from_pretrained(folder, **options, **local)
+        for component in (pipeline.components.get("transformer"), pipeline.components.get("vae")):
+            if isinstance(component, torch.nn.Module):
+                check_weights(component)
     except Exception as error:
         if problem:
             reason = f"not on this machine, and the Hub cannot be reached ({problem})"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_runs import changed
 
 from dit_hf.latents.vae import weights_sha256
@@ -99,3 +100,15 @@ def test_a_temporary_folder_without_room_is_named(config, monkeypatch, tmp_path)
             load_pipeline(f"{run}/checkpoint-8")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_lack_one_are_refused(part, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    missing = sorted(weights)[0]
+    del weights[missing]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*its weights lack {missing}; config.json and weights"):
+        load_pipeline(str(tmp_path))
