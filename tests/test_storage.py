@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from dit_hf import storage
 from dit_hf.storage import (
+    check_folder,
     folder_taken,
     is_missing_or_empty,
     locked,
@@ -181,3 +182,16 @@ def test_a_taken_folder_is_refused_in_one_sentence(tmp_path):
         "output_dir a holds something else (no b.json); name a new folder"
     )
     assert folder_taken("output_dir a", "is not empty") == "output_dir a is not empty; name a new folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("caf\udce9", "output_dir '.*caf.udce9': a name of characters that are not UTF-8"),
+        ("a\0b", "a name of characters that are not UTF-8"),
+        ("none/../a", "none/../a: there is no folder .*/none/.."),
+    ],
+)
+def test_a_folder_that_cannot_be_named_is_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        check_folder(tmp_path / name, "output_dir")
