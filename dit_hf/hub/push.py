@@ -249,8 +249,8 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
             _copy(run, path, RunFolder(folder).evaluation / name)
     report = RunFolder(folder).evaluation / EVALUATION_REPORT
     if report.is_file():
-        content = without_paths(read_report(report))
-        write_json(report, content)
+        # Read where it came from, so that an error names that file and not the copy.
+        write_json(report, without_paths(read_report(RunFolder(run).evaluation / EVALUATION_REPORT)))
     return {option: _CARD_IMAGES[option] for option in images}
 
 
