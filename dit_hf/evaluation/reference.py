@@ -31,7 +31,7 @@ from ..storage import (
     write_manifest,
     write_text,
 )
-from .extract import Collected, Extraction, ranks
+from .extract import Collected, Extraction, locked_for_ranks, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
 from .reference_images import ReferenceImages, check_left_out, open_reference_images
@@ -180,7 +180,10 @@ def reference(
     images = open_reference_images(source, geometry, options, verbose=ranks().is_main_process)
     if images.count < 2:
         raise ValueError(f"source {source}: a covariance needs at least two images, got {images.count} (--num_images)")
-    statistics = make_reference(Path(output_dir), images, net, batch_size)
+    # Finished statistics are only read, maybe from a disk that takes no lock.
+    finished = (Path(output_dir) / INFO).is_file()
+    with contextlib.nullcontext() if finished else locked_for_ranks(Path(output_dir)):
+        statistics = make_reference(Path(output_dir), images, net, batch_size)
     if ranks().is_main_process:
         print(f"{output_dir}: {describe(statistics)}", flush=True)
     return Path(output_dir)

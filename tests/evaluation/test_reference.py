@@ -14,7 +14,7 @@ from dit_hf.evaluation import reference_images
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import load_reference, reference
-from dit_hf.storage import write_manifest
+from dit_hf.storage import locked_beside, write_manifest
 from dit_hf_cli import main
 
 
@@ -147,6 +147,14 @@ def test_statistics_that_somebody_has_made_up_are_refused(statistics, tmp_path, 
     write_manifest(tmp_path, "reference.json", **info)
     with pytest.raises(ValueError, match=f"{tmp_path} is no statistics of images .*{message}.*; delete"):
         load_reference(tmp_path)
+
+
+def test_two_calls_do_not_write_one_folder(net, tmp_path, capsys):
+    call = ["reference", "avatars", "--num_images", "4", "--resolution", "16", "--features", net]
+    with locked_beside(tmp_path / "one"):
+        assert main([*call, "--output_dir", str(tmp_path / "one")]) == 1
+    assert f"output_dir {tmp_path}/one is being written by another process; wait" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_missing_source_is_one_line(tmp_path, capsys):
