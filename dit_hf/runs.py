@@ -23,6 +23,7 @@ from .devices import default_device
 from .hub_ids import reading_problem, split_revision
 from .latents.cache import load_cache_vae
 from .latents.reader import LatentReader
+from .latents.vae import check_weights
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
@@ -296,6 +297,9 @@ def load_pipeline(model: str, device: str | torch.device | None = None, **option
         folder = str(run.pipeline) if run.pipeline.is_dir() else repo_id
         place = {"revision": revision, "local_files_only": problem is not None}
         pipeline = DiffusionPipeline.from_pretrained(folder, **options, **place)
+        for component in (pipeline.components.get("transformer"), pipeline.components.get("vae")):
+            if isinstance(component, torch.nn.Module):
+                check_weights(component)
     except Exception as error:
         if problem:
             raise ValueError(f"{model}: {problem}") from error

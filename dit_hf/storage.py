@@ -77,11 +77,22 @@ def check_folder(folder: Path, place: str) -> None:
 
     Raises:
         FileExistsError: naming `place`, the option.
+        ValueError: for a name that cannot be written into cards and logs, which are UTF-8, or that no folder can have.
     """
+    if "\0" in str(folder) or not _is_unicode(str(folder)):
+        raise ValueError(f"{place} {str(folder)!a}: a name of characters that are not UTF-8; name another folder")
+    # Resolving such a path and opening it lead to two different places.
+    if ".." in folder.parts and not folder.parent.exists():
+        raise ValueError(f"{place} {folder}: there is no folder {folder.parent}")
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(folder_taken(f"{place} {folder}", "is a link that leads nowhere"))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(folder_taken(f"{place} {folder}", "is a file"))
+
+
+def _is_unicode(name: str) -> bool:
+    """Check that a name has none of the surrogates by which Python represents bytes that are not UTF-8."""
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in name)
 
 
 def is_missing_or_empty(folder: Path) -> bool:

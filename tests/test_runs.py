@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_runs import changed
 
 from dit_hf.latents.vae import weights_sha256
@@ -168,3 +169,15 @@ def test_why_a_model_cannot_be_loaded_is_one_line(hub, tmp_path, capfd, status, 
     captured = capfd.readouterr()
     assert captured.err == f"dit-hf sample: error: you/real: {line.format(endpoint=hub.endpoint)}\n"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_lack_one_are_refused(part, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    missing = sorted(weights)[0]
+    del weights[missing]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*its weights lack {missing}; config.json and weights"):
+        load_pipeline(str(tmp_path))

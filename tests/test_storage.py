@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from dit_hf import storage
 from dit_hf.storage import (
+    check_folder,
     folder_taken,
     is_missing_or_empty,
     locked,
@@ -202,3 +203,16 @@ def test_on_windows_no_folder_is_opened_and_no_open_file_unlinked(tmp_path, monk
     assert (tmp_path / "made" / "a.txt").read_text() == "a"
     assert opened["a.txt"] == os.O_RDWR
     assert not unlinked
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("caf\udce9", "output_dir '.*caf.udce9': a name of characters that are not UTF-8"),
+        ("a\0b", "a name of characters that are not UTF-8"),
+        ("none/../a", "none/../a: there is no folder .*/none/.."),
+    ],
+)
+def test_a_folder_that_cannot_be_named_is_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        check_folder(tmp_path / name, "output_dir")

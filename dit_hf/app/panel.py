@@ -12,6 +12,7 @@ from ..pipelines.attributes import AttributeValue
 from .studio import Control, Settings, Studio
 
 MAX_IMAGES = 16
+MAX_SEED = 2**53 - 1  # beyond it, the numbers of JSON and of browsers are not exact
 
 Data = dict[Any, Any]  # the values of an event's components
 
@@ -66,7 +67,7 @@ def build_panel(studio: Studio) -> Panel:
                 visible=bool(studio.controls),
             )
             with gr.Column(min_width=140):
-                seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0)
+                seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                 new_seed = gr.Checkbox(True, label="Randomize seed", container=False)
 
     # 2. Attributes, one accordion a group; only the first group is open, or the page would be very long.

@@ -19,9 +19,11 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..pipelines.image_inputs import IMAGE_FORMATS
+from ..storage import first_line
 
 MAX_FILE_BYTES = 50 * 2**20
 MAX_PIXELS = 50_000_000
+MAX_REQUEST_PIXELS = 3 * MAX_PIXELS  # an editor sends the image, what is painted on it, and both
 MAX_WAITING = 4  # calls that wait for the model, beside the one under way
 # An upload is one file and a few lines around it; other requests are far smaller.
 _MAX_BODY_BYTES = MAX_FILE_BYTES + 2**20
@@ -129,9 +131,18 @@ class Page(gr.Blocks):
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        for file in _files(inputs):
+        files = [*_files(inputs)]
+        for file in files:
             _check_uploaded(file)
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        # A request may name one small file many times, each of which is decoded by itself.
+        if sum(_pixels(Path(file["path"])) for file in files if file.get("path")) > MAX_REQUEST_PIXELS:
+            raise gr.Error(f"images of more than {MAX_REQUEST_PIXELS:,} pixels together", print_exception=False)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
+            # A truncated image, or a setting of another type; gradio puts lines of its own around the reason.
+            reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise gr.Error(f"a request that cannot be read: {first_line(reason)}", print_exception=False) from error
 
 
 def _limit_images() -> None:
@@ -164,6 +175,24 @@ def _check_uploaded(file: dict[str, Any]) -> None:
         raise gr.Error("upload the image instead of sending it in the request", print_exception=False)
     if given.stat().st_size > MAX_FILE_BYTES:
         raise gr.Error(f"larger than {MAX_FILE_BYTES // 2**20} MB", print_exception=False)
+
+
+def _pixels(path: Path) -> int:
+    """Return the pixels of an uploaded image, 0 for a file that is none; nothing is decoded.
+
+    Raises:
+        gr.Error: for more than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = image.width * image.height
+    except Image.DecompressionBombError:
+        pixels = MAX_PIXELS + 1
+    except (OSError, ValueError, SyntaxError):
+        return 0
+    if pixels > MAX_PIXELS:
+        raise gr.Error(f"an image of more than {MAX_PIXELS:,} pixels; make it smaller", print_exception=False)
+    return pixels
 
 
 def _files(value: Any) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from .announce import (
     describe_time,
 )
 from .comparison import Comparison, no_reconstructions
-from .extract import ranks
+from .extract import locked_for_ranks, ranks
 from .features import FeatureNet, load_features
 from .reference import CONTENT, INFO, Reference, load_reference, make_reference, statistics_identity
 from .reference_images import ReferenceImages, open_reference_images, open_training_images
@@ -135,21 +135,22 @@ def evaluate(
         left = {REFERENCE: images.count, SAMPLES: num_samples * len(settings), RECONSTRUCTIONS: rebuilt}
         _print_time(left, timing)
 
-    # The reference.
-    statistics = make_reference(place, images, net, batch_size) if images is not None else load_reference(place)
-    _check_statistics(statistics, net, resolution)
+    with locked_for_ranks(folder):
+        # The reference.
+        statistics = make_reference(place, images, net, batch_size) if images is not None else load_reference(place)
+        _check_statistics(statistics, net, resolution)
 
-    # Every combination of guidance scale and steps.
-    comparison = Comparison(
-        pipeline, net, statistics, images, folder, num_samples, batch_size, seed, dtype, save_images
-    )
-    if not is_new:
-        _announce(num_samples, settings, statistics.info["pictures"])
-        _print_time(comparison.missing(settings), timing)
-    with disk_errors(f"output_dir {folder}"):
-        comparison.run(_model_name(model), settings, own_folder=output_dir is None)
-        if output_dir is None and ranks().is_main_process:
-            write_run_card(Path(model), pipeline, exported_summary(Path(model)))
+        # Every combination of guidance scale and steps.
+        comparison = Comparison(
+            pipeline, net, statistics, images, folder, num_samples, batch_size, seed, dtype, save_images
+        )
+        if not is_new:
+            _announce(num_samples, settings, statistics.info["pictures"])
+            _print_time(comparison.missing(settings), timing)
+        with disk_errors(f"output_dir {folder}"):
+            comparison.run(_model_name(model), settings, own_folder=output_dir is None)
+            if output_dir is None and ranks().is_main_process:
+                write_run_card(Path(model), pipeline, exported_summary(Path(model)))
     return folder
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..progress import ProgressBar
 from ..sampling.generate import batches
-from ..storage import hash_json, new_file, write_text
+from ..storage import hash_json, locked_beside, new_file, write_text
 from .features import FeatureNet
 
 IDENTITY = "identity.json"
@@ -46,6 +48,26 @@ def ranks() -> PartialState:
     The timeout is a week, because one rank may have much more work left than the others.
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+@contextlib.contextmanager
+def locked_for_ranks(folder: Path) -> Iterator[None]:
+    """Lock other calls out of `folder`, by the first rank; call it on all ranks.
+
+    Raises:
+        OSError: on all ranks, if another call holds the lock.
+    """
+    with contextlib.ExitStack() as stack:
+        problems: list[str | None] = [None]
+        if ranks().is_main_process:
+            try:
+                stack.enter_context(locked_beside(folder))
+            except OSError as error:
+                problems = [str(error)]
+        (problem,) = broadcast_object_list(problems)
+        if problem is not None:
+            raise OSError(problem)
+        yield
 
 
 @dataclass(frozen=True)

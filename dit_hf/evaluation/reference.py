@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from ..data.conditions import remap_class_ids
@@ -30,7 +31,7 @@ from ..storage import (
     write_manifest,
     write_text,
 )
-from .extract import Collected, Extraction, ranks
+from .extract import Collected, Extraction, locked_for_ranks, ranks
 from .features import FeatureNet, load_features
 from .metrics import Gaussian
 from .reference_images import ReferenceImages, check_left_out, open_reference_images
@@ -96,7 +97,7 @@ class Reference:
         """
         before, now = self.info["features"], net.identity()
         differences = [
-            f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before[name] != value
+            f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
         ]
         if self.info["pictures"]["resolution"] != resolution:
             differences.append(f"images of {self.info['pictures']['resolution']} px, now {resolution}")
@@ -179,7 +180,10 @@ def reference(
     images = open_reference_images(source, geometry, options, verbose=ranks().is_main_process)
     if images.count < 2:
         raise ValueError(f"source {source}: a covariance needs at least two images, got {images.count} (--num_images)")
-    statistics = make_reference(Path(output_dir), images, net, batch_size)
+    # Finished statistics are only read, maybe from a disk that takes no lock.
+    finished = (Path(output_dir) / INFO).is_file()
+    with contextlib.nullcontext() if finished else locked_for_ranks(Path(output_dir)):
+        statistics = make_reference(Path(output_dir), images, net, batch_size)
     if ranks().is_main_process:
         print(f"{output_dir}: {describe(statistics)}", flush=True)
     return Path(output_dir)
@@ -270,6 +274,9 @@ def load_reference(folder: Path) -> Reference:
     if info["format"] != FORMAT_VERSION:
         raise ValueError(f"{folder}: expected statistics of format {FORMAT_VERSION}, got format {info['format']}")
     tensors = read_tensors(folder / STATISTICS, remedy)
+    problem = _problem(info, tensors)
+    if problem:
+        raise ValueError(f"{folder} is no statistics of images ({problem}); {remedy}")
     features = tensors["features"].numpy()
     # With few images the features themselves are the smaller factor of the covariance.
     few_images = len(features) <= features.shape[1]
@@ -283,6 +290,35 @@ def load_reference(folder: Path) -> Reference:
         if few_images
         else Gaussian.of_statistics(tensors["mean"], tensors["covariance"], len(features)),
     )
+
+
+def _problem(info: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return what is wrong with statistics that may come from anybody, or None."""
+    kinds = {"pictures": dict, "features": dict, "conditions": list, "condition_labels": dict}
+    for key, kind in kinds.items():
+        if not isinstance(info.get(key, kind()), kind):
+            return f"{INFO}: {key} is no {kind.__name__}"
+    for section, keys in (("pictures", ("source", "pixels_sha256", "resolution")), ("features", ("name",))):
+        if not all(isinstance(info[section].get(key), str) for key in keys):
+            return f"{INFO}: {section} without {' or '.join(keys)}"
+
+    # Everything else has as many rows, or as many features, as `features`.
+    features = tensors.get("features")
+    if features is None or features.ndim != 2 or features.dtype != torch.float32:
+        return f"{STATISTICS}: no features, [images, dim] in float32"
+    count, dim = features.shape
+    if info["pictures"].get("pictures") != count:
+        return f"{INFO}: {info['pictures'].get('pictures')!r} images, but {count} features"
+    conditions = {f"condition.{name}": (count,) for name in info["conditions"]}
+    shapes: dict[str, tuple[int, ...]] = {"rows": (count,), "mean": (dim,), "covariance": (dim, dim), **conditions}
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            return f"{STATISTICS}: expected {name} of shape {list(shape)}"
+        if tensors[name].is_floating_point() != (name in ("mean", "covariance")):
+            return f"{STATISTICS}: {name} in {tensors[name].dtype}"
+        if not torch.isfinite(tensors[name]).all():
+            return f"{STATISTICS}: {name} is not finite"
+    return None
 
 
 def describe(statistics: Reference) -> str:

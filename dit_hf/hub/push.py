@@ -269,8 +269,8 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
     """Copy images, log, recipe and evaluation of a run, and return the card's options for the images."""
     images = RunFolder(run).card_images()
     for option, name in images.items():
-        shutil.copyfile(run / name, folder / _CARD_IMAGES[option])
-    shutil.copyfile(run / LOG, folder / LOG)
+        _copy(run, run / name, folder / _CARD_IMAGES[option])
+    _copy(run, run / LOG, folder / LOG)
     recipe = without_paths(dataclasses.asdict(read_config(run / CONFIG)))
     # Always paths, even where they look like a Hub id or no longer exist.
     for section, key in (("data", "latents"), ("train", "output_dir")):
@@ -281,12 +281,23 @@ def _copy_run(run: Path, folder: Path) -> dict[str, str]:
         path = RunFolder(run).evaluation / name
         if path.is_file():
             RunFolder(folder).evaluation.mkdir(exist_ok=True)
-            shutil.copyfile(path, RunFolder(folder).evaluation / name)
+            _copy(run, path, RunFolder(folder).evaluation / name)
     report = RunFolder(folder).evaluation / EVALUATION_REPORT
     if report.is_file():
-        content = without_paths(read_report(report))
-        write_json(report, content)
+        # Read where it came from, so that an error names that file and not the copy.
+        write_json(report, without_paths(read_report(RunFolder(run).evaluation / EVALUATION_REPORT)))
     return {option: _CARD_IMAGES[option] for option in images}
+
+
+def _copy(run: Path, path: Path, target: Path) -> None:
+    """Copy a file of a run's folder.
+
+    Raises:
+        ValueError: if it is a link out of that folder: somebody else's run could share any file of this machine so.
+    """
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"{path} is a link that leads out of {run}; put the file itself there, or delete the link")
+    shutil.copyfile(path, target)
 
 
 def without_paths(value: Any) -> Any:

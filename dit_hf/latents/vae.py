@@ -88,12 +88,10 @@ def _load_folder(
         subfolders = ["vae"]
     errors = []
     for folder, variant in itertools.product(subfolders, (None, "fp16")):
-        options = {"subfolder": folder, "variant": variant, "revision": revision}
+        options = {"subfolder": folder, "variant": variant, "revision": revision, "local_files_only": local_files_only}
         try:
             with _quiet_hub():
-                return AutoModel.from_pretrained(
-                    path, dtype=torch.float32, local_files_only=local_files_only, **options
-                )
+                return check_weights(AutoModel.from_pretrained(path, dtype=torch.float32, **options))
         except Exception as error:
             errors.append(error)
             # There is nothing else to find in a repository that does not exist or may not be read.
@@ -130,15 +128,25 @@ def _load_file(path: Path) -> Any:
         with _quiet_hub():
             offline = has_config or problem is not None
             vae = AutoencoderKL.from_single_file(str(path), dtype=torch.float32, local_files_only=offline, **options)
-        if any(parameter.is_meta for parameter in vae.parameters()):
-            raise ValueError("some of the weights are missing")
-        return vae
+        return check_weights(vae)
     except Exception as error:  # as in `_load_named`
         reason = f"its config is on the Hub, which cannot be reached: {problem}" if problem else first_line(error)
         raise ValueError(
             f"vae {path}: weights in one file, which could not be loaded ({reason}); put the VAE's config.json beside "
             "it, or give a folder of diffusers"
         ) from error
+
+
+def check_weights(model: Any) -> Any:
+    """Return a loaded model. diffusers leaves weights that its file lacks without values, on the meta device.
+
+    Raises:
+        ValueError: naming the first such weight.
+    """
+    missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if missing:
+        raise ValueError(f"its weights lack {missing[0]}; config.json and weights do not belong together")
+    return model
 
 
 @contextlib.contextmanager

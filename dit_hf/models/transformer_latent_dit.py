@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from torch import nn
 
 from ..short_card import TRANSFORMER_CARD, ShortCardMixin
 from .adapters import LatentDiTAdapterMixin
+from .config_checks import check_transformer_config
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -209,8 +211,8 @@ class LatentDiTTransformer2DModel(ShortCardMixin, LatentDiTAdapterMixin, ModelMi
             https://arxiv.org/abs/2403.13298).
 
     Raises:
-        ValueError: if a size is out of range, `sample_size` is not divisible by `patch_size`, the model's width is not
-            divisible by 4, or with rotary positions `attention_head_dim` is not divisible by 4.
+        ValueError: if a value is of another type or out of range, `sample_size` is not divisible by `patch_size`, the
+            model's width is not divisible by 4, or with rotary positions `attention_head_dim` is not divisible by 4.
     """
 
     # The names from which ModelMixin of diffusers 0.42.1 reads what a model supports.
@@ -239,28 +241,9 @@ class LatentDiTTransformer2DModel(ShortCardMixin, LatentDiTAdapterMixin, ModelMi
         use_rotary_positional_embeddings: bool = False,
     ):
         super().__init__()
-        # 1. Check the sizes. A config may come from anywhere, and absurd ones would take hours or all memory.
-        height, width = height_and_width(sample_size)
-        for name, value, most in (
-            ("sample_size", height, 10_000),
-            ("sample_size", width, 10_000),
-            ("patch_size", patch_size, 10_000),
-            ("num_layers", num_layers, 1_000),
-            ("num_attention_heads", num_attention_heads, 1_000),
-            ("attention_head_dim", attention_head_dim, 10_000),
-        ):
-            if not 1 <= value <= most:
-                raise ValueError(f"expected {name} from 1 to {most:,}, got {value}")
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}")
+        # 1. Check the config, and derive sizes.
+        check_transformer_config(self.config)
         dim = num_attention_heads * attention_head_dim
-        if dim % 4:
-            raise ValueError(f"the width {dim} (num_attention_heads * attention_head_dim) is not divisible by 4")
-        if qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"expected qk_norm=None or 'rms_norm', got {qk_norm!r}")
-        # Half of a head's features rotate by column, half by row, and each half consists of pairs.
-        if use_rotary_positional_embeddings and attention_head_dim % 4:
-            raise ValueError(f"rotary positions need an attention_head_dim divisible by 4, got {attention_head_dim}")
         self.out_channels = in_channels if out_channels is None else out_channels
         self.inner_dim = dim
         base_height, base_width = height_and_width(sample_size if position_base_size is None else position_base_size)
@@ -273,7 +256,7 @@ class LatentDiTTransformer2DModel(ShortCardMixin, LatentDiTAdapterMixin, ModelMi
         # One table for all conditions: the rows of condition i begin at condition_offsets[i], its last is its null.
         counts = [values + 1 for values in (conditions or {}).values()]
         self.condition_embedding: Any = nn.Embedding(sum(counts), dim) if counts else None
-        offsets = [sum(counts[:i]) for i in range(len(counts))]
+        offsets = [0, *itertools.accumulate(counts)][: len(counts)]
         self.register_buffer("condition_offsets", torch.tensor(offsets, dtype=torch.int64), persistent=False)
         nulls = [count - 1 for count in counts]
         self.register_buffer("null_condition_ids", torch.tensor(nulls, dtype=torch.int64), persistent=False)

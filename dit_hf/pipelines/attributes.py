@@ -28,6 +28,25 @@ def check_attributes(
         raise ValueError("expected at least one image: batch_size is below 1, or attributes is empty")
 
 
+def check_condition_labels(labels: object, conditions: Mapping[str, int]) -> None:
+    """Check that `labels` names every value of conditions: a dict of lists of text.
+
+    Raises:
+        ValueError: for another type, or a condition that has more or fewer values than names.
+    """
+    if not isinstance(labels, Mapping):
+        raise ValueError(
+            f"expected condition_labels to be a dict such as {{'class': ['cat', 'dog']}}, got {labels!r:.80}"
+        )
+    for name, values in labels.items():
+        if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"expected condition_labels[{name!r}] to be a list of names, got {values!r:.80}")
+        if len(values) != conditions.get(name, len(values)):
+            raise ValueError(
+                f"condition_labels has {len(values)} names for {name!r}, which has {conditions[name]} values"
+            )
+
+
 def attribute_rows(
     attributes: Attributes | Sequence[Attributes] | None, batch_size: int, num_images_per_row: int = 1
 ) -> list[Attributes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
@@ -17,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..schedulers.accuracy import check_num_inference_steps, schedule_of
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
-from .attributes import Attributes, attribute_rows, check_attributes, condition_ids
+from .attributes import Attributes, attribute_rows, check_attributes, check_condition_labels, condition_ids
 from .exclusive import exclusive
 from .guidance import Guidance, GuidanceOptions, build_guidance
 from .interpolation import interpolate_noises
@@ -79,6 +80,9 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
             latents_std = [1 / getattr(getattr(vae, "config", None), "scaling_factor", 1.0)] * channels
         if not len(latents_mean) == len(latents_std) == channels:
             raise ValueError(f"latents_mean and latents_std must have {channels} numbers, one a channel")
+        if not all(map(math.isfinite, latents_mean)) or not all(0 < std < math.inf for std in latents_std):
+            raise ValueError("latents_mean must be finite numbers, and latents_std finite numbers above 0")
+        check_condition_labels(condition_labels or {}, getattr(transformer, "config", {}).get("conditions") or {})
 
         # 2. The config, which is saved in model_index.json.
         self.register_to_config(
@@ -216,8 +220,10 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
         """Decode the model's normalised latents, [batch, channels, height, width], to images of an `output_type`.
 
         Raises:
-            ValueError: if an image is not finite, which means an overflow in the VAE's precision.
+            ValueError: if latents are not finite, or an image, which means an overflow in the VAE's precision.
         """
+        if not torch.isfinite(latents).all():
+            raise ValueError("latents are not finite: the transformer's weights are damaged, or need more precision")
         mean, std = self._statistics(latents.device)
         latents = (latents.float() * std + mean).to(self.vae.dtype)
         parts = self._split_for_vae(latents, self.image_processor.config.vae_scale_factor)

@@ -142,6 +142,29 @@ def test_large_uploads_are_refused(served):
     assert served.request("POST", "/upload", b"", Content_Length=str(10**12), Content_Type=FORM)[0] == 413
 
 
+def test_images_that_are_too_large_together_are_not_decoded(served, tmp_path, monkeypatch):
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    (path,) = json.loads(served.upload((tmp_path / "a.png").read_bytes())[1])
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    monkeypatch.setattr("dit_hf.app.server.MAX_REQUEST_PIXELS", 3 * 256)
+    settings = [1, 1, 1.0, 0, False, 2, 3]
+    for layers, answer in ((1, "event: complete"), (100, "images of more than 768 pixels together")):
+        editor = {"background": file, "layers": [file] * layers, "composite": None}
+        assert answer in served.call("/inpaint", [editor, *settings]), layers
+    monkeypatch.setattr("dit_hf.app.server.MAX_PIXELS", 255)
+    assert "an image of more than 255 pixels" in served.call("/fit", [file])
+
+
+def test_what_cannot_be_read_is_one_line(served, tmp_path):
+    Image.effect_noise((64, 64), 99).save(tmp_path / "a.png")
+    (path,) = json.loads(served.upload((tmp_path / "a.png").read_bytes()[:2000])[1])
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    editor = {"background": file, "layers": [], "composite": None}
+    assert "cannot be read: image file is truncated" in served.call("/uploaded", [editor])
+    assert "cannot be read: '<' not supported" in served.call("/generate", ["x", 1, 1.0, 0, False, 2, 3])
+    assert "is greater than maximum value" in served.call("/generate", [1, 1, 1.0, 2**64, False, 2, 3])
+
+
 def test_a_full_queue_says_so(served):
     parameters = json.loads(served.request("GET", "/info")[1])["named_endpoints"]["/generate"]["parameters"]
     body = json.dumps({"data": [parameter.get("parameter_default") for parameter in parameters]}).encode()

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from celeba import save_image
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from dit_hf import open_images
 from dit_hf.evaluation import reference_images
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance
 from dit_hf.evaluation.reference import load_reference, reference
+from dit_hf.storage import locked_beside, write_manifest
 from dit_hf_cli import main
 
 
@@ -117,6 +119,42 @@ def test_statistics_with_more_images_than_features_are_the_same_distribution(sta
     loaded = load_reference(statistics)
     assert loaded.features.shape == (80, 16)
     assert frechet_distance(loaded.gaussian, loaded.features) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda info, tensors: tensors.pop("features"), "no features, "),
+        (lambda info, tensors: tensors.update(mean=tensors["mean"] * np.nan), "mean is not finite"),
+        (lambda info, tensors: tensors.update(features=tensors["features"][:, :5]), r"expected mean of shape \[5\]"),
+        (lambda info, tensors: tensors.pop("condition.Smiling"), r"expected condition.Smiling of shape \[80\]"),
+        (lambda info, tensors: tensors.update(rows=tensors["rows"] / 2), "rows in torch.float64"),
+        (lambda info, tensors: info.update(features=[]), "features is no dict"),
+        (lambda info, tensors: info.update(condition_labels=[]), "condition_labels is no dict"),
+        (lambda info, tensors: info["pictures"].update(resolution=16), "pictures without source or"),
+        (lambda info, tensors: info["pictures"].update(pictures=9), "9 images, but 80 features"),
+    ],
+)
+def test_statistics_that_somebody_has_made_up_are_refused(statistics, tmp_path, change, message):
+    info = json.loads((statistics / "reference.json").read_text())
+    tensors = load_file(statistics / "statistics.safetensors")
+    change(info, tensors)
+    save_file(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, tmp_path / "statistics.safetensors"
+    )
+    for key in ("files", "json_sha256"):
+        info.pop(key)
+    write_manifest(tmp_path, "reference.json", **info)
+    with pytest.raises(ValueError, match=f"{tmp_path} is no statistics of images .*{message}.*; delete"):
+        load_reference(tmp_path)
+
+
+def test_two_calls_do_not_write_one_folder(net, tmp_path, capsys):
+    call = ["reference", "avatars", "--num_images", "4", "--resolution", "16", "--features", net]
+    with locked_beside(tmp_path / "one"):
+        assert main([*call, "--output_dir", str(tmp_path / "one")]) == 1
+    assert f"output_dir {tmp_path}/one is being written by another process; wait" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_missing_source_is_one_line(tmp_path, capsys):

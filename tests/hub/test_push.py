@@ -131,6 +131,23 @@ def test_reports_are_shared_without_paths(tmp_path, monkeypatch):
     assert without_paths(report) == {"a": ["x", "b/c", 1], "d": "up", "e": "f"}
 
 
+def test_a_damaged_report_is_named_by_its_place_in_the_run(run, tmp_path, capsys):
+    report = run / "evaluation" / "evaluation.json"
+    report.parent.mkdir()
+    report.write_text("{}")
+    assert main(["push", str(run), "--output_dir", str(tmp_path / "out")]) == 1
+    assert f"error: {report} is damaged" in capsys.readouterr().err
+
+
+def test_a_link_out_of_a_run_is_not_shared(run, tmp_path, capsys):
+    (tmp_path / "token").write_text("secret")
+    (run / "training_log.csv").rename(tmp_path / "log.csv")
+    (run / "training_log.csv").symlink_to(tmp_path / "token")
+    assert main(["push", str(run), "--output_dir", str(tmp_path / "out")]) == 1
+    assert f"training_log.csv is a link that leads out of {run}; put the file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_large_weights_are_sharded(folder, tmp_path, capsys):
     assert push(capsys, folder, "--output_dir", tmp_path / "out", "--max_shard_size", "60KB")[0] == 0
     assert len(list((tmp_path / "out" / "transformer").glob("*-of-*.safetensors"))) > 1

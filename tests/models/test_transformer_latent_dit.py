@@ -248,6 +248,19 @@ def test_fused_projections_give_the_same():
         (lambda: tiny_transformer(sample_size=(8, 10**9)), "expected sample_size from 1 to 10,000"),
         (lambda: tiny_transformer(patch_size=0), "expected patch_size from 1 to 10,000, got 0"),
         (lambda: tiny_transformer(attention_head_dim=3), "not divisible by 4"),
+        (lambda: tiny_transformer(sample_size="8"), "expected sample_size from 1 to 10,000, got '8'"),
+        (lambda: tiny_transformer(position_base_size=0), "expected position_base_size from 1 to 10,000, got 0"),
+        (lambda: tiny_transformer(in_channels=0), "expected in_channels from 1 to 10,000, got 0"),
+        (lambda: tiny_transformer(num_layers=True), "expected num_layers from 1 to 1,000, got True"),
+        (lambda: tiny_transformer(mlp_ratio=float("nan")), "expected mlp_ratio from 0.01 to 100, got nan"),
+        (lambda: tiny_transformer(timestep_freq_shift=128), "expected timestep_freq_shift from 0 to 100, got 128"),
+        (lambda: tiny_transformer(use_rotary_positional_embeddings="yes"), "to be true or false, got 'yes'"),
+        (lambda: tiny_transformer(conditions=[["a", 2]]), "expected conditions to be a dict"),
+        (lambda: tiny_transformer(conditions={"a": -1}), "the values of condition 'a' from 1 to 10,000,000, got -1"),
+        (lambda: tiny_transformer(conditions={"a": "2"}), "the values of condition 'a' from 1 to 10,000,000, got '2'"),
+        (lambda: tiny_transformer(conditions={"a": 10**7, "b": 2}), "all values of all conditions from 1"),
+        (lambda: tiny_transformer(conditions={"a\x1b[2J": 2}), r"condition, 'a\\x1b\[2J', holds characters"),
+        (lambda: tiny_transformer(conditions={"\ud800": 2}), "holds characters that cannot be printed"),
         (
             lambda: tiny_transformer(
                 num_attention_heads=2, attention_head_dim=6, use_rotary_positional_embeddings=True

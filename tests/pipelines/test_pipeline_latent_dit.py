@@ -44,6 +44,31 @@ def test_images_that_are_not_finite_are_refused():
         run(pipeline)
 
 
+def test_a_damaged_transformer_is_not_called_an_overflow_of_the_vae():
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="latents are not finite: the transformer's weights are damaged"):
+        run(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latents_mean": [float("nan")] * 4}, "latents_mean must be finite"),
+        ({"latents_std": [0.0] * 4}, "latents_std finite numbers above 0"),
+        ({"latents_std": [float("inf")] * 4}, "latents_std finite numbers above 0"),
+        ({"condition_labels": ["cat"]}, "expected condition_labels to be a dict"),
+        ({"condition_labels": {"class": 5}}, r"expected condition_labels\['class'\] to be a list of names, got 5"),
+        ({"condition_labels": {"class": [1, 2, 3]}}, "to be a list of names"),
+        ({"condition_labels": {"class": ["cat"] * 4}}, "has 4 names for 'class', which has 3 values"),
+    ],
+)
+def test_a_config_that_fits_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(**options)
+
+
 def test_latents_are_denormalised_for_the_vae():
     pipeline = tiny_pipeline(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.0, 2.0, 3.0])
     latents = torch.randn(1, 4, 8, 8)
