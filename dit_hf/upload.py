@@ -45,6 +45,7 @@ class Repository:
         repo_type: `model`, `dataset` or `space`.
         commit: The commit.
         files: Paths of all files.
+        private: Whether only its owner may read it.
     """
 
     api: HfApi
@@ -52,6 +53,7 @@ class Repository:
     repo_type: str
     commit: str
     files: frozenset[str]
+    private: bool
 
     @property
     def is_new(self) -> bool:
@@ -103,13 +105,13 @@ def upload_folder(
         folder: The folder to upload.
         repo_id: The repository, `OWNER/NAME`.
         content: What the folder holds.
-        private: Make a new repository private.
+        private: Make a new repository private, and refuse one that everyone may read.
         revision: A branch, which is created if it does not exist, or an existing `refs/pr/1`; None is main.
         create_pr: Open a pull request with the commit.
         overwrite: Also replace what `content.check` refuses, and the card as a whole.
 
     Raises:
-        FileExistsError: if the repository holds something else.
+        FileExistsError: if the repository holds something else, or is public and should be private.
         ValueError: if the Hub refuses the upload.
         OSError: if the Hub cannot be reached, or the connection fails after several retries.
     """
@@ -125,6 +127,8 @@ def upload_folder(
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         # Inside the retried part, so that every attempt compares with, and commits to, the newest commit.
         repository = _newest(api, repo_id, repo_type, revision)
+        if private and not repository.private:
+            raise FileExistsError(f"{repo_id} is public; make it private there, or allow it by --private false")
         if not (overwrite or repository.is_new):
             content.check(repository)
         pushed = _pushed_files(repository)
@@ -148,9 +152,9 @@ def upload_folder(
 
 def _newest(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> Repository:
     """Return a repository at the newest commit of a revision."""
-    commit = str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
-    files = api.list_repo_files(repo_id, repo_type=repo_type, revision=commit)
-    return Repository(api, repo_id, repo_type, commit, frozenset(files))
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    files = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+    return Repository(api, repo_id, repo_type, str(info.sha), frozenset(files), bool(info.private))
 
 
 def _additions(

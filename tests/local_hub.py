@@ -240,7 +240,8 @@ def running_hub() -> Iterator[Hub]:
                     "siblings": siblings,
                     "tags": [],
                 }
-                self.answer(200, {**facts, "private": False, "disabled": False, "downloads": 0, "likes": 0})
+                private = hub.private.get(name, False)
+                self.answer(200, {**facts, "private": private, "disabled": False, "downloads": 0, "likes": 0})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"

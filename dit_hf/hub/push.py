@@ -97,7 +97,7 @@ def push(
         output_dir: write the repository to this folder (too).
         builtin: as diffusers' own `DiTPipeline`, which loads without dit_hf and without remote code.
         attributes: for `builtin`, what a model with several conditions generates, e.g. '{"Smiling": true}'.
-        private: make a new repository private.
+        private: make a new repository private, and refuse one that is public.
         revision: push to this branch, which is created if it does not exist, or to an open pull request, `refs/pr/1`.
         create_pr: open a pull request with the push.
         license: one of the Hub's identifiers, e.g. `apache-2.0`; by default derived from the training data.
@@ -231,7 +231,7 @@ def upload(
     Args:
         folder: The repository's files.
         repo_id: See [`upload_folder`], as for the following ones.
-        private: Make a new repository private.
+        private: Make a new repository private, and refuse one that is public.
         revision: A branch or `refs/pr/1`.
         create_pr: Open a pull request.
         overwrite: Also replace another model or other content.

@@ -97,7 +97,8 @@ def prepare_latents(
         verify: compare every byte of a finished cache with the hashes that were recorded.
         dry_run: only print what was understood of the source.
         push_to_hub: upload the finished cache as this dataset (`OWNER/NAME`).
-        private: make that repository private if it is a new one; by default only with crop `face`.
+        private: make that repository private if it is new, and refuse one that is public; by default only with crop
+            `face`.
         anonymous_ids: replace the images' ids, which are their paths, by hashes of their content.
 
     Returns:

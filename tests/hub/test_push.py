@@ -157,6 +157,16 @@ def test_large_weights_are_sharded(folder, tmp_path, capsys):
     assert np.array_equal(*images)
 
 
+def test_what_is_to_be_private_is_not_pushed_where_everyone_can_read_it(hub, folder, capsys):
+    """The Hub makes new repositories private alone, and ignores the wish for others."""
+    assert push(capsys, folder, "you/faces")[0] == 0
+    before = dict(hub.repositories["you/faces"])
+    code, error = push(capsys, folder, "you/faces", "--private", "--license", "mit")
+    assert (code, hub.repositories["you/faces"]) == (1, before)
+    assert "you/faces is public; make it private there, or allow it by --private false" in error
+    assert push(capsys, folder, "you/faces", "--private", "false", "--license", "mit")[0] == 0
+
+
 def test_options_of_the_repository(hub, folder, capsys):
     assert push(capsys, folder, "you/faces", "--private")[0] == 0
     assert hub.private["you/faces"] is True
