@@ -240,7 +240,7 @@ def running_hub() -> Iterator[Hub]:
                     "siblings": siblings,
                     "tags": [],
                 }
-                private = hub.private.get(name, False)
+                private = hub.private.get(name.removeprefix("datasets/").removeprefix("spaces/"), False)
                 self.answer(200, {**facts, "private": private, "disabled": False, "downloads": 0, "likes": 0})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

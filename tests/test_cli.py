@@ -81,7 +81,7 @@ def test_a_link_to_itself_is_refused_before_any_work(capsys, tmp_path, verb):
         (["sample", "m", "--mode", "magic"], 2, "--mode: expected one of generate, img2img, inpaint"),
         (["sample", "m", "--options", "3"], 2, "--options: expected a JSON object or null, got '3'"),
         (["sample", "nowhere", "--output_dir", "x"], 1, "nowhere: no such folder; a model on the Hub is OWNER/NAME"),
-        (["train"], 2, "which recipe? avatars, celeba, celeba-l1, or a file of your own"),
+        (["train"], 2, "which recipe? avatars, celeba, celeba-l1, small, or a file of your own"),
         (
             ["train", "celeb"],
             2,

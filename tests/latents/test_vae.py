@@ -138,7 +138,7 @@ def test_the_hub(tmp_path, hub, name):
 
 def test_no_such_vae_on_the_hub(hub):
     started = time.monotonic()
-    with pytest.raises(ValueError, match="vae you/nothing: no VAE could be loaded from there"):
+    with pytest.raises(ValueError, match="vae you/nothing: no such model on the Hub, or a private one"):
         load_vae("you/nothing", "cpu")
     assert time.monotonic() - started < 5
 
