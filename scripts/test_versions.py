@@ -106,26 +106,10 @@ def read() -> int:
         readers.append((f"datasets {version}", python, ""))
     readers.append(("datasets (newest)", environment("datasets-newest", ["datasets"], torch=False), ""))
     for version in (*OLD_DIFFUSERS, *NEW_DIFFUSERS):
-        base = (
-            ("of-2025", OF_2025)
-            if version in OLD_DIFFUSERS
-            else ("of-2026", ["transformers", "accelerate", "diffusers"])
-        )
-        python = environment(*base)
+        python = environment(*(("of-2025", OF_2025) if version in OLD_DIFFUSERS else ("of-2026", OF_2026)))
         target = FOLDER / f"diffusers-{version}"
         if not target.is_dir():
-            pip = [
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--disable-pip-version-check",
-                "-q",
-                "--no-deps",
-                "--target",
-                target,
-            ]
-            subprocess.run([*pip, f"diffusers=={version}"], check=True)
+            subprocess.run([*pip(python), "--no-deps", "--target", target, f"diffusers=={version}"], check=True)
         readers.append((f"diffusers {version}", python, str(target)))
     failed = 0
     for name, python, path in readers:
