@@ -16,7 +16,17 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".versions"
-TESTS = ("models", "schedulers", "pipelines", "hub", "latents", "training", "test_versions.py", "test_upload.py")
+TESTS = (
+    "models",
+    "schedulers",
+    "pipelines",
+    "hub",
+    "app",
+    "latents",
+    "training",
+    "test_versions.py",
+    "test_upload.py",
+)
 # Each release of datasets with an Arrow of its time.
 DATASETS = {
     "2.14.7": ["pyarrow==14.0.2", "numpy<2"],
