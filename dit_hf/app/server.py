@@ -139,6 +139,8 @@ class Page(gr.Blocks):
             raise gr.Error(f"images of more than {MAX_REQUEST_PIXELS:,} pixels together", print_exception=False)
         try:
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except gr.Error:  # our own messages, although they are ValueErrors
+            raise
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
             # A truncated image, or a setting of another type; gradio puts lines of its own around the reason.
             reason = error.__cause__ if isinstance(error.__cause__, Exception) else error

@@ -165,6 +165,15 @@ def test_what_cannot_be_read_is_one_line(served, tmp_path):
     assert "is greater than maximum value" in served.call("/generate", [1, 1, 1.0, 2**64, False, 2, 3])
 
 
+def test_a_broken_upload_is_named(served):
+    broken = {"path": json.loads(served.upload(b"no image")[1])[0], "orig_name": "bad.png"}
+    calls = [(name, data, images[0][0]) for name, data, images in calls_with_images(served) if images[0][1] == "Image"]
+    assert len(calls) == 4
+    for name, data, position in calls:
+        data[position] = {**broken, "meta": {"_type": "gradio.FileData"}}
+        assert "bad.png cannot be opened as an image; take a PNG or JPEG" in served.call(name, data)
+
+
 def test_a_full_queue_says_so(served):
     parameters = json.loads(served.request("GET", "/info")[1])["named_endpoints"]["/generate"]["parameters"]
     body = json.dumps({"data": [parameter.get("parameter_default") for parameter in parameters]}).encode()
