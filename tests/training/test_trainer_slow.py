@@ -212,13 +212,12 @@ def test_what_fails_on_the_first_rank_ends_all_with_the_same_sentence(config, tm
     assert all(error.startswith(sentence) for error in errors_of_ranks(tmp_path, [each] * 2, fault))
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_ranks_that_torchrun_restarts_recover(config, tmp_path, rank):
-    """One rank is killed; torchrun stops the other, starts both anew, and they resume from the last checkpoint."""
-    config = changed(config, train={"max_train_steps": 200, "logging_steps": 7, "checkpointing_steps": 20})
+def test_ranks_that_torchrun_restarts_recover(config, tmp_path):
+    """The first rank is killed; torchrun stops the other, restarts both, and they resume from the last checkpoint."""
+    config = changed(config, train={"max_train_steps": 120, "logging_steps": 7, "checkpointing_steps": 20})
     whole, run = train(config), tmp_path / "restarted"
     process = begin(command([*TWO_RANKS, "--max_restarts", "3", SCRIPT], whole, run), run, row=4)
-    ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == rank]
+    ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "0"]
     assert len(ranks) == 1
     ranks[0].kill()
     assert process.wait(timeout=240) == 0
