@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..pipelines.image_inputs import IMAGE_FORMATS
 from ..storage import first_line
+from .results import message
 
 MAX_FILE_BYTES = 50 * 2**20
 MAX_PIXELS = 50_000_000
@@ -136,7 +137,7 @@ class Page(gr.Blocks):
             _check_uploaded(file)
         # A request may name one small file many times, each of which is decoded by itself.
         if sum(_pixels(Path(file["path"])) for file in files if file.get("path")) > MAX_REQUEST_PIXELS:
-            raise gr.Error(f"images of more than {MAX_REQUEST_PIXELS:,} pixels together", print_exception=False)
+            raise message(f"images of more than {MAX_REQUEST_PIXELS:,} pixels together")
         try:
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
         except gr.Error:  # our own messages, although they are ValueErrors
@@ -144,7 +145,7 @@ class Page(gr.Blocks):
         except (OSError, TypeError, ValueError, KeyError, AttributeError) as error:
             # A truncated image, or a setting of another type; gradio puts lines of its own around the reason.
             reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
-            raise gr.Error(f"a request that cannot be read: {first_line(reason)}", print_exception=False) from error
+            raise message(f"a request that cannot be read: {first_line(reason)}") from error
 
 
 def _limit_images() -> None:
@@ -172,11 +173,11 @@ def _check_uploaded(file: dict[str, Any]) -> None:
     # A URL beside the path is the address at which the browser shows the file.
     given = Path(str(path)).resolve()
     if path is None or not given.is_relative_to(Path(get_upload_folder()).resolve()) or not given.is_file():
-        raise gr.Error("a file that was not uploaded to this app", print_exception=False)
+        raise message("a file that was not uploaded to this app")
     if str(url or "").startswith("data:"):
-        raise gr.Error("upload the image instead of sending it in the request", print_exception=False)
+        raise message("upload the image instead of sending it in the request")
     if given.stat().st_size > MAX_FILE_BYTES:
-        raise gr.Error(f"larger than {MAX_FILE_BYTES // 2**20} MB", print_exception=False)
+        raise message(f"larger than {MAX_FILE_BYTES // 2**20} MB")
 
 
 def _pixels(path: Path) -> int:
@@ -193,7 +194,7 @@ def _pixels(path: Path) -> int:
     except (OSError, ValueError, SyntaxError):
         return 0
     if pixels > MAX_PIXELS:
-        raise gr.Error(f"an image of more than {MAX_PIXELS:,} pixels; make it smaller", print_exception=False)
+        raise message(f"an image of more than {MAX_PIXELS:,} pixels; make it smaller")
     return pixels
 
 
