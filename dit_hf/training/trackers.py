@@ -113,8 +113,7 @@ def start_tracker(
             options = {**_trackio_run(run), **options}
         elif step:
             options = {"purge_step": step + 1}
-        # trackio prints a dozen lines, among them a command that does not name the folder.
-        with contextlib.redirect_stdout(io.StringIO()) if tracker == "trackio" else contextlib.nullcontext():
+        with _quiet(tracker):
             accelerator.init_trackers(project, config=simple, init_kwargs={tracker: options})
 
 
@@ -143,7 +142,8 @@ def log_sample_grid(accelerator: Accelerator, path: Path, step: int, log: Log) -
 
 def end_trackers(accelerator: Accelerator, log: Log) -> None:
     """End the run of the tracker."""
-    with _never_fatal(accelerator, log), contextlib.redirect_stdout(io.StringIO()):
+    name = accelerator.trackers[0].name if accelerator.trackers else None
+    with _never_fatal(accelerator, log), _quiet(name):
         accelerator.end_training()
 
 
@@ -156,6 +156,14 @@ def _never_fatal(accelerator: Accelerator, log: Log) -> Iterator[None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         log(f"the tracker failed ({reason}): the run is logged to {LOG} only from now on")
         accelerator.trackers = []
+
+
+def _quiet(tracker: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Hide what trackio prints: a dozen lines, among them a command that does not name the run's folder.
+
+    Others keep their output; wandb records the program's own and must find it as it is.
+    """
+    return contextlib.redirect_stdout(io.StringIO()) if tracker == "trackio" else contextlib.nullcontext()
 
 
 def _trackio_run(run: Path) -> dict[str, Any]:
