@@ -98,7 +98,7 @@ def card_data(
     """
     # Terms: avatars are free, CelebA is for research, and of any other data nothing is certain.
     # A revision has no place in metadata; the card's text names it.
-    source, base = (split_revision(str(training.get(key)))[0] for key in ("source", "base_model"))
+    source, base = (split_revision(str(training.get(key) or ""))[0] for key in ("source", "base_model"))
     terms: dict[str, Any] = {"license": license or ("apache-2.0" if source == AVATARS else "unknown")}
     if license is None and is_celeba(training):
         terms = {"license": "other", "license_name": "celeba-non-commercial-research", "license_link": CELEBA}
