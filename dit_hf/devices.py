@@ -1,18 +1,24 @@
-"""Capabilities of the machine: accelerator and its memory, compiler, CPU cores."""
+"""The machine: accelerator and its memory, compiler, CPU cores, and what its first rank does for all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from .storage import first_line
+
+T = TypeVar("T")
 
 # Share of the free memory that may be allocated before it counts as full.
 FREE_SHARE = 0.95
@@ -141,3 +147,38 @@ def peak_memory() -> str:
     if torch.cuda.is_available():
         taken.append(f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory")
     return ", ".join(taken)
+
+
+def on_first_rank(work: Callable[[], T]) -> T | None:
+    """Call `work` on the first rank while the others wait; if it fails, all ranks raise its error.
+
+    Otherwise the others would wait for the first one in their next collective operation. Call it on all ranks.
+
+    Returns:
+        What `work` returned, on the first rank; None on the others.
+    """
+    result: T | None = None
+    failed: list[Exception | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            if PartialState().num_processes == 1:
+                raise
+            failed = [_picklable(error)]
+    (cause,) = broadcast_object_list(failed)
+    if cause is not None:
+        raise cause
+    return result
+
+
+def _picklable(error: Exception) -> Exception:
+    """Return an error that other ranks receive as it is, or else one of its nearest kind with the same text."""
+    with contextlib.suppress(Exception):  # classes of other libraries fail in ways of their own
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    for kind in (ValueError, OSError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")

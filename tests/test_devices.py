@@ -1,17 +1,23 @@
 """Device, compiler and cores of this machine."""
 
+import json
 import os
+import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import tiny_pipeline
+from safetensors import SafetensorError
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache
 
-from dit_hf.devices import available_cpus, compiler_problem, free_memory, group_memory, memory_errors
+from dit_hf import devices
+from dit_hf.devices import available_cpus, compiler_problem, free_memory, group_memory, memory_errors, on_first_rank
 from dit_hf.runs import load_pipeline
 
 
@@ -101,3 +107,42 @@ torch.zeros(2**28)
     count, message = done.stdout.split(" ", 1)
     assert 5 < int(count) < 13
     assert message.startswith("the memory is full; less helps (")
+
+
+class OddError(ValueError):
+    """An error that cannot be pickled and restored, as some libraries have."""
+
+    def __init__(self, code: int, path: str):
+        super().__init__(f"{path}: code {code}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (IsADirectoryError(21, "Is a directory", "training_log.csv"), IsADirectoryError),
+        (SafetensorError("No space left on device (os error 28)"), SafetensorError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (json.JSONDecodeError("Expecting value", "[", 1), json.JSONDecodeError),
+        (OddError(3, "a.json"), ValueError),
+    ],
+)
+def test_an_error_of_the_first_rank_reaches_the_others_as_what_it_is(monkeypatch, error, kind):
+    """Otherwise it would not be the one line that it is on one rank."""
+
+    def journey(objects: list) -> list:
+        return pickle.loads(pickle.dumps(objects))
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(devices, "broadcast_object_list", journey)
+    monkeypatch.setattr(devices, "PartialState", lambda: SimpleNamespace(is_main_process=True, num_processes=2))
+    with pytest.raises(kind) as caught:
+        on_first_rank(fail)
+    assert type(caught.value) is kind
+    assert str(caught.value) == str(error)
+
+
+def test_the_first_rank_gets_the_result():
+    PartialState(cpu=True)
+    assert on_first_rank(lambda: 5) == 5

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..devices import on_first_rank
 from ..progress import ProgressBar
 from ..sampling.generate import batches
 from ..storage import hash_json, locked_beside, new_file, write_text
@@ -55,18 +55,11 @@ def locked_for_ranks(folder: Path) -> Iterator[None]:
     """Lock other calls out of `folder`, by the first rank; call it on all ranks.
 
     Raises:
-        OSError: on all ranks, if another call holds the lock.
+        FileExistsError: on all ranks, if another call holds the lock.
     """
-    with contextlib.ExitStack() as stack:
-        problems: list[str | None] = [None]
-        if ranks().is_main_process:
-            try:
-                stack.enter_context(locked_beside(folder))
-            except OSError as error:
-                problems = [str(error)]
-        (problem,) = broadcast_object_list(problems)
-        if problem is not None:
-            raise OSError(problem)
+    ranks()  # with their timeout, before anything else asks for them
+    with contextlib.ExitStack() as held:
+        on_first_rank(lambda: held.enter_context(locked_beside(folder)))
         yield
 
 

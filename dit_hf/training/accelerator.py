@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from ..config import Precision, TrainConfig
 from ..devices import compiler_problem
 from ..storage import first_line
-
-T = TypeVar("T")
 
 
 def use_deterministic_kernels() -> None:
@@ -105,41 +101,6 @@ def _rendezvous() -> dict[str, Any]:
     store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, False)
     prefixed = torch.distributed.PrefixStore(f"dit_hf/attempt-{attempt}", store)
     return {"store": prefixed, "rank": rank, "world_size": ranks}
-
-
-def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Call `work` on the first rank while the others wait; if it fails, all ranks raise its error.
-
-    Otherwise the others would wait for the first one in their next collective operation. Call it on all ranks.
-
-    Returns:
-        What `work` returned, on the first rank; None on the others.
-    """
-    result: T | None = None
-    failed: list[Exception | None] = [None]
-    if PartialState().is_main_process:
-        try:
-            result = work()
-        except Exception as error:
-            if PartialState().num_processes == 1:
-                raise
-            failed = [_picklable(error)]
-    (cause,) = broadcast_object_list(failed)
-    if cause is not None:
-        raise cause
-    return result
-
-
-def _picklable(error: Exception) -> Exception:
-    """Return an error that other ranks receive as it is, or else one of its nearest kind with the same text."""
-    with contextlib.suppress(Exception):  # classes of other libraries fail in ways of their own
-        copy = pickle.loads(pickle.dumps(error))
-        if type(copy) is type(error) and str(copy) == str(error):
-            return error
-    for kind in (ValueError, OSError):
-        if isinstance(error, kind):
-            return kind(str(error))
-    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _refuse_unsupported(environment: Mapping[str, str]) -> None:

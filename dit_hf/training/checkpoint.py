@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..config import Config
+from ..devices import on_first_rank
 from ..runs import (
     FORMAT_VERSION,
     LOG,
@@ -40,7 +41,6 @@ from ..storage import (
     write_manifest,
     write_text,
 )
-from .accelerator import on_first_rank
 from .ema import EMA
 
 # Unsharded and on the CPU: checkpoints are the same files for any number of ranks.

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 
 from ..config import Config
-from ..devices import memory_errors
+from ..devices import memory_errors, on_first_rank
 from ..hub.background_push import BackgroundPush
 from ..hub_ids import check_branch, check_repo_id
 from ..latents.reader import LatentReader
@@ -22,7 +22,7 @@ from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..progress import ProgressBar
 from ..runs import RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, locked, write_text
-from .accelerator import build_accelerator, on_first_rank, should_compile, start_ranks, use_deterministic_kernels
+from .accelerator import build_accelerator, should_compile, start_ranks, use_deterministic_kernels
 from .announce import announce, summary
 from .checkpoint import (
     TrainingTensors,

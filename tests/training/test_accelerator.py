@@ -1,21 +1,15 @@
-import json
-import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import tiny_transformer
-from safetensors import SafetensorError
 
 from dit_hf import LatentDiTTransformer2DModel
 from dit_hf.config import TrainConfig
-from dit_hf.training import accelerator
-from dit_hf.training.accelerator import build_accelerator, effective_precision, on_first_rank
+from dit_hf.training.accelerator import build_accelerator, effective_precision
 
 
 @pytest.fixture(autouse=True)
@@ -85,42 +79,3 @@ def test_settings_of_accelerate_that_are_not_supported_are_refused(tmp_path, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         build_accelerator(TrainConfig(output_dir=str(tmp_path)), None, cpu=True, log=print)
-
-
-class OddError(ValueError):
-    """An error that cannot be pickled and restored, as some libraries have."""
-
-    def __init__(self, code: int, path: str):
-        super().__init__(f"{path}: code {code}")
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (IsADirectoryError(21, "Is a directory", "training_log.csv"), IsADirectoryError),
-        (SafetensorError("No space left on device (os error 28)"), SafetensorError),
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
-        (json.JSONDecodeError("Expecting value", "[", 1), json.JSONDecodeError),
-        (OddError(3, "a.json"), ValueError),
-    ],
-)
-def test_an_error_of_the_first_rank_reaches_the_others_as_what_it_is(monkeypatch, error, kind):
-    """Otherwise it would not be the one line that it is on one rank."""
-
-    def journey(objects: list) -> list:
-        return pickle.loads(pickle.dumps(objects))
-
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(accelerator, "broadcast_object_list", journey)
-    monkeypatch.setattr(accelerator, "PartialState", lambda: SimpleNamespace(is_main_process=True, num_processes=2))
-    with pytest.raises(kind) as caught:
-        on_first_rank(fail)
-    assert type(caught.value) is kind
-    assert str(caught.value) == str(error)
-
-
-def test_the_first_rank_gets_the_result():
-    PartialState(cpu=True)
-    assert on_first_rank(lambda: 5) == 5
