@@ -22,7 +22,7 @@ from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.transforms import Geometry
 from dit_hf.evaluation.features import load_features
-from dit_hf.evaluation.metrics import Gaussian, measure
+from dit_hf.evaluation.metrics import Gaussian, Manifold, measure
 from dit_hf.evaluation.reference_images import open_reference_images, reconstruction_reader
 from dit_hf.latents.vae import load_vae
 
@@ -100,7 +100,7 @@ def features(net, images) -> np.ndarray:
 
 
 def figures(some: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    measured = measure(some, reference, Gaussian.of(reference))
+    measured = measure(some, reference, Gaussian.of(reference), Manifold.of(reference))
     names = ("frechet_distance", "standard_error", "kid", "precision", "recall")
     return {name: float(f"{measured[name]:.5g}") for name in names}
 

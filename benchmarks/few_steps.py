@@ -63,7 +63,9 @@ def main() -> None:
         return images[numbers], np.asarray(numbers)
 
     count = range(options.num_images)
-    reference = Extraction(work / "real", net, read_real, count, BATCH, {"seed": UNSEEN}, "real").collect().features
+    real = Extraction(work / "real", net, read_real, count, BATCH, {"seed": UNSEEN}, "real")
+    real.extract()
+    reference = real.join().features
     table = []
     for sampler in options.samplers:
         for steps in options.steps:
@@ -83,7 +85,9 @@ def main() -> None:
 
             folder = work / f"{sampler}-{steps}".replace(" ", "-")
             title = f"{sampler}, {steps} steps"
-            features = Extraction(folder, net, generate, count, BATCH, identity, title).collect().features
+            samples = Extraction(folder, net, generate, count, BATCH, identity, title)
+            samples.extract()
+            features = samples.join().features
             # Heun evaluates the model twice a step, but once in the last.
             evaluations = 2 * steps - 1 if sampler == "Heun" else steps
             distance = round(frechet_distance(features, reference), 1)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..devices import on_first_rank
 from ..hub.card import read_report
 from ..image_grid import save_grid
 from ..latents.vae import weights_sha256
@@ -31,7 +32,7 @@ from .attribute_probe import AttributeHead, train_head
 from .extract import IDENTITY, Extraction, ranks
 from .features import FeatureNet
 from .memorization import Neighbours, describe_pairs, find_neighbours, make_pairs_grid
-from .metrics import NEIGHBOURS, Gaussian, measure
+from .metrics import MANIFOLD_IMAGES, NEIGHBOURS, Gaussian, Manifold, measure
 from .reference import Reference, versions
 from .reference_images import ReferenceImages, reconstruction_reader
 from .report import REPORT, bias_note, figure_name, headline, table, write_report
@@ -95,31 +96,34 @@ class Comparison:
             self._remove_stale_features()
 
         # Features of samples and of reconstructions; all ranks share this work.
-        samples = [self._samples(setting).collect().features for setting in settings]
-        reason = no_reconstructions(self.reference_images)
-        rebuilt = reason or self._reconstructions().collect().features
-        if not ranks().is_main_process:
-            return
+        for setting in settings:
+            self._samples(setting).extract()
+        if not no_reconstructions(self.reference_images):
+            self._reconstructions().extract()
+        on_first_rank(lambda: self._report(name, settings))
 
+    def _report(self, name: str, settings: list[dict[str, Any]]) -> None:
+        """Measure the features that all ranks have extracted, and write the report; see `run`."""
         # The attribute head learns the reference's own class ids, which may differ from the model's.
-        held_out, rest = self._split()
         rows_of_reference = self._attributes()
         head = self._train_head(rows_of_reference)
+        samples = [self._samples(setting).join().features for setting in settings]
+        # The reference's manifold is the same for all settings.
+        manifold = Manifold.of(self.reference.features)
         measured = [
-            self._measure(features, setting, rows_of_reference, head)
+            self._measure(features, setting, manifold, rows_of_reference, head)
             for features, setting in zip(samples, settings, strict=True)
         ]
         neighbours = find_neighbours(samples[0], self.reference.features, self.seed)
 
         # The report is of the first setting, beside a row for each of the others.
         first = measured[0]
-        real = self.reference.features[held_out]
         report = {
             "name": figure_name(self.net.label, self.num_samples),
             "model": {"name": name, **self.identity},
             "protocol": self._protocol(settings[0]),
             "figures": {k: v for k, v in first.items() if k not in (*settings[0], "accuracy", "attributes")},
-            "floor": {"vae": self._floor(rebuilt, rest), "real": self._floor(real, rest)},
+            "floor": self._floors(),
             "bias": bias_note(self.num_samples, self.net.dim),
             "memorisation": neighbours.figures() | {"closest": describe_pairs(neighbours)},
             "attributes": first["attributes"],
@@ -220,22 +224,29 @@ class Comparison:
         self,
         features: np.ndarray,
         setting: dict[str, Any],
+        manifold: Manifold,
         requested: list[Attributes] | None,
         head: AttributeHead | None,
     ) -> dict[str, Any]:
         """Return one row of results: the setting, its figures, and how often the requested attributes are shown."""
-        figures = measure(features, self.reference.features, self.reference.gaussian, self.seed)
+        figures = measure(features, self.reference.features, self.reference.gaussian, manifold, self.seed)
         accuracy = None
         if head is not None and requested is not None:
             accuracy = head.accuracy(features, [requested[i % len(requested)] for i in range(len(features))])
         return {**setting, **figures, "accuracy": accuracy["accuracy"] if accuracy else None, "attributes": accuracy}
 
-    def _floor(self, features: np.ndarray | str, rest: np.ndarray) -> dict[str, Any]:
-        """Measure real images, or their reconstructions, against the disjoint rest of the reference."""
-        if isinstance(features, str):
-            return {"reason": features}
+    def _floors(self) -> dict[str, dict[str, Any]]:
+        """Measure real images, and their reconstructions by the VAE, against the disjoint rest of the reference."""
+        held_out, rest = self._split()
         others = self.reference.features[rest]
-        return measure(features, others, Gaussian.of(others), self.seed)
+        gaussian, manifold = Gaussian.of(others), Manifold.of(others)
+
+        def floor(features: np.ndarray) -> dict[str, Any]:
+            return measure(features, others, gaussian, manifold, self.seed)
+
+        reason = no_reconstructions(self.reference_images)
+        vae = {"reason": reason} if reason else floor(self._reconstructions().join().features)
+        return {"vae": vae, "real": floor(self.reference.features[held_out])}
 
     def _save_neighbours_grid(self, neighbours: Neighbours, setting: dict[str, Any]) -> None:
         """Write `neighbours.png`, an image grid of the closest pairs; statistics alone have no images to show."""
@@ -253,6 +264,9 @@ class Comparison:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         names = dict.fromkeys(name for row in self.requested or [] for name in row)
         order = "in order" if len(self.reference.features) <= self.num_samples else "evenly spread"
+        of_many = ""
+        if max(self.num_samples, len(self.reference.features)) > MANIFOLD_IMAGES:
+            of_many = f", of at most {MANIFOLD_IMAGES:,} images a side, evenly spread"
         attributes = f"of the reference's rows, {order}: {', '.join(names)}" if names else "unconditional"
         return {
             "num_samples": self.num_samples,
@@ -265,7 +279,7 @@ class Comparison:
             "features": self.net.identity(),
             "reference": self.reference.info["pictures"],
             "kid": "mean of 100 random subsets of up to 1,000 images a side, kernel (x y / dim + 1)^3",
-            "precision_and_recall": f"{NEIGHBOURS} nearest neighbours",
+            "precision_and_recall": f"{NEIGHBOURS} nearest neighbours{of_many}",
             "standard_error": "jackknife with 20 groups of samples left out in turn, the reference fixed",
             "floor": "as many real images, or their reconstructions, against the others of the reference",
             "machine": gpu or f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

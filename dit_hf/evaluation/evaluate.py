@@ -10,6 +10,7 @@ import torch
 
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..data.transforms import Faces, Geometry
+from ..devices import on_first_rank
 from ..hub.card import write_run_card
 from ..runs import EVALUATION_REPORT, RunFolder, exported_summary, load_pipeline
 from ..sampling.generate import MAX_IMAGES
@@ -29,6 +30,7 @@ from .comparison import Comparison, no_reconstructions
 from .extract import locked_for_ranks, ranks
 from .features import FeatureNet, load_features
 from .reference import CONTENT, INFO, Reference, load_reference, make_reference, statistics_identity
+from .reference_cache import is_kept, keep, restore
 from .reference_images import ReferenceImages, open_reference_images, open_training_images
 
 MIN_SAMPLES = 16
@@ -128,7 +130,7 @@ def evaluate(
 
     # What is compared, and how long that takes. Where the reference is new, so is everything else.
     timing = Timing(pipeline, net, images, settings, batch_size)
-    is_new = not (place / INFO).is_file()
+    is_new = not (place / INFO).is_file() and not is_kept(place)
     if images is not None and is_new:
         _announce(num_samples, settings, images.summary)
         rebuilt = 0 if no_reconstructions(images) else min(num_samples, images.count // 2)
@@ -136,8 +138,13 @@ def evaluate(
         _print_time(left, timing)
 
     with locked_for_ranks(folder):
-        # The reference.
-        statistics = make_reference(place, images, net, batch_size) if images is not None else load_reference(place)
+        # The reference: given, of an earlier evaluation by the same images and network, or computed now.
+        if images is None:
+            statistics = load_reference(place)
+        else:
+            on_first_rank(lambda: restore(place))
+            statistics = make_reference(place, images, net, batch_size)
+            on_first_rank(lambda: keep(place))
         _check_statistics(statistics, net, resolution)
 
         # Every combination of guidance scale and steps.

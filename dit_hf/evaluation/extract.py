@@ -90,8 +90,8 @@ class Extraction:
         """Return the number of images whose features no earlier call has extracted."""
         return sum(map(len, self._unfinished(batches(len(self.rows), self.batch_size))))
 
-    def collect(self) -> Collected:
-        """Extract what is missing and return all features; must be called on all ranks, which share the batches."""
+    def extract(self) -> None:
+        """Extract what is missing; must be called on all ranks, which share the batches."""
         state, folder = ranks(), self._batch_folder
         if state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +113,15 @@ class Extraction:
                 _save_batch(self._file(batch), features, np.asarray(rows_read), pixels_sha256)
                 bar.update(len(batch))
 
-        # Every rank reads all batches, so each must wait for the others' files.
+        # Whoever joins them reads the batches of all ranks.
         state.wait_for_everyone()
+
+    def join(self) -> Collected:
+        """Return all features, once they are extracted; one rank is enough.
+
+        Raises:
+            ValueError: if a file was damaged or deleted meanwhile.
+        """
         return _join_batches([self._file(batch) for batch in batches(len(self.rows), self.batch_size)])
 
     def _unfinished(self, all_batches: Sequence[range]) -> list[range]:

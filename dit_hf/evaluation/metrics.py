@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..devices import default_device
+
 GROUPS = 20  # of the jackknife
 NEIGHBOURS = 3  # of precision and recall, as in https://arxiv.org/abs/1904.06991
+MANIFOLD_IMAGES = 50_000  # at most, a side: the time of precision and recall is quadratic in them
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # the defaults of torch-fidelity and torchmetrics
 
 
@@ -56,6 +59,28 @@ class Gaussian:
         return cls(mean.double(), vectors[:, significant] * values[significant].sqrt(), count)
 
 
+@dataclass(frozen=True)
+class Manifold:
+    """The union of balls around images, each reaching to the image's third nearest neighbour among them.
+
+    Attributes:
+        features: float32 [count, dim], on the accelerator if there is one.
+        radii: Of the balls, float32 [count].
+    """
+
+    features: torch.Tensor
+    radii: torch.Tensor
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Manifold:
+        """Build it from features [count, dim]; of more than 50,000 so many are taken, evenly spread."""
+        count = min(len(features), MANIFOLD_IMAGES)
+        values = _on_device(features[np.arange(count) * len(features) // count])
+        # Every image is at distance 0 of itself, hence the + 1.
+        radii = [block.kthvalue(NEIGHBOURS + 1).values for _, block in _distance_blocks(values, values)]
+        return cls(values, torch.cat(radii))
+
+
 def frechet_distance(first: Gaussian | np.ndarray, second: Gaussian | np.ndarray) -> float:
     """Return the squared Fréchet (2-Wasserstein) distance of two normal distributions or two sets of features.
 
@@ -91,17 +116,19 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, seed: int = 0) 
     return float(np.mean(values)), float(np.std(values))
 
 
-def precision_and_recall(
-    features: np.ndarray, reference: np.ndarray, neighbours: int = NEIGHBOURS
-) -> tuple[float, float]:
+def precision_and_recall(features: Manifold | np.ndarray, reference: Manifold | np.ndarray) -> tuple[float, float]:
     """Return improved precision and recall (https://arxiv.org/abs/1904.06991).
 
-    A set's manifold is the union of balls around its images, each reaching to the image's third nearest neighbour in
-    the set. Precision is the share of the images within the reference's manifold, recall the share of the reference
-    within the images' manifold.
+    Precision is the share of the images within the reference's manifold, recall the share of the reference within the
+    images' manifold; see [`Manifold`] for sets of more than 50,000.
     """
-    one, other = (torch.from_numpy(np.asarray(side)).double() for side in (features, reference))
-    return _share_within(one, other, neighbours), _share_within(other, one, neighbours)
+    one, other = (side if isinstance(side, Manifold) else Manifold.of(side) for side in (features, reference))
+    precise = 0
+    recalled = torch.zeros(len(other.features), dtype=torch.bool, device=other.features.device)
+    for start, block in _distance_blocks(one.features, other.features):
+        precise += int((block <= other.radii).any(1).sum())
+        recalled |= (block <= one.radii[start : start + len(block), None]).any(0)
+    return precise / len(one.features), int(recalled.sum()) / len(recalled)
 
 
 def nearest(
@@ -114,15 +141,17 @@ def nearest(
         reference: [count, dim].
         own: Rows of `features` in `reference` if they are part of it, [n]: an image is not its own neighbour.
     """
-    one, other = (torch.from_numpy(np.asarray(side)).double() for side in (features, reference))
-    distances, rows = [], []
-    for start, block in _distance_blocks(one, other):
+    found = []
+    for start, block in _distance_blocks(_on_device(features), _on_device(reference)):
         if own is not None:
-            block[torch.arange(len(block)), torch.from_numpy(own[start : start + len(block)])] = torch.inf
-        smallest = block.min(1)
-        distances.append(smallest.values)
-        rows.append(smallest.indices)
-    return torch.cat(distances).numpy(), torch.cat(rows).numpy()
+            ranks = torch.arange(len(block), device=block.device)
+            block[ranks, torch.from_numpy(own[start : start + len(block)]).to(block.device)] = torch.inf
+        found.append(block.argmin(1))
+    rows = torch.cat(found).cpu().numpy()
+    # Again, because products round: the distance of a copy is 0.
+    parts = range(0, len(rows), 1000)
+    differences = (features[i : i + 1000] - np.asarray(reference, np.float64)[rows[i : i + 1000]] for i in parts)
+    return np.concatenate([np.linalg.norm(part, axis=1) for part in differences]), rows
 
 
 def standard_error(metric: Callable[[np.ndarray], float], features: np.ndarray, seed: int = 0) -> float:
@@ -147,14 +176,16 @@ def extrapolated(metric: Callable[[np.ndarray], float], features: np.ndarray, se
     return float(2 * metric(features) - np.mean(halves))
 
 
-def measure(features: np.ndarray, reference: np.ndarray, gaussian: Gaussian, seed: int = 0) -> dict[str, Any]:
-    """Return all figures of features against a reference and its statistics, `gaussian`, with their errors."""
+def measure(
+    features: np.ndarray, reference: np.ndarray, gaussian: Gaussian, manifold: Manifold, seed: int = 0
+) -> dict[str, Any]:
+    """Return all figures of features against a reference, its statistics and its manifold, with their errors."""
 
     def frechet(some: np.ndarray) -> float:
         return frechet_distance(some, gaussian)
 
     kid, kid_deviation = kernel_distance(features, reference, seed)
-    precision, recall = precision_and_recall(features, reference)
+    precision, recall = precision_and_recall(features, manifold)
     value, error = frechet(features), standard_error(frechet, features, seed)
     return {
         "num_samples": len(features),
@@ -170,12 +201,9 @@ def measure(features: np.ndarray, reference: np.ndarray, gaussian: Gaussian, see
     }
 
 
-def _share_within(points: torch.Tensor, centres: torch.Tensor, neighbours: int) -> float:
-    """Return the share of `points` within any of the balls around `centres`."""
-    # Every centre is at distance 0 of itself, hence the + 1.
-    radii = torch.cat([block.kthvalue(neighbours + 1).values for _, block in _distance_blocks(centres, centres)])
-    within = [(block <= radii).any(1) for _, block in _distance_blocks(points, centres)]
-    return float(torch.cat(within).double().mean())
+def _on_device(features: np.ndarray) -> torch.Tensor:
+    """Return features as float32 on the accelerator, if there is one."""
+    return torch.from_numpy(np.asarray(features, np.float32)).to(default_device())
 
 
 def _distance_blocks(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -184,5 +212,8 @@ def _distance_blocks(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[i
     Blocks bound the memory: at most ten million distances at once.
     """
     step = max(1, 10_000_000 // len(other))
+    # Distances are computed from products, whose rounding is least around the mean.
+    mean = other.mean(0)
+    one, other = one - mean, other - mean
     for start in range(0, len(one), step):
         yield start, torch.cdist(one[start : start + step], other, compute_mode="use_mm_for_euclid_dist")

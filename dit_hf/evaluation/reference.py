@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from ..data.conditions import remap_class_ids
 from ..data.contents import SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from ..data.transforms import Faces, Geometry, parse_resolution
+from ..devices import on_first_rank
 from ..pipelines.attributes import Attributes
 from ..storage import (
     check_own_folder,
@@ -54,7 +56,8 @@ class Reference:
         rows: Rows of the source that the features belong to, int64 [count].
         conditions: Ids of each condition by name, [count]; -1 is missing.
         labels: Value names of those conditions that are classes.
-        gaussian: Mean and covariance of the features.
+        mean: Of the features, float64 [dim].
+        covariance: Of the features, float64 [dim, dim].
     """
 
     info: dict[str, Any]
@@ -62,7 +65,17 @@ class Reference:
     rows: np.ndarray
     conditions: dict[str, np.ndarray]
     labels: dict[str, list[str]]
-    gaussian: Gaussian
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @functools.cached_property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance of the features, factorized, which takes as long as it has dimensions, cubed."""
+        count, dim = self.features.shape
+        # With few images the features themselves are the smaller factor of the covariance.
+        return (
+            Gaussian.of(self.features) if count <= dim else Gaussian.of_statistics(self.mean, self.covariance, count)
+        )
 
     def attributes(
         self, valid_names: list[str], labels: Mapping[str, list[str]] | None = None
@@ -209,7 +222,7 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
         shutil.rmtree(parts, ignore_errors=True)  # of a call that was killed while it did so
     if not finished:
         with disk_errors(place):
-            collected = Extraction(
+            extraction = Extraction(
                 parts,
                 net,
                 images.read_intact,
@@ -217,13 +230,17 @@ def make_reference(folder: Path, images: ReferenceImages, net: FeatureNet, batch
                 batch_size,
                 {"pictures": identity["pictures"]} | ({CONTENT: content} if content else {}),
                 "reference",
-            ).collect()
-            check_left_out(images, collected.rows)
-            if state.is_main_process:
+            )
+            extraction.extract()
+
+            def write() -> None:
+                collected = extraction.join()
+                check_left_out(images, collected.rows)
                 _write(folder, images, identity, collected, content)
                 shutil.rmtree(parts)
-        # The other ranks read the folder next.
-        state.wait_for_everyone()
+
+            # The other ranks read the folder next.
+            on_first_rank(write)
     if state.is_main_process:
         _note_files(folder, images, content)
     statistics = load_reference(folder)
@@ -277,18 +294,14 @@ def load_reference(folder: Path) -> Reference:
     problem = _problem(info, tensors)
     if problem:
         raise ValueError(f"{folder} is no statistics of images ({problem}); {remedy}")
-    features = tensors["features"].numpy()
-    # With few images the features themselves are the smaller factor of the covariance.
-    few_images = len(features) <= features.shape[1]
     return Reference(
         info=info,
-        features=features,
+        features=tensors["features"].numpy(),
         rows=tensors["rows"].numpy(),
         conditions={name: tensors[f"condition.{name}"].numpy() for name in info["conditions"]},
         labels=info.get("condition_labels", {}),
-        gaussian=Gaussian.of(features)
-        if few_images
-        else Gaussian.of_statistics(tensors["mean"], tensors["covariance"], len(features)),
+        mean=tensors["mean"],
+        covariance=tensors["covariance"],
     )
 
 

@@ -27,6 +27,12 @@ from dit_hf_cli import main
 OPTIONS = {"num_samples": 40, "batch_size": 8, "num_inference_steps": 2}
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """Other tests have kept statistics of the same images."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+
+
 @pytest.fixture(scope="module")
 def run(model):
     return Path(model)
@@ -109,6 +115,28 @@ def test_a_run_is_compared_with_other_images_and_by_other_features_in_its_own_fo
         assert report["protocol"]["features"]["name"] in features
         assert report["protocol"]["reference"]["pictures"] == count
         assert report["name"] in (run / "README.md").read_text()
+
+
+def test_statistics_of_the_same_reference_are_computed_once_for_all_models(run, net, tmp_path, capsys):
+    """Where they are damaged, they are computed again."""
+    options = {"features": net, "num_images": 56, **OPTIONS}
+
+    def evaluated(name):
+        folder = evaluate(str(run), "avatars", output_dir=str(tmp_path / name), **options)
+        found = re.search("statistics of an earlier evaluation, from (.*)", capsys.readouterr().out)
+        return report_of(folder), found and Path(found[1])
+
+    first, from_cache = evaluated("first")
+    assert from_cache is None
+    second, from_cache = evaluated("second")
+    assert from_cache and second == first
+    file = from_cache / "statistics.safetensors"
+    data = bytearray(file.read_bytes())
+    file.unlink()  # a copy, not the evaluation's own file
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert evaluated("third") == (first, None)
+    assert evaluated("fourth") == (first, from_cache)
 
 
 def test_a_resumed_run_is_evaluated_anew(config, net):

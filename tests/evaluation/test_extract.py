@@ -34,8 +34,9 @@ def extract(tmp_path):
             images[:] = COLORS[intact][:, None, None]
             return images, np.array(intact, np.int64)
 
-        collected = Extraction(tmp_path, NET, read, range(10), batch_size, {"source": identity}, "colors").collect()
-        return collected, read_rows
+        extraction = Extraction(tmp_path, NET, read, range(10), batch_size, {"source": identity}, "colors")
+        extraction.extract()
+        return extraction.join(), read_rows
 
     return extract
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from dit_hf.evaluation.metrics import (
     Gaussian,
+    Manifold,
     extrapolated,
     frechet_distance,
     kernel_distance,
@@ -126,6 +127,19 @@ def test_precision_and_recall_match_a_brute_force_version():
     assert precision > recall  # a narrower set covers less than it is covered by
 
 
+def test_precision_and_recall_of_very_many_images_take_an_evenly_spread_part(monkeypatch):
+    monkeypatch.setattr("dit_hf.evaluation.metrics.MANIFOLD_IMAGES", 50)
+    features, reference = sample(101, 3, 0, 0.7), sample(200, 3, 1)
+    spread = [number * 101 // 50 for number in range(50)]
+    assert precision_and_recall(features, reference) == precision_and_recall(features[spread], reference[::4])
+
+
+def test_precision_of_images_far_from_zero_is_that_of_the_same_images_around_it():
+    """Their squares would take all digits of float32."""
+    features, reference = sample(300, 8, 0), sample(300, 8, 1)
+    assert precision_and_recall(features + 3000, reference + 3000) == precision_and_recall(features, reference)
+
+
 def test_precision_falls_with_wrong_images_and_recall_with_missing_ones():
     reference = sample(300, 3, 0)
     wrong = np.concatenate([sample(150, 3, 1), sample(150, 3, 2) + 50])
@@ -172,7 +186,7 @@ def test_few_images_make_the_distance_too_high_and_extrapolation_corrects_it():
 
 def test_measure_returns_an_interval_around_the_value_and_the_counts():
     reference = sample(500, 8, 0)
-    figures = measure(sample(100, 8, 1, 1.3), reference, Gaussian.of(reference))
+    figures = measure(sample(100, 8, 1, 1.3), reference, Gaussian.of(reference), Manifold.of(reference))
     low, high = figures["interval_95"]
     assert low < figures["frechet_distance"] < high
     assert figures["extrapolated"] < figures["frechet_distance"]
