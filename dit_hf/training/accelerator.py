@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, cast, get_args
 
 import torch
@@ -72,6 +73,11 @@ def build_accelerator(train: TrainConfig, tracker: str | None, cpu: bool, log: C
     return accelerator
 
 
+# Of a collective operation, in which the others wait while the first rank writes grids, an evaluation or the export.
+# torch's own limit of ten minutes is too little for large models.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
 def start_ranks(cpu: bool) -> None:
     """Start accelerate's state of this process, which connects the ranks.
 
@@ -79,7 +85,7 @@ def start_ranks(cpu: bool) -> None:
         OSError: if the port is taken.
     """
     try:
-        PartialState(cpu=cpu, **_rendezvous())
+        PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT, **_rendezvous())
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(

@@ -152,7 +152,7 @@ def save_checkpoint(
     contents: dict[str, dict[str, Any]],
     total_limit: int,
     best_limit: int,
-    log: Path | None = None,
+    log: bytes | None = None,
 ) -> Path:
     """Write `checkpoint-<state["step"]>` with `contents` and the `log` into `run`, then remove superseded checkpoints.
 
@@ -165,8 +165,8 @@ def save_checkpoint(
     # The folder appears under its name only when all files and the manifest are written and synced.
     folder = RunFolder(run).checkpoint(state["step"])
     with new_folder(folder) as partial:
-        if log is not None and log.is_file():  # somebody may have deleted it
-            shutil.copyfile(log, partial / LOG)
+        if log is not None:
+            (partial / LOG).write_bytes(log)
         for name, content in {**contents, STATE: {"format": FORMAT_VERSION, **state}}.items():
             if name.endswith(".safetensors"):
                 save_file({key: value.contiguous() for key, value in content.items()}, partial / name)

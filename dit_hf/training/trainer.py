@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from ..runs import RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, locked, write_text
 from .accelerator import build_accelerator, should_compile, start_ranks, use_deterministic_kernels
 from .announce import announce, summary
+from .background_save import BackgroundSave
 from .checkpoint import (
     TrainingTensors,
     agreed_checkpoint,
@@ -31,7 +32,6 @@ from .checkpoint import (
     is_best,
     remove_partial_checkpoints,
     remove_superseded,
-    save_checkpoint,
 )
 from .export import export, save_sample_grid, share
 from .folder import check_run_folder
@@ -151,6 +151,8 @@ class Trainer:
             if train.push_to_hub and train.hub_model_id
             else None
         )
+        limits = train.checkpoints_total_limit, train.best_checkpoints_limit
+        self.saving = BackgroundSave(self.tensors, self.device, limits, self._print)
         self.validation = choose_validation(config, self.reader, self.step, print_once)
         self.live = RunFolder(Path(train.output_dir))  # where log and sample grids are written, see `live_folder`
         self.quality = SampleQuality(config, self.reader, self.accelerator) if train.evaluation_steps else None
@@ -185,7 +187,8 @@ class Trainer:
         stop, speed = StopSignal(), Speed()
         began = time.monotonic()
         shown = self.accelerator.is_main_process
-        with stop.listening(), ProgressBar(total, "training", "steps", initial=start, shown=shown) as bar:
+        bar = ProgressBar(total, "training", "steps", initial=start, shown=shown)
+        with stop.listening(), bar, self.saving:
             for step in range(start, total):
                 # One optimizer step. Its result stays on the device, which is not waited for.
                 grad_norm = self.step(step)
@@ -204,6 +207,7 @@ class Trainer:
                 # Graceful shutdown. After the last step the run is finished normally instead.
                 if stop.is_set() and done < total:
                     self._stop_early(run, done, saved)
+            on_first_rank(self.saving.wait)
 
         self._print("exporting the pipeline")
         self._export(run)
@@ -312,7 +316,12 @@ class Trainer:
             # The row is complete now. It is written before the checkpoint: a run killed in between resumes from an
             # earlier checkpoint and cuts the row off again, whereas a missing row would never be written.
             if row:
-                on_first_rank(lambda: append_log(self.live.log, row, self._columns()))
+
+                def append() -> None:
+                    self.saving.check()  # a checkpoint that cannot be written is reported by the next row
+                    append_log(self.live.log, row, self._columns())
+
+                on_first_rank(append)
                 log_row(self.accelerator, row, print_once)
 
             if samples_due:
@@ -320,10 +329,7 @@ class Trainer:
                     self._save_samples(done)
             if checkpoint_due:
                 with bar.doing("saving a checkpoint"):
-                    self._save(run, done, row)
-                if (loss := row.get("validation_loss")) is not None:
-                    best = ", the best so far" if is_best(run, done) else ""
-                    bar.write(f"step {done:,}: validation loss {loss:.4f}{best}")
+                    self._save(run, done, row, bar.write)
             if push_due:
                 self._push(run, done, self.pipeline())
         if self.device.type == "cuda":
@@ -339,7 +345,8 @@ class Trainer:
         if not saved:
             # Never save weights that are not finite: `latest` must stay usable.
             check_health(self.step, done, run)
-            self._save(run, done, {})
+            self._save(run, done, {}, self._print)
+        on_first_rank(self.saving.wait)
         self._print(f"\npreempted: checkpoint-{done} is saved; resume with --train.resume_from_checkpoint latest")
         end_trackers(self.accelerator, print_once)
         raise Preempted
@@ -378,9 +385,16 @@ class Trainer:
             self.step.window = windows.sum(0)
         return state["step"]
 
-    def _save(self, run: Path, done: int, row: dict[str, Any]) -> None:
-        """Write a checkpoint; `row` is the log's row of this step, or empty."""
-        train, accelerator = self.config.train, self.accelerator
+    def _save(self, run: Path, done: int, row: dict[str, Any], log: Callable[[str], None]) -> None:
+        """Begin to write a checkpoint, which the training does not wait for; call it on all ranks.
+
+        Args:
+            run: The run's folder.
+            done: Steps done.
+            row: The log's row of this step, or empty.
+            log: Receives the line about its validation loss, once it is written.
+        """
+        accelerator = self.accelerator
         levels = [row.get(f"validation_loss_level_{i}") for i in range(NOISE_LEVELS)]
         # Keys with a leading underscore are diffusers' own (0.42.1: `_class_name`, `_use_default_values`, ...) and no
         # arguments of the model.
@@ -397,19 +411,20 @@ class Trainer:
             "validation_images": self.validation.count if self.validation else None,
             "validation_loss_by_noise_level": levels,
         }
-        # All ranks gather, the first one writes, and the others wait for it.
-        contents = self.tensors.gather()
+        going_back = self.live != RunFolder(run)
 
-        def write() -> None:
-            limits = train.checkpoints_total_limit, train.best_checkpoints_limit
-            save_checkpoint(run, state, contents, *limits, self.live.log)
+        def then() -> None:
             # An export, and what a run that went back had left, are out of date only now.
             RunFolder(run).export.unlink(missing_ok=True)
-            if self.live != RunFolder(run):
+            if going_back:
                 finish_branch(run, done)
                 self.live = RunFolder(run)
+            if (loss := row.get("validation_loss")) is not None:
+                best = ", the best so far" if is_best(run, done) else ""
+                log(f"step {done:,}: validation loss {loss:.4f}{best}")
 
-        on_first_rank(write)
+        # A run that went back writes its next rows into another log once this checkpoint stands.
+        self.saving.save(run, state, self.live.log, then, at_once=going_back)
 
     def _transformer_with(self, weights: dict[str, torch.Tensor]) -> LatentDiTTransformer2DModel:
         """Build a transformer like the one in training, with other weights, on the device."""

@@ -129,7 +129,8 @@ def test_statistics_of_the_same_reference_are_computed_once_for_all_models(run, 
     first, from_cache = evaluated("first")
     assert from_cache is None
     second, from_cache = evaluated("second")
-    assert from_cache and second == first
+    assert from_cache
+    assert second == first
     file = from_cache / "statistics.safetensors"
     data = bytearray(file.read_bytes())
     file.unlink()  # a copy, not the evaluation's own file
