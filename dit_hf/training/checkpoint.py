@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import nn
@@ -97,14 +98,24 @@ class TrainingTensors:
         Raises:
             OSError: if a file is missing.
         """
-        options = StateDictOptions(full_state_dict=True)
+        # The first rank reads, and sends the others what they need: their shards, or all.
+        several = PartialState().num_processes > 1
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
 
         # EMAs first: each is loaded through the model's own weights, which are overwritten last.
         for name, ema in self.emas.items():
             with ema.swapped_in():
-                set_model_state_dict(self.model, {**read_tensors(folder / f"{name}.safetensors")}, options=options)
-        set_model_state_dict(self.model, {**read_tensors(folder / WEIGHTS)}, options=options)
+                self._load_weights(folder / f"{name}.safetensors", options)
+        self._load_weights(folder / WEIGHTS, options)
+        optimizer = on_first_rank(lambda: self._read_optimizer(folder)) or {}
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
+    def _load_weights(self, file: Path, options: StateDictOptions) -> None:
+        weights: dict[str, Any] = on_first_rank(lambda: {**read_tensors(file)}) or {}
+        set_model_state_dict(self.model, weights, options=options)
+
+    def _read_optimizer(self, folder: Path) -> dict[str, Any]:
+        """Read the state of an optimizer, with the settings of this one."""
         # The optimizer's moments, from `<weight>/<moment>` back to one dict a weight.
         state: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in read_tensors(folder / OPTIMIZER_STATE).items():
@@ -120,8 +131,7 @@ class TrainingTensors:
 
         # Settings come from the recipe; the saved ones may be those of another optimizer (apex's of torch's run).
         groups = [{**own, "params": g["params"]} for own, g in zip(self.optimizer.param_groups, saved, strict=True)]
-        optimizer: dict[str, Any] = {"state": state, "param_groups": groups}
-        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+        return {"state": state, "param_groups": groups}
 
 
 def remove_partial_checkpoints(run: Path) -> None:

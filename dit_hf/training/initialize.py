@@ -6,8 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from ..config import Config
+from ..devices import on_first_rank
 from ..latents.reader import LatentReader
 from ..latents.vae import weights_sha256
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
@@ -63,6 +67,27 @@ def build_transformer(
 
     # Its normalization too, whatever the recipe says: its weights expect latents of that scale.
     return transformer, (list(earlier.config.latents_mean), list(earlier.config.latents_std))
+
+
+def build_for_sharding(
+    build: Callable[[], tuple[LatentDiTTransformer2DModel, Normalization]],
+) -> tuple[LatentDiTTransformer2DModel, Normalization]:
+    """Build a transformer that FSDP2 will shard: by `build` on the first rank, without its weights on the others.
+
+    Their weights are allocated but never touched, so they take no memory: `prepare` frees them, and sends every rank
+    its shards from the first one, if the setting `fsdp_cpu_ram_efficient_loading` is on. Call it on all ranks.
+    """
+    built = on_first_rank(build)
+    ((config, normalization),) = broadcast_object_list([(dict(built[0].config), built[1]) if built else None])
+    if built:
+        return built
+    with init_empty_weights(include_buffers=False):
+        transformer = LatentDiTTransformer2DModel.from_config(config)
+    for module in transformer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    return transformer, normalization
 
 
 def _check_schedule(config: Config, earlier: LatentDiTPipeline) -> None:

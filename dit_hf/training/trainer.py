@@ -20,7 +20,7 @@ from ..latents.reader import LatentReader
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..progress import ProgressBar
-from ..runs import RunFolder, build_pipeline, read_state
+from ..runs import Normalization, RunFolder, build_pipeline, read_state
 from ..storage import disk_errors, locked, write_text
 from .accelerator import build_accelerator, should_compile, start_ranks, use_deterministic_kernels
 from .announce import announce, summary
@@ -36,7 +36,7 @@ from .checkpoint import (
 from .export import export, save_sample_grid, share
 from .folder import check_run_folder
 from .health import check_health
-from .initialize import build_transformer
+from .initialize import build_for_sharding, build_transformer
 from .log import (
     COLUMNS,
     append_log,
@@ -242,13 +242,21 @@ class Trainer:
     def _build_step(self, state: dict[str, Any] | None) -> None:
         """Build the transformer on the device, compile it where that is wanted, and build its optimizer step."""
         config = self.config
-        if state is None:
-            transformer, self.normalization = build_transformer(config, self.reader, print_once)
-        else:
+
+        def build() -> tuple[LatentDiTTransformer2DModel, Normalization]:
+            if state is None:
+                return build_transformer(config, self.reader, print_once)
             # The checkpoint holds all that a resumed run needs: `model.init_from` may have been moved since.
-            transformer = LatentDiTTransformer2DModel(**state["transformer"])
-            self.normalization = state["normalization"]
-        self.transformer = transformer.to(self.device)
+            return LatentDiTTransformer2DModel(**state["transformer"]), state["normalization"]
+
+        # FSDP2 moves shards of it to the device, where the whole may not fit.
+        plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            transformer, self.normalization = build_for_sharding(build)
+        else:
+            transformer, self.normalization = build()
+            transformer.to(self.device)
+        self.transformer = transformer
 
         # Compile after checkpointing is enabled, so that the compiled blocks contain it.
         if config.train.gradient_checkpointing:
