@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+LINEAR_TIMESTEPS = 1000  # of the linear schedule
 _UNBOUNDED = {"low": -math.inf, "high": math.inf, "above": -math.inf, "below": math.inf}
 
 
@@ -99,9 +100,14 @@ class ModelConfig:
 class ObjectiveConfig:
     """The training objective: prediction target, loss and noise levels."""
 
-    prediction_type: Literal["sample", "v_prediction"] = "v_prediction"
-    """`sample` (the clean latent) or `v_prediction`. There is no `epsilon`: at the highest noise level, where sampling
-    starts, an error of the predicted noise would be amplified ten thousand times in the clean latent.
+    prediction_type: Literal["sample", "v_prediction", "epsilon"] = "v_prediction"
+    """`sample` (the clean latent) or `v_prediction`; `epsilon` (the noise) only continues a model that predicts it
+    (`model.init_from`): at the highest noise level, where sampling starts, its errors are amplified ten thousand times
+    in the clean latent.
+    """
+    beta_schedule: Literal["squaredcos_cap_v2", "linear"] = "squaredcos_cap_v2"
+    """The noise levels: `squaredcos_cap_v2` (cosine); `linear`, the 1,000 of https://arxiv.org/abs/2006.11239, only
+    continues a model that has them, such as facebook/DiT-XL-2-256.
     """
     loss: Literal["l1", "l2", "huber"] = "l2"
     """`l1`, `l2` or `huber` (pseudo-Huber)."""
@@ -118,7 +124,7 @@ class ObjectiveConfig:
     logit_std: float = number(1.0, low=1e-6)
     """Standard deviation of log(sigma / alpha) of the levels that `logit_normal` samples."""
     num_train_timesteps: int = number(500, low=1, high=100_000)
-    """Number of noise levels of the cosine schedule."""
+    """Number of noise levels."""
     condition_dropout: float = number(0.15, low=0, high=0.5)  # it applies twice
     """Share of the images trained without any condition, for classifier-free guidance. As many again keep a random
     subset of theirs, so that a request may name a few attributes and leave the others open.
@@ -247,6 +253,7 @@ class Config:
             for option in dataclasses.fields(options):
                 bounds = {**_UNBOUNDED, **option.metadata}
                 _check_bounds(f"{section}.{option.name}", getattr(options, option.name), **bounds)
+        self._check_objective()
         if self.train.num_inference_steps > self.objective.num_train_timesteps:
             raise ValueError("train.num_inference_steps must not be above objective.num_train_timesteps")
         for key, value in (("train.output_dir", self.train.output_dir), ("data.latents", self.data.latents)):
@@ -258,6 +265,22 @@ class Config:
                 raise ValueError(f"data.conditions names {name!r} twice")
         if self.train.push_to_hub and not self.train.hub_model_id:
             raise ValueError("train.push_to_hub needs train.hub_model_id, the repository to push to (OWNER/NAME)")
+
+    def _check_objective(self) -> None:
+        """Refuse noise levels and targets that are there to continue an earlier model alone, and what they exclude."""
+        objective = self.objective
+        continued = self.model.init_from is not None or self.train.resume_from_checkpoint is not None
+        for key in ("prediction_type", "beta_schedule"):
+            value = getattr(objective, key)
+            if value in ("epsilon", "linear") and not continued:
+                raise ValueError(f"objective.{key} {value} needs model.init_from, a model that was trained with it")
+        if objective.beta_schedule == "linear" and objective.num_train_timesteps != LINEAR_TIMESTEPS:
+            raise ValueError(
+                f"objective.beta_schedule linear has {LINEAR_TIMESTEPS} levels, and objective.num_train_timesteps is "
+                f"{objective.num_train_timesteps}"
+            )
+        if objective.beta_schedule == "linear" and objective.timestep_sampling == "logit_normal":
+            raise ValueError("objective.timestep_sampling logit_normal is of the cosine's levels; give uniform")
 
     def resume_keys(self) -> dict[str, Any]:
         """Return the keys that a resumed run must share with its checkpoint: all that decide what is learned."""

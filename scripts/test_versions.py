@@ -39,8 +39,17 @@ DATASETS = {
 # Each with the other libraries of its time. Those before 0.35 are refused by one line.
 OLD_DIFFUSERS = ("0.30.3", "0.32.2", "0.33.1", "0.34.0", "0.35.0", "0.35.2", "0.36.0", "0.37.1", "0.38.0", "0.39.0")
 NEW_DIFFUSERS = ("0.40.0", "0.41.0", "0.42.0", "0.42.1")
-OF_2025 = ["transformers==4.57.6", "huggingface_hub==0.36.0", "accelerate==1.11.0", "numpy<2.4", "pillow", "requests"]
-OF_2026 = ["transformers", "accelerate", "diffusers"]
+HTTPX = "httpx"  # which diffusers 0.36 to 0.40 import
+OF_2025 = [
+    "transformers==4.57.6",
+    "huggingface_hub==0.36.0",
+    "accelerate==1.11.0",
+    "numpy<2.4",
+    "pillow",
+    "requests",
+    HTTPX,
+]
+OF_2026 = ["transformers", "accelerate", "diffusers", HTTPX]
 
 
 def main(names: list[str]) -> int:

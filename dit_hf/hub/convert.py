@@ -20,12 +20,13 @@ from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import CONFIG
-from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas, linear_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_SIT = "SiT predicts the velocity of a linear path, which no scheduler of this package has"
 GUIDANCE_SCALE = 4.0  # the default of both
 
 # Our names of modules to those of facebookresearch/DiT and of diffusers; `{}` is the number of the block.
@@ -121,6 +122,8 @@ def from_checkpoint(
         ValueError: if the file is not such a checkpoint.
     """
     weights = _read_checkpoint(path)
+    if path.name.startswith("SiT"):
+        raise ValueError(f"{path}: {_SIT}")
     missing = {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"} - set(weights)
     if missing:
         raise ValueError(f"{path} is not a checkpoint of facebookresearch/DiT: it has no {', '.join(sorted(missing))}")
@@ -162,10 +165,8 @@ def from_checkpoint(
     projections = {f"transformer_blocks.{{}}.attn.to_{name}": f"blocks.{{}}.attn.{name}" for name in "qkv"}
     load_renamed(transformer, weights, FACEBOOKRESEARCH | projections, str(path))
 
-    # The weights tell neither the levels of noise nor what they predict. Linear: Ho et al.
-    # (https://arxiv.org/abs/2006.11239), with which DiT is trained.
-    linear = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
-    betas = linear if beta_schedule == "linear" else cosine_betas(1000)
+    # The weights tell neither the levels of noise nor what they predict. DiT is trained with the linear ones.
+    betas = linear_betas() if beta_schedule == "linear" else cosine_betas(1000)
     scheduler = CosineLatentScheduler(1000, prediction_type=prediction_type, trained_betas=betas)
     objective = f"--prediction_type {prediction_type} and --beta_schedule {beta_schedule} (1,000 levels)"
     print(f"{path.name}: {objective}, which its weights do not tell")
@@ -370,6 +371,9 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         reason = "not a file of tensors alone" if isinstance(error, UnpicklingError) else first_line(error)
         raise ValueError(f"{path}: no weights can be read from it ({reason})") from error
     weights: Any = content if isinstance(content, dict) else {}
+    # Named alike, but SiT's training, which knows paths, has another objective.
+    if hasattr(weights.get("args"), "path_type"):
+        raise ValueError(f"{path}: {_SIT}")
     for name in ("ema", "model"):
         if isinstance(weights.get(name), dict):
             weights = weights[name]

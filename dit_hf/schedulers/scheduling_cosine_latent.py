@@ -351,3 +351,8 @@ def cosine_betas(num_train_timesteps: int, cosine_s: float = 0.008) -> list[floa
 
     total = num_train_timesteps
     return [min(1 - alpha_bar((i + 1) / total) / alpha_bar(i / total), MAX_BETA) for i in range(total)]
+
+
+def linear_betas() -> list[float]:
+    """Return the 1,000 betas of Ho et al. (https://arxiv.org/abs/2006.11239), with which DiTs are trained."""
+    return torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()

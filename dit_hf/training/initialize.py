@@ -17,6 +17,7 @@ from ..latents.vae import weights_sha256
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import Normalization, build_scheduler, load_pipeline
+from ..schedulers.scheduling_cosine_latent import cosine_betas, linear_betas
 
 
 def build_transformer(
@@ -107,8 +108,17 @@ def _check_schedule(config: Config, earlier: LatentDiTPipeline) -> None:
     if len(betas) != len(expected) or not torch.allclose(betas, expected, rtol=1e-4):
         raise ValueError(
             f"model.init_from {config.model.init_from} has {len(betas)} noise levels of its own, which are not the "
-            f"cosine schedule's {len(expected)} (objective.num_train_timesteps)"
+            f"{len(expected)} of the recipe (objective.num_train_timesteps, objective.beta_schedule){_options(betas)}"
         )
+
+
+def _options(betas: torch.Tensor) -> str:
+    """Return the options by which a recipe has these noise levels, as the end of a sentence; '' if none does."""
+    for schedule in ("squaredcos_cap_v2", "linear"):
+        known = cosine_betas(len(betas)) if schedule == "squaredcos_cap_v2" else linear_betas()
+        if len(known) == len(betas) and torch.allclose(betas, torch.tensor(known), rtol=1e-4):
+            return f"; give --objective.num_train_timesteps {len(betas)} --objective.beta_schedule {schedule}"
+    return ""
 
 
 def _check_sizes(config: Config, options: dict[str, Any], earlier: LatentDiTTransformer2DModel) -> None:
@@ -123,9 +133,9 @@ def _check_sizes(config: Config, options: dict[str, Any], earlier: LatentDiTTran
         for name, value in options.items()
         if name not in ("sample_size", "conditions") and earlier.config[name] != value
     ]
-    # More channels come out than go in where a variance is learned, which is not supported.
+    # Twice as many channels come out where a variance is learned, which `_copy_weights` drops.
     channels = options["in_channels"]
-    if earlier.out_channels != channels:
+    if earlier.out_channels not in (channels, 2 * channels):
         different.append(f"out_channels is {earlier.out_channels} there and {channels} here")
     if different:
         raise ValueError(f"model.init_from {config.model.init_from} does not fit: {'; '.join(different)}")
@@ -141,19 +151,27 @@ def cache_normalization(config: Config, reader: LatentReader) -> Normalization:
 
 
 def _copy_weights(transformer: LatentDiTTransformer2DModel, earlier: LatentDiTTransformer2DModel) -> None:
-    """Copy all weights of an earlier model; of the conditions, those with the same name and number of values."""
-    # All but the conditions' table.
+    """Copy the weights of an earlier model; of the conditions, those with the same name and number of values."""
+    # All but the conditions' table, and of the output only the latents: a learned variance stands behind them.
     weights = transformer.state_dict()
     table = weights.pop("condition_embedding.weight", None)
-    transformer.load_state_dict({name: earlier.state_dict()[name] for name in weights}, strict=False)
-    if table is None or earlier.condition_embedding is None:
+    copied = {name: earlier.state_dict()[name] for name in weights}
+    channels, ratio = transformer.out_channels, earlier.out_channels // transformer.out_channels
+    for name in ("proj_out.weight", "proj_out.bias"):  # of rows [patch, patch, channels]
+        copied[name] = copied[name].unflatten(0, (-1, ratio * channels))[:, :channels].flatten(0, 1)
+    transformer.load_state_dict(copied, strict=False)
+    if earlier.condition_embedding is None:
         return
 
     # The table holds the rows of one condition after the other: its values, then its null. Conditions may stand in
     # another order than before; new ones keep their random rows. `table` shares the model's memory.
     first_rows = dict(zip(earlier.config.conditions, earlier.condition_offsets.tolist(), strict=True))
-    counts = transformer.config.conditions
-    for (name, values), first in zip(counts.items(), transformer.condition_offsets.tolist(), strict=True):
-        if earlier.config.conditions.get(name) == values:
-            rows = earlier.condition_embedding.weight[first_rows[name] : first_rows[name] + values + 1]
-            table[first : first + values + 1] = rows.detach()
+    before, counts = earlier.condition_embedding.weight.detach(), transformer.config.conditions or {}
+    for name, values in earlier.config.conditions.items():
+        rows = before[first_rows[name] : first_rows[name] + values + 1]
+        if table is not None and counts.get(name) == values:
+            first = int(transformer.condition_offsets[list(counts).index(name)])
+            table[first : first + values + 1] = rows
+        else:
+            # Its null goes on in the bias that conditions are added to, so that nothing changes without conditions.
+            transformer.time_embedding.linear_2.bias.data += rows[-1]

@@ -112,13 +112,15 @@ def training_target(
     """Return the target of the prediction by the scheduler's `prediction_type`, the shape of `clean`.
 
     Args:
-        scheduler: With `prediction_type` `sample` or `v_prediction`.
+        scheduler: Of the recipe, see `build_scheduler`.
         clean: Normalized clean latents, [batch, channels, height, width].
         noise: The same shape.
         timesteps: float32 [batch].
     """
     if scheduler.config.prediction_type == "sample":
         return clean
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
     return scheduler.get_velocity(clean, noise, timesteps)
 
 
@@ -135,8 +137,8 @@ def loss_weights(
         return torch.ones_like(timesteps)
     alpha, sigma = scheduler.levels(timesteps)  # each [batch]
     snr = (alpha / sigma).square()
-    # The squared error of v is SNR + 1 times that of the clean latent which it implies.
-    divisors = {"sample": torch.ones_like(snr), "v_prediction": snr + 1}
+    # The squared error of v is SNR + 1 times that of the clean latent which it implies, that of the noise SNR times.
+    divisors = {"sample": torch.ones_like(snr), "v_prediction": snr + 1, "epsilon": snr}
     bounded = snr.clamp(max=snr_gamma) if kind == "min" else snr * snr_gamma / (snr + snr_gamma)
     return bounded / divisors[scheduler.config.prediction_type]
 

@@ -220,6 +220,9 @@ def test_other_files_are_refused_in_one_line(tmp_path, vae_folder, capsys):
     torch.save({**research_weights(), "pos_embed": torch.zeros(1, 16, WIDTH)}, tmp_path / "positions.pt")
     torch.save({"ema": os.system}, tmp_path / "code.pt")  # not a plain value
     (tmp_path / "text.pt").write_text("no weights")
+    torch.save(research_weights(), tmp_path / "SiT-XL-2-256x256.pt")
+    sit = {"ema": research_weights(), "args": argparse.Namespace(model="SiT-XL/2", path_type="Linear")}
+    torch.save(sit, tmp_path / "0400000.pt")
     for source, options, message in (
         ("diverged", [], "timestep_embedder.linear_1 differs from block to block"),
         ("other.pt", [], "not a checkpoint of facebookresearch/DiT: it has no pos_embed"),
@@ -227,6 +230,8 @@ def test_other_files_are_refused_in_one_line(tmp_path, vae_folder, capsys):
         ("positions.pt", ["--num_attention_heads", "2"], "has other positions"),
         ("code.pt", [], "no weights can be read"),
         ("text.pt", [], "no weights can be read"),
+        ("SiT-XL-2-256x256.pt", [], "SiT predicts the velocity of a linear path"),
+        ("0400000.pt", [], "SiT predicts the velocity of a linear path"),
         ("nowhere", [], "nowhere: no such file or folder; a pipeline on the Hub is OWNER/NAME"),
         (str(vae_folder), [], "a folder without model_index.json"),
     ):

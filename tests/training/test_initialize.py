@@ -1,11 +1,13 @@
 import pytest
 import torch
 from conftest import tiny_vae
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from training_runs import changed
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
+from dit_hf.hub.convert import convert
 from dit_hf.latents.prepare import prepare_latents
+from dit_hf.training.objective import loss_weights, losses, training_target
 from dit_hf.training.trainer import Trainer, train
 
 
@@ -62,7 +64,7 @@ def test_at_another_resolution_positions_are_stretched(config, earlier, vae_fold
         ({"model": {"num_layers": 3}}, "does not fit: num_layers is 2 there and 3 here"),
         (
             {"objective": {"num_train_timesteps": 100}},
-            "500 noise levels of its own, .* not the cosine .* 100",
+            "500 noise levels of its own, .* not the 100 .*; give --objective.num_train_timesteps 500 --obj",
         ),
         ({"model": {"qk_norm": "rms_norm"}}, "qk_norm is None there and 'rms_norm' here"),
         ({"model": {"init_from": "nowhere"}}, "model.init_from nowhere: no such folder"),
@@ -74,14 +76,14 @@ def test_an_earlier_model_that_does_not_fit_is_refused_with_the_difference(confi
         Trainer(changed(config, **sections))
 
 
-def test_another_schedule_or_a_learned_sigma_is_refused_and_another_vae_is_reported(config, tmp_path, capsys):
+def test_another_schedule_is_refused_and_another_vae_is_reported(config, tmp_path, capsys):
     """As converted pipelines, or those of other tools, may have them."""
     config = changed(config, model={"preset": "tiny", "init_from": str(tmp_path / "other")})
     sizes = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
     levels = CosineLatentScheduler(prediction_type="v_prediction")
     betas = torch.linspace(1e-4, 0.02, 500).tolist()
     linear = CosineLatentScheduler(500, prediction_type="v_prediction", trained_betas=betas)
-    refused = ((4, linear, "noise levels of its own"), (8, levels, "out_channels is 8 there and 4 here"))
+    refused = ((4, linear, r"noise levels of its own.*beta_schedule\)$"), (6, levels, "out_channels is 6 there and 4"))
     for channels, scheduler, message in refused:
         transformer = LatentDiTTransformer2DModel(**sizes, out_channels=channels)
         LatentDiTPipeline(transformer, scheduler, tiny_vae()).save_pretrained(tmp_path / "other")
@@ -92,6 +94,75 @@ def test_another_schedule_or_a_learned_sigma_is_refused_and_another_vae_is_repor
     LatentDiTPipeline(LatentDiTTransformer2DModel(**sizes), levels, other_vae).save_pretrained(tmp_path / "other")
     Trainer(config)
     assert "was trained on the latents of another VAE than these" in capsys.readouterr().out
+
+
+def test_a_model_whose_conditions_are_dropped_predicts_the_same_without_conditions(config, earlier):
+    before = DiffusionPipeline.from_pretrained(earlier / "pipeline").transformer.eval()
+    config = changed(config, data={"conditions": []}, model={"init_from": str(earlier)})
+    after = Trainer(config).transformer.eval()
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([1, 400])
+    assert after.condition_embedding is None
+    with torch.no_grad():
+        assert torch.allclose(after(noisy, timesteps).sample, before(noisy, timesteps).sample, atol=1e-5)
+
+
+def imagenet_dit(width=1152, heads=16, latent=32):
+    """A diffusers DiT of the sizes of facebook/DiT-XL-2-256, but of two layers, with random weights."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=latent, patch_size=2, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        # Every block has the same embedders, as in the published weights.
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+def test_a_published_dit_is_continued_with_its_own_objective(config, tmp_path):
+    """The oracle is diffusers' model and scheduler: the squared error of the predicted noise, without the sigma."""
+    theirs, levels = imagenet_dit(), DDPMScheduler(1000)
+    DiTPipeline(theirs, tiny_vae(), levels).save_pretrained(tmp_path / "theirs")
+    convert(str(tmp_path / "theirs"), str(tmp_path / "converted"))
+    linear = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000, "snr_gamma": None}
+    published = {"preset": "XL/2", "num_layers": 2, "num_attention_heads": None, "attention_head_dim": None}
+    published["init_from"] = str(tmp_path / "converted")
+    config = changed(config, model=published, objective={**linear, "condition_dropout": 0.5}, data={"conditions": []})
+    trainer = Trainer(config)
+
+    batch = trainer.config.train.global_batch_size
+    clean, noise = torch.randn(batch, 4, 32, 32), torch.randn(batch, 4, 32, 32)
+    timesteps = torch.randint(1000, (batch,))
+    with torch.no_grad():
+        noisy = levels.add_noise(clean, noise, timesteps)
+        predicted = theirs(noisy, timesteps, torch.full((batch,), 1000)).sample[:, :4]
+        expected = (predicted - noise).square().mean((1, 2, 3))
+        scheduler = trainer.step.scheduler
+        prediction = trainer.transformer.eval()(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        weights = loss_weights(scheduler, timesteps.float(), None)
+        ours = losses(prediction, training_target(scheduler, clean, noise, timesteps.float()), weights, "l2")
+    assert torch.allclose(ours, expected, rtol=1e-4)
+    # Its run is finished and resumed like any other, and its pipeline predicts noise at those levels.
+    trainer.config.train.max_train_steps = 1
+    exported = DiffusionPipeline.from_pretrained(train(trainer.config) / "pipeline")
+    assert exported.scheduler.config.prediction_type == "epsilon"
+    assert torch.allclose(exported.scheduler.betas, levels.betas)
+    assert exported.transformer.out_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "objective.prediction_type epsilon needs model.init_from"),
+        ({"beta_schedule": "linear", "num_train_timesteps": 1000}, "objective.beta_schedule linear needs model.init"),
+    ],
+)
+def test_what_continues_other_models_does_not_begin_one(config, objective, message):
+    with pytest.raises(ValueError, match=message):
+        train(changed(config, objective=objective))
 
 
 def test_the_model_that_a_run_started_from_need_not_exist_when_it_resumes(config, earlier, tmp_path):
