@@ -12,6 +12,7 @@ import diffusers
 
 from .data.images import describe_source, open_images
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
+from .pipelines.modular_blocks import LatentDiTAutoBlocks
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .pipelines.pipeline_latent_dit_edit import LatentDiTEditPipeline
 from .pipelines.pipeline_latent_dit_img2img import LatentDiTImg2ImgPipeline
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CosineLatentScheduler",
+    "LatentDiTAutoBlocks",
     "LatentDiTEditPipeline",
     "LatentDiTImg2ImgPipeline",
     "LatentDiTInpaintPipeline",
@@ -50,6 +52,7 @@ def __getattr__(name: str) -> Any:
 # diffusers looks up the classes of a saved pipeline in its own module: with ours there, `from_pretrained` finds them.
 for _class in (
     CosineLatentScheduler,
+    LatentDiTAutoBlocks,
     LatentDiTEditPipeline,
     LatentDiTImg2ImgPipeline,
     LatentDiTInpaintPipeline,

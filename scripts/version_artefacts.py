@@ -10,6 +10,8 @@ CALL = {"num_inference_steps": 25, "output_type": "np"}
 ATTRIBUTES = {"Smiling": True, "class": "cat"}
 # From this version on a pipeline loads by its own code; older ones get one line.
 OLDEST_DIFFUSERS = (0, 35)
+# From this one on it is a modular pipeline, too.
+OLDEST_MODULAR = (0, 41)
 
 
 def make(folder: Path) -> None:
@@ -61,7 +63,9 @@ def open_pipeline(folder: Path) -> str:
         options = {"custom_pipeline": "pipeline", "trust_remote_code": True}
         return diffusers.DiffusionPipeline.from_pretrained(place, **options)
 
-    if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < OLDEST_DIFFUSERS:
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    pixels = numpy.load(folder / "pixels.npy")
+    if version < OLDEST_DIFFUSERS:
         try:
             load(str(folder / "pipeline"))
         except ImportError as error:
@@ -74,9 +78,15 @@ def open_pipeline(folder: Path) -> str:
             pipeline = load(place)
             pipeline.set_progress_bar_config(disable=True)
             images = pipeline(ATTRIBUTES, generator=torch.Generator().manual_seed(0), **CALL).images
-            assert numpy.array_equal(images, numpy.load(folder / "pixels.npy")), "other pixels"
+            assert numpy.array_equal(images, pixels), "other pixels"
             pipeline.save_pretrained(saved)
-    return "the same pixels, and saved"
+    if version < OLDEST_MODULAR:
+        return "the same pixels, and saved"
+    modular = diffusers.ModularPipeline.from_pretrained(str(folder / "pipeline"), trust_remote_code=True)
+    modular.load_components()
+    images = modular(attributes=ATTRIBUTES, generator=torch.Generator().manual_seed(0), **CALL, output="images")
+    assert numpy.array_equal(images, pixels), "other pixels of the modular pipeline"
+    return "the same pixels, and saved; the same as a modular pipeline"
 
 
 if __name__ == "__main__":

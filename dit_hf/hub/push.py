@@ -62,6 +62,7 @@ _CARD_IMAGES = {"sheet": "samples.png", "curve": LOSS_CURVE}
 _FILES = (
     CARD,
     "model_index.json",
+    "modular_config.json",
     "pipeline.py",
     LOG,
     CONFIG,

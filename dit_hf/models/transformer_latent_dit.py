@@ -13,7 +13,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # A private module of diffusers 0.42.1, which has no public way to describe a block to the feature caches.
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -125,6 +130,7 @@ class LatentDiTAttention(nn.Module, AttentionModuleMixin):
     # The names that `AttentionModuleMixin` of diffusers 0.42.1 reads.
     _default_processor_cls = LatentDiTAttnProcessor
     _available_processors = [LatentDiTAttnProcessor]
+    is_cross_attention = False  # read by the hooks that skip or perturb attention
 
     def __init__(self, dim: int, heads: int, qk_norm: str | None = None):
         super().__init__()
@@ -411,7 +417,14 @@ class LatentDiTTransformer2DModel(ShortCardMixin, LatentDiTAdapterMixin, ModelMi
         return [torch.arange(n, device=device, dtype=torch.float32) * (base / n) for n, base in extents]
 
 
-# diffusers' feature caches (FirstBlockCache, ...) look up here which output of a block is the tokens.
+# diffusers' feature caches (FirstBlockCache, ...) look up here which output of a block is the tokens, and its guiders
+# what stands in for an attention that is skipped.
+AttentionProcessorRegistry.register(
+    model_class=LatentDiTAttnProcessor,
+    metadata=AttentionProcessorMetadata(
+        skip_processor_output_fn=lambda _attn, hidden_states, **_options: hidden_states
+    ),
+)
 TransformerBlockRegistry.register(
     model_class=LatentDiTTransformerBlock,
     metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),

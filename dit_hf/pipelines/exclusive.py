@@ -37,6 +37,8 @@ def exclusive(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
                 )
         with contextlib.ExitStack() as held:
             parts = [self, self.scheduler]
+            if self._guider is not None:
+                parts.append(self._guider)
             if getattr(self.transformer, "is_cache_enabled", False):
                 parts.append(self.transformer)
             for part in parts:

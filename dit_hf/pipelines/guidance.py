@@ -54,6 +54,7 @@ class Guidance:
         end: See `guidance_end`.
         edit_strength: Multiplies the guidance scale of an edit, which may then have any value; None for all else,
             where a scale of 1 or less turns guidance off, as in all of diffusers.
+        guider: One of diffusers' guiders, which combines the predictions instead, with options of its own.
     """
 
     condition_ids: torch.Tensor
@@ -65,9 +66,16 @@ class Guidance:
     start: float = 0.0
     end: float = 1.0
     edit_strength: float | None = None
+    guider: Any = None
 
     def predict(
-        self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, progress: float, scale: float
+        self,
+        transformer: Any,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        step: int,
+        progress: Sequence[float],
+        scale: float,
     ) -> torch.Tensor:
         """Return the prediction of a step after guidance, the shape and precision of `model_input`.
 
@@ -75,12 +83,16 @@ class Guidance:
             transformer: The pipeline's model.
             model_input: Noisy latents, [batch, channels, height, width].
             timestep: The one of the step, a 0-d tensor.
-            progress: Where the step begins between noise (0) and image (1).
+            step: Its number.
+            progress: Where each step of the call begins between noise (0) and image (1).
             scale: The guidance scale of the step.
         """
+        if self.guider is not None:
+            return self._predict_with_guider(transformer, model_input, timestep, step, len(progress))
+
         # 1. Outside the interval there is one prediction. The margin absorbs the rounding of `progress`; with an end
         #    of 1 no step is outside.
-        if not self.start <= progress + 1e-6 < self.end + 1e-6 * (self.end == 1):
+        if not self.start <= progress[step] + 1e-6 < self.end + 1e-6 * (self.end == 1):
             ids = self.condition_ids if self.outside_ids is None else self.outside_ids
             return _run(transformer, model_input, timestep, [ids])[0]
 
@@ -113,6 +125,31 @@ class Guidance:
         # https://arxiv.org/abs/2305.08891, equations 15 and 16.
         ratio = requested.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
         return guided * (self.rescale * ratio + 1 - self.rescale)
+
+    def _predict_with_guider(
+        self, transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, step: int, num_steps: int
+    ) -> torch.Tensor:
+        """Return the prediction as the guider combines it from one prediction for each of its conditions.
+
+        Raises:
+            ValueError: if the guider does not work on images.
+        """
+        self.guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
+        negative_ids = self.condition_ids if self.negative_ids is None else self.negative_ids
+        batches = self.guider.prepare_inputs({"condition_ids": (self.condition_ids, negative_ids)})
+        for batch in batches:
+            # One by one: some guiders change the model for one of the predictions.
+            self.guider.prepare_models(transformer)
+            try:
+                name = getattr(batch, self.guider._identifier_key)
+                batch.noise_pred = _run(transformer, model_input, timestep, [batch.condition_ids], name)[0]
+            finally:
+                self.guider.cleanup_models(transformer)
+        try:
+            return self.guider(batches).pred
+        except RuntimeError as error:
+            shape = list(model_input.shape)
+            raise ValueError(f"{type(self.guider).__name__} cannot combine predictions of {shape}: {error}") from error
 
 
 def build_guidance(
@@ -169,6 +206,21 @@ def build_guidance(
     return guidance
 
 
+def check_options_with_guider(guider: Any, options: Mapping[str, Any]) -> None:
+    """Check that the options of a call leave guidance to a guider of diffusers.
+
+    Raises:
+        ValueError: for an option that a guider has itself, or a guider that works in another way.
+    """
+    name = type(guider).__name__
+    for option, value in options.items():
+        if option != "negative_attributes" and value is not None:
+            raise ValueError(f"{option}={value!r} has no effect with a guider: set it on the {name}, or leave it out")
+    foreign = {"pred_cond_stg", "pred_cond_modality"} & {*guider._input_predictions}
+    if foreign:
+        raise ValueError(f"{name} combines {', '.join(sorted(foreign))}, which models of video with sound predict")
+
+
 def check_attribute_weights(attribute_weights: Mapping[str, float] | None) -> None:
     """Check that `attribute_weights` is None or a dict of numbers.
 
@@ -182,9 +234,13 @@ def check_attribute_weights(attribute_weights: Mapping[str, float] | None) -> No
 
 
 def _run(
-    transformer: Any, model_input: torch.Tensor, timestep: torch.Tensor, condition_ids: list[torch.Tensor]
+    transformer: Any,
+    model_input: torch.Tensor,
+    timestep: torch.Tensor,
+    condition_ids: list[torch.Tensor],
+    name: str = "predictions",
 ) -> list[torch.Tensor]:
-    """Return a prediction for each entry of `condition_ids`, without a learned sigma.
+    """Return a prediction for each entry of `condition_ids`, without a learned sigma; `name` tells caches which.
 
     The model may have half precision. Latents, guidance and steps stay in float32, which costs next to nothing.
     """
@@ -194,7 +250,7 @@ def _run(
     timesteps = timestep.to(model_input.device).expand(len(inputs))  # [count * batch]
     # One context for each number of predictions, which differs outside the interval of guidance: the content of one of
     # diffusers' caches fits only a batch of the same size.
-    with transformer.cache_context(f"{count} predictions"):
+    with transformer.cache_context(f"{count} {name}"):
         output = transformer(inputs.to(transformer.dtype), timesteps, ids, return_dict=False)[0]
     # A learned sigma is in the channels after those of the latents.
     return list(output[:, : transformer.config.in_channels].to(model_input.dtype).chunk(count))

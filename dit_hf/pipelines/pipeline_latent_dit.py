@@ -20,7 +20,7 @@ from ..schedulers.accuracy import check_num_inference_steps, schedule_of
 from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler
 from .attributes import Attributes, attribute_rows, check_attributes, check_condition_labels, condition_ids
 from .exclusive import exclusive
-from .guidance import Guidance, GuidanceOptions, build_guidance
+from .guidance import Guidance, GuidanceOptions, build_guidance, check_options_with_guider
 from .interpolation import interpolate_noises
 from .saving import LatentDiTSavingMixin
 from .signature import with_types
@@ -56,6 +56,8 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
     _num_timesteps = 0
     _interrupt = False
     _guidance_scale: float
+    # One of diffusers' guiders, which the blocks of a modular pipeline set.
+    _guider: Any = None
     scheduler: CosineLatentScheduler | SchedulerMixin
 
     @with_types
@@ -151,32 +153,23 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
         # 1. Check inputs.
         self._check_inputs(attributes, batch_size, output_type, callback_on_step_end_tensor_inputs)
         check_num_inference_steps(self.scheduler, num_inference_steps)
-        rows = attribute_rows(attributes, batch_size, num_images_per_prompt)
-        guidance = self._prepare_guidance(
-            rows,
-            conditional=attributes is not None,
-            guidance_scale=guidance_scale,
-            num_images_per_row=num_images_per_prompt,
-            **guidance_options,
-        )
 
-        # 2. Prepare noise and timesteps. Euler's `init_noise_sigma` is known only after `set_timesteps`.
-        latents = self._prepare_latents(len(rows), generator, latents, self._execution_device)
-        timesteps = self._set_timesteps(num_inference_steps)
-        latents = latents * self.scheduler.init_noise_sigma
-
-        # 3. Denoise.
-        latents = self._denoise(
+        # 2. Denoise noise.
+        latents = self._generate(
+            attributes,
+            batch_size,
+            num_images_per_prompt,
+            num_inference_steps,
+            guidance_scale,
+            guidance_options,
+            generator,
             latents,
-            timesteps,
-            guidance,
             eta=eta,
-            generator=generator,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        # 4. Decode.
+        # 3. Decode.
         return self._output(latents, output_type, return_dict)
 
     @property
@@ -321,6 +314,29 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs {sorted(unknown)} not in {self._callback_tensor_inputs}"
             )
 
+    def _generate(
+        self,
+        attributes: Attributes | Sequence[Attributes] | None,
+        batch_size: int,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        guidance_options: GuidanceOptions,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        **step_options: Any,
+    ) -> torch.Tensor:
+        """Return generated latents, [images, channels, height, width]; see `__call__`, and `_denoise` for the rest."""
+        rows = attribute_rows(attributes, batch_size, num_images_per_prompt)
+        guidance = self._prepare_guidance(
+            rows, attributes is not None, guidance_scale, num_images_per_prompt, **guidance_options
+        )
+        # Euler's `init_noise_sigma` is known only after `set_timesteps`.
+        latents = self._prepare_latents(len(rows), generator, latents, self._execution_device)
+        timesteps = self._set_timesteps(num_inference_steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        return self._denoise(latents, timesteps, guidance, generator=generator, **step_options)
+
     def _prepare_latents(
         self,
         batch: int,
@@ -381,13 +397,16 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
 
         Raises:
             TypeError: for an option that there is not.
-            ValueError: for a scale that is not a number of at least 0, and as `build_guidance`.
+            ValueError: for a scale that is not a number of at least 0, options that a guider has itself, and as
+                `build_guidance`.
         """
         valid = sorted(GuidanceOptions.__annotations__)
         for name in options.keys() - {*valid}:
             raise TypeError(
                 f"{type(self).__name__} has no argument {name!r}; those of guidance are {', '.join(valid)}"
             )
+        if self._guider is not None:
+            check_options_with_guider(self._guider, {"guidance_scale": guidance_scale, **options})
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not isinstance(scale, int | float) or not 0 <= scale < float("inf"):
             raise ValueError(f"guidance_scale={scale!r} must be a number of at least 0; 1 or less is no guidance")
@@ -396,15 +415,17 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
         def encode(rows: Sequence[Attributes]) -> torch.Tensor:
             return self.encode_attributes(rows).to(self._execution_device)
 
-        return build_guidance(encode, rows, conditional, num_images_per_row, **options)
+        guidance = build_guidance(encode, rows, conditional, num_images_per_row, **options)
+        guidance.guider = self._guider
+        return guidance
 
     def _denoise(
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         guidance: Guidance,
-        eta: float,
-        generator: torch.Generator | list[torch.Generator] | None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
@@ -435,7 +456,7 @@ class LatentDiTPipeline(LatentDiTSavingMixin, DiffusionPipeline):
                 self._current_timestep = t
                 model_input = self.scheduler.scale_model_input(latents, t)
                 scale = self._guidance_scale  # of this step: the last callback may have changed it
-                model_output = guidance.predict(self.transformer, model_input, t, progress[i], scale)
+                model_output = guidance.predict(self.transformer, model_input, t, i, progress, scale)
                 latents = self.scheduler.step(model_output, t, latents, **step_options, return_dict=False)[0]
                 # Before the callback, which is documented to see the latents that the next step starts from.
                 if after_step is not None:

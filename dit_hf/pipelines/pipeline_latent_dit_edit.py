@@ -77,43 +77,62 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
             ValueError: without image or edit, for unknown attributes, or options that do not fit together.
         """
         # 1. Check inputs.
-        self._check_image_inputs(image, strength)
+        self._check_image(image)
+        self._check_strength(strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
         check_num_inference_steps(self.reversible_scheduler(), num_inference_steps)
-        if not edit:
-            raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
-        check_attributes(edit, 1, "edit")
+        self._check_edit(edit)
 
-        # 2. Encode the images, and bring attributes and edits to one for each image.
-        image_latents = self.encode_images(image, input_range)
+        # 2. Encode the images, invert them to noise, and denoise.
+        latents = self._edit(
+            self.encode_images(image, input_range),
+            attributes,
+            edit,
+            edit_strength,
+            strength,
+            num_inference_steps,
+            guidance_scale,
+            guidance_options,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+        # 3. Decode.
+        return self._output(latents, output_type, return_dict)
+
+    def _edit(
+        self,
+        image_latents: torch.Tensor,
+        attributes: Attributes | Sequence[Attributes] | None,
+        edit: Attributes | Sequence[Attributes] | None,
+        edit_strength: float,
+        strength: float,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        guidance_options: GuidanceOptions,
+        **step_options: Any,
+    ) -> torch.Tensor:
+        """Return edited latents of images; see `__call__`, and `_denoise` for the rest."""
+        # 1. Bring attributes and edits to one for each image.
         rows, image_latents = self._match(attributes, image_latents, 1)
         edits, image_latents = self._match(edit, image_latents, 1)
         rows = rows * len(edits) if len(rows) == 1 else rows
         edited = [{**row, **change} for row, change in zip(rows, edits, strict=True)]
 
-        # 3. Guide away from the image's own attributes. Outside the interval of guidance these are predicted too:
+        # 2. Guide away from the image's own attributes. Outside the interval of guidance these are predicted too:
         #    the image stays as it is.
-        guidance_options.setdefault("negative_attributes", rows)
-        guidance = self._prepare_guidance(edited, conditional=True, guidance_scale=guidance_scale, **guidance_options)
+        guidance_options = {"negative_attributes": rows, **guidance_options}
+        guidance = self._prepare_guidance(edited, True, guidance_scale, **guidance_options)
+        if guidance.guider is not None and edit_strength != 1:
+            raise ValueError(f"edit_strength={edit_strength} has no effect with a guider: set its guidance_scale")
         guidance.edit_strength = edit_strength
         guidance.outside_ids = self.encode_attributes(rows).to(self._execution_device)
 
-        # 4. Invert to noise, and denoise.
+        # 3. Invert to noise, and denoise.
         with self._with_reversible_scheduler():
             timesteps = self._set_timesteps(num_inference_steps, strength)
             latents = self._invert(image_latents, rows, timesteps)
-            latents = self._denoise(
-                latents,
-                timesteps,
-                guidance,
-                eta=0.0,
-                generator=None,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            )
-
-        # 5. Decode.
-        return self._output(latents, output_type, return_dict)
+            return self._denoise(latents, timesteps, guidance, **step_options)
 
     @exclusive
     @torch.no_grad()
@@ -141,7 +160,8 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         Raises:
             ValueError: without an image, or for unknown attributes.
         """
-        self._check_image_inputs(image, strength)
+        self._check_image(image)
+        self._check_strength(strength)
         rows, image_latents = self._match(attributes, self.encode_images(image, input_range), 1)
         with self._with_reversible_scheduler():
             latents = self._invert(image_latents, rows, self._set_timesteps(num_inference_steps, strength))
@@ -189,6 +209,12 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
         prediction_type = self.scheduler.config.prediction_type
         return CosineLatentScheduler(len(betas), prediction_type=prediction_type, trained_betas=betas, multistep=False)
 
+    def _check_edit(self, edit: Attributes | Sequence[Attributes] | None) -> None:
+        """Raise a ValueError without attributes to change, or for another type."""
+        if not edit:
+            raise ValueError("edit= is needed, e.g. {'Eyeglasses': True}")
+        check_attributes(edit, 1, "edit")
+
     def _invert(self, image_latents: torch.Tensor, rows: list[Attributes], timesteps: torch.Tensor) -> torch.Tensor:
         """Return `image_latents` noised up `timesteps`, each step the reverse of a step of sampling.
 
@@ -201,7 +227,7 @@ class LatentDiTEditPipeline(LatentDiTImg2ImgPipeline):
             lower = latents
             # A fixed-point iteration: the prediction belongs at the noisier sample, which it is needed to find.
             for _ in range(REVERSE_ITERATIONS):
-                output = guidance.predict(self.transformer, latents, timestep, progress=0.0, scale=1.0)
+                output = guidance.predict(self.transformer, latents, timestep, step=0, progress=[0.0], scale=1.0)
                 latents = self.scheduler.reverse_step(output, timestep, latents, lower)
         return latents
 

@@ -68,37 +68,50 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             ValueError: without an image, for unknown attributes, or options that do not fit together.
         """
         # 1. Check inputs.
-        self._check_image_inputs(image, strength)
+        self._check_image(image)
+        self._check_strength(strength)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
         check_num_inference_steps(self.scheduler, num_inference_steps)
-        image_latents = self.encode_images(image, input_range)
-        rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
-        guidance = self._prepare_guidance(
-            rows,
-            conditional=attributes is not None,
-            guidance_scale=guidance_scale,
-            num_images_per_row=num_images_per_prompt,
-            **guidance_options,
-        )
 
-        # 2. Noise the images to the level of `strength`, and keep the timesteps from there.
-        timesteps = self._set_timesteps(num_inference_steps, strength)
-        noise = self._noise(image_latents.shape, generator)
-        latents = self._add_noise(image_latents, noise, timesteps, strength)
-
-        # 3. Denoise.
-        latents = self._denoise(
-            latents,
-            timesteps,
-            guidance,
+        # 2. Encode the images, noise them to the level of `strength`, and denoise.
+        latents = self._vary(
+            self.encode_images(image, input_range),
+            attributes,
+            strength,
+            num_images_per_prompt,
+            num_inference_steps,
+            guidance_scale,
+            guidance_options,
+            generator,
             eta=eta,
-            generator=generator,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        # 4. Decode.
+        # 3. Decode.
         return self._output(latents, output_type, return_dict)
+
+    def _vary(
+        self,
+        image_latents: torch.Tensor,
+        attributes: Attributes | Sequence[Attributes] | None,
+        strength: float,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        guidance_options: GuidanceOptions,
+        generator: torch.Generator | list[torch.Generator] | None,
+        **step_options: Any,
+    ) -> torch.Tensor:
+        """Return variations of latents of images; see `__call__`, and `_denoise` for the rest."""
+        rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
+        guidance = self._prepare_guidance(
+            rows, attributes is not None, guidance_scale, num_images_per_prompt, **guidance_options
+        )
+        timesteps = self._set_timesteps(num_inference_steps, strength)
+        noise = self._noise(image_latents.shape, generator)
+        latents = self._add_noise(image_latents, noise, timesteps, strength)
+        return self._denoise(latents, timesteps, guidance, generator=generator, **step_options)
 
     @torch.no_grad()
     def encode_images(self, image: ImageInput, input_range: InputRange | None = None) -> torch.Tensor:
@@ -124,16 +137,19 @@ class LatentDiTImg2ImgPipeline(LatentDiTPipeline):
             return encoded.latent_dist.mean
         return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
-    def _check_image_inputs(self, image: ImageInput | None, strength: float) -> None:
-        """Check the arguments of a call that concern its images.
+    def _check_image(self, image: ImageInput | None) -> None:
+        """Check that there is an image, and a VAE to encode it.
 
         Raises:
-            ValueError: without an image, without a VAE, or for a `strength` outside [0, 1].
+            ValueError: if there is not.
         """
         if image is None or (isinstance(image, list) and not image):
             raise ValueError("an image is needed: `image=` takes one or a list")
         if self.vae is None:
             raise ValueError("this pipeline has no vae, which would encode the image")
+
+    def _check_strength(self, strength: float) -> None:
+        """Raise a ValueError for a `strength` outside [0, 1]."""
         if not 0 <= strength <= 1:
             raise ValueError(f"strength={strength} must be between 0 and 1")
 

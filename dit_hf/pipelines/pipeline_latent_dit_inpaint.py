@@ -80,36 +80,80 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             ValueError: without image or mask, for unknown attributes, or options that do not fit together.
         """
         # 1. Check inputs.
-        self._check_image_inputs(image, strength)
-        if jump_n_sample is None:
-            jump_n_sample = JUMP_N_SAMPLE if isinstance(self.scheduler, CosineLatentScheduler) else 1
-        self._check_jumps(mask_image, jump_length, jump_n_sample)
+        self._check_image(image)
+        self._check_strength(strength)
+        self._check_mask(mask_image)
+        self._check_jumps(jump_length, jump_n_sample)
         self._check_inputs(attributes, 1, output_type, callback_on_step_end_tensor_inputs)
         check_num_inference_steps(self.scheduler, num_inference_steps)
 
-        # 2. Encode the images, and bring masks and attributes to one for each output.
-        pixels, sizes = read_images(image, *self.resolution, input_range)
-        mask = read_masks(mask_image, *self.resolution, sizes).to(self._execution_device)  # [1 or images, 1, H, W]
-        image_latents = self._encode_pixels(pixels)
-        rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
-        mask = mask.repeat_interleave(len(image_latents) // len(mask), dim=0)  # [outputs, 1, height, width]
-        # The maximum: a latent is inpainted if any of its pixels is, because it decodes to all of them.
-        latent_mask = torch.nn.functional.adaptive_max_pool2d(mask, image_latents.shape[2:]).to(image_latents.dtype)
-        guidance = self._prepare_guidance(
-            rows,
-            conditional=attributes is not None,
-            guidance_scale=guidance_scale,
-            num_images_per_row=num_images_per_prompt,
-            **guidance_options,
+        # 2. Encode the images, and denoise the white part.
+        pixels, mask = self._read_masked(image, mask_image, input_range)
+        latents = self._inpaint(
+            self._encode_pixels(pixels),
+            mask,
+            attributes,
+            strength,
+            jump_length,
+            jump_n_sample,
+            num_images_per_prompt,
+            num_inference_steps,
+            guidance_scale,
+            guidance_options,
+            generator,
+            eta=eta,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        # 3. Noise the images to the level of `strength`, and order the steps from there, repetitions included.
+        # 3. Decode, and paste the original pixels back.
+        if output_type == "latent" or not paste_back:
+            return self._output(latents, output_type, return_dict)
+        images = self._paste_back(latents, pixels, mask, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _read_masked(
+        self, image: ImageInput, mask_image: ImageInput, input_range: InputRange | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images between -1 and 1, [images, 3, height, width], and masks, [1 or images, 1, height, width]."""
+        pixels, sizes = read_images(image, *self.resolution, input_range)
+        return pixels, read_masks(mask_image, *self.resolution, sizes).to(self._execution_device)
+
+    def _inpaint(
+        self,
+        image_latents: torch.Tensor,
+        mask: torch.Tensor,
+        attributes: Attributes | Sequence[Attributes] | None,
+        strength: float,
+        jump_length: int,
+        jump_n_sample: int | None,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        guidance_options: GuidanceOptions,
+        generator: torch.Generator | list[torch.Generator] | None,
+        **step_options: Any,
+    ) -> torch.Tensor:
+        """Return latents inpainted where the mask is white; see `__call__`, and `_denoise` for the rest."""
+        # 1. Bring masks and attributes to one for each output.
+        rows, image_latents = self._match(attributes, image_latents, num_images_per_prompt)
+        # The maximum: a latent is inpainted if any of its pixels is, because it decodes to all of them.
+        latent_mask = torch.nn.functional.adaptive_max_pool2d(mask, image_latents.shape[2:]).to(image_latents.dtype)
+        latent_mask = latent_mask.repeat_interleave(len(image_latents) // len(mask), dim=0)
+        guidance = self._prepare_guidance(
+            rows, attributes is not None, guidance_scale, num_images_per_prompt, **guidance_options
+        )
+
+        # 2. Noise the images to the level of `strength`, and order the steps from there, repetitions included.
         schedule = self._set_timesteps(num_inference_steps, strength)
         noise = self._noise(image_latents.shape, generator)
         latents = self._add_noise(image_latents, noise, schedule, strength)
+        if jump_n_sample is None:
+            jump_n_sample = JUMP_N_SAMPLE if isinstance(self.scheduler, CosineLatentScheduler) else 1
         order = _step_order(len(schedule), jump_length, jump_n_sample)
 
-        # 4. Denoise. After each step put the image back outside the mask, at the level where the step ended; before a
+        # 3. Denoise. After each step put the image back outside the mask, at the level where the step ended; before a
         #    repetition noise everything again, so that both parts can adapt to each other.
         def blend(step: int, latents: torch.Tensor) -> torch.Tensor:
             level = order[step] + 1
@@ -119,39 +163,25 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
                 return self._noise_again(latents, schedule, level, order[step + 1], generator)
             return latents
 
-        latents = self._denoise(
-            latents,
-            schedule[order],
-            guidance,
-            eta=eta,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            after_step=blend,
-        )
+        return self._denoise(latents, schedule[order], guidance, generator=generator, after_step=blend, **step_options)
 
-        # 5. Decode, and paste the original pixels back.
-        if output_type == "latent" or not paste_back:
-            return self._output(latents, output_type, return_dict)
-        pasted = self._paste_back(latents, pixels, mask, num_images_per_prompt)
-        # They are between 0 and 1 already, which is all that denormalising would change.
-        images = self.image_processor.postprocess(pasted, output_type, do_denormalize=[False] * len(pasted))
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check_jumps(self, mask_image: ImageInput | None, jump_length: int, jump_n_sample: int) -> None:
-        """Check the arguments of a call that only inpainting has.
-
-        Raises:
-            ValueError: without a mask, for numbers below 1, or repetitions with a scheduler that cannot go back.
-        """
+    def _check_mask(self, mask_image: ImageInput | None) -> None:
+        """Raise a ValueError without a mask."""
         if mask_image is None:
             raise ValueError("a mask is needed: `mask_image=` is white where the image is to be inpainted")
-        if not all(isinstance(number, int) and number >= 1 for number in (jump_length, jump_n_sample)):
+
+    def _check_jumps(self, jump_length: int, jump_n_sample: int | None) -> None:
+        """Check how often steps are repeated.
+
+        Raises:
+            ValueError: for numbers below 1, or repetitions with a scheduler that cannot go back.
+        """
+        times = 1 if jump_n_sample is None else jump_n_sample
+        if not all(isinstance(number, int) and number >= 1 for number in (jump_length, times)):
             raise ValueError(
                 f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be whole numbers above 0"
             )
-        if jump_n_sample > 1 and not isinstance(self.scheduler, CosineLatentScheduler):
+        if times > 1 and not isinstance(self.scheduler, CosineLatentScheduler):
             name = type(self.scheduler).__name__
             raise ValueError(f"jump_n_sample={jump_n_sample} needs a CosineLatentScheduler; {name} cannot go back")
 
@@ -163,21 +193,21 @@ class LatentDiTInpaintPipeline(LatentDiTImg2ImgPipeline):
             return image_latents
         return self.scheduler.add_noise(image_latents, noise, schedule[level : level + 1].repeat(len(image_latents)))
 
-    def _paste_back(
-        self, latents: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, num_images_per_prompt: int
-    ) -> torch.Tensor:
-        """Decode latents, and return the original pixels where the mask is black; [outputs, 3, height, width], 0 to 1.
+    def _paste_back(self, latents: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, output_type: str) -> Any:
+        """Decode latents to images of an `output_type`, with the original pixels where the mask is black.
 
         Args:
-            latents: [outputs, channels, height, width].
+            latents: [outputs, channels, height, width]; the outputs of an image follow each other.
             pixels: The images between -1 and 1, [images, 3, height, width].
-            mask: [outputs, 1, height, width] in pixels.
-            num_images_per_prompt: Outputs for each image.
+            mask: [1 or images, 1, height, width].
+            output_type: See [`LatentDiTPipeline`].
         """
         inpainted = self.decode_latents(latents, "pt").float()  # [outputs, 3, height, width], 0 to 1
-        # One image for several rows of attributes is expanded first, as its latents were in `_match`.
-        pixels = (pixels.to(latents.device) / 2 + 0.5).expand(len(latents) // num_images_per_prompt, -1, -1, -1)
-        return mask * inpainted + (1 - mask) * pixels.repeat_interleave(num_images_per_prompt, dim=0)
+        pixels = pixels.to(latents.device) / 2 + 0.5
+        pixels, mask = (each.repeat_interleave(len(latents) // len(each), dim=0) for each in (pixels, mask))
+        pasted = mask * inpainted + (1 - mask) * pixels
+        # They are between 0 and 1 already, which is all that denormalising would change.
+        return self.image_processor.postprocess(pasted, output_type, do_denormalize=[False] * len(pasted))
 
     def _noise_again(
         self,

@@ -11,6 +11,10 @@ from typing import Any
 from ..short_card import PIPELINE_CARD, ShortCardMixin
 from .standalone import CODE_FILE, NOTICE, standalone_source
 
+MODULAR_CONFIG = "modular_config.json"
+# Where diffusers finds the blocks of a modular pipeline.
+BLOCKS = {"_class_name": "LatentDiTAutoBlocks", "auto_map": {"ModularPipelineBlocks": "pipeline.LatentDiTAutoBlocks"}}
+
 
 class LatentDiTSavingMixin(ShortCardMixin):
     """diffusers' saving of a pipeline, as one that loads with and without dit_hf; others' files are kept."""
@@ -66,6 +70,9 @@ class LatentDiTSavingMixin(ShortCardMixin):
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the index, and beside it `pipeline.py`, with which the pipeline loads without dit_hf.
 
+        `modular_config.json` names the blocks in it, for `ModularPipeline.from_pretrained`, which then takes the parts
+        from the index.
+
         Also remove from the configs of the components, which diffusers saves first, where they were loaded from.
         """
         folder = Path(save_directory)
@@ -78,7 +85,8 @@ class LatentDiTSavingMixin(ShortCardMixin):
 
         # 2. The index last, because its presence makes the folder a pipeline; it may also push the folder.
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CODE_FILE).write_text(standalone_source(self._saved_class()), encoding="utf-8")
+        (folder / CODE_FILE).write_text(standalone_source(), encoding="utf-8")
+        (folder / MODULAR_CONFIG).write_text(json.dumps(BLOCKS, indent=2) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
 
     def _saved_class(self) -> type:
@@ -95,7 +103,8 @@ def _check_target(folder: Path, with_card: bool) -> None:
     code, index = folder / CODE_FILE, folder / "model_index.json"
     if code.is_file() and not code.read_bytes().startswith(NOTICE.encode()):
         raise FileExistsError(f"{folder} holds a {CODE_FILE} of something else; name a new folder")
-    if index.is_file() and "LatentDiT" not in index.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{folder} holds another pipeline ({index.name}); name a new folder")
+    for path in (index, folder / MODULAR_CONFIG):
+        if path.is_file() and "LatentDiT" not in path.read_text(encoding="utf-8", errors="replace"):
+            raise FileExistsError(f"{folder} holds another pipeline ({path.name}); name a new folder")
     if with_card and (folder / "README.md").is_file() and not index.is_file():
         raise FileExistsError(f"{folder} holds a README.md, which the card would replace; name a new folder")

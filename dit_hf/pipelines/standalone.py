@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 CODE_FILE = "pipeline.py"
 NOTICE = "# Copyright 2026 The dit_hf authors. Licensed under the Apache License, Version 2.0.\n"
@@ -30,34 +31,45 @@ if Version(diffusers.__version__) < Version("{OLDEST_DIFFUSERS}"):
 """
 CODE_TAIL = """if "dit_hf" not in sys.modules:  # which has registered its own
     vars(diffusers).update({kind.__name__: kind for kind in ({names})})
+
+
+def __dir__() -> list[str]:
+    # diffusers looks here for the one pipeline of a repository: not for those that are made of its parts.
+    return [name for name in globals() if name not in ({made_of_parts})]
 """
 
 
-def standalone_source(pipeline_class: type) -> str:
-    """Return one module that consists of the file of a class and of those that it imports from the package.
+def standalone_source() -> str:
+    """Return one module that consists of the file of the blocks and of those that it imports from the package.
 
-    `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` runs it. Like importing dit_hf, it
-    registers the models, schedulers and pipelines in these files with diffusers. A pipeline loaded from it saves the
-    same module again.
+    `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` runs it, and so does
+    `ModularPipeline.from_pretrained(..., trust_remote_code=True)`. Like importing dit_hf, it registers the models,
+    schedulers, pipelines and blocks in these files with diffusers. What is loaded from it saves the same module again.
     """
     # 1. The files. All is in one if this code runs from such a module, which is then written as it is.
-    modules = _with_imports(sys.modules[pipeline_class.__module__])
+    if __name__ != "dit_hf.pipelines.standalone":
+        return _source(sys.modules[__name__])
+    modules = _with_imports(sys.modules["dit_hf.pipelines.modular_blocks"])
     sources = [_source(module) for module in modules]
-    if len(sources) == 1:
-        return sources[0]
 
     # 2. Remove the copyright notices, which one at the head replaces, and all imports from the package.
     own = re.compile(r"^(# Copyright.*|from (__future__|\.\S+) import (\([^)]*\)|.*))\n", re.MULTILINE)
 
     # 3. Join them, and register what is saved with a config, unless dit_hf is imported and has registered its own.
-    names = ", ".join(
-        name
+    kinds = [
+        value
         for module in modules
-        for name, value in vars(module).items()
+        for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, ConfigMixin) and value.__module__ == module.__name__
+    ]
+    names = ", ".join(kind.__name__ for kind in kinds)
+    made_of_parts = ", ".join(
+        f'"{kind.__name__}"' for kind in kinds if issubclass(kind, DiffusionPipeline) and kind.__base__ in kinds
     )
     code = "\n\n".join(own.sub("", source).strip() + "\n" for source in sources)
-    return "\n".join([NOTICE + CODE_HEAD, code, CODE_TAIL.replace("{names}", names)])
+    return "\n".join(
+        [NOTICE + CODE_HEAD, code, CODE_TAIL.replace("{names}", names).replace("{made_of_parts}", made_of_parts)]
+    )
 
 
 def _with_imports(module: ModuleType) -> list[ModuleType]:

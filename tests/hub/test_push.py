@@ -48,7 +48,13 @@ def test_a_run_becomes_a_repository_without_its_optimizer(run, tmp_path, capsys)
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {
         *("README.md", "samples.png", "loss_curve.png", "training_log.csv", "config.yaml", "export.json"),
-        *("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "transformer/config.json"),
+        *(
+            "model_index.json",
+            "modular_config.json",
+            "pipeline.py",
+            "scheduler/scheduler_config.json",
+            "transformer/config.json",
+        ),
         *("transformer/diffusion_pytorch_model.safetensors", "vae/config.json"),
         "vae/diffusion_pytorch_model.safetensors",
     }

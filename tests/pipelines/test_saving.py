@@ -39,6 +39,7 @@ def test_other_files_keep_their_bytes(tmp_path, name, text):
     [
         ("pipeline.py", "print('mine')\n", {}),
         ("model_index.json", '{"_class_name": "StableDiffusionPipeline"}', {}),
+        ("modular_config.json", '{"_class_name": "FluxAutoBlocks"}', {}),
         ("README.md", "mine", {"push_to_hub": True}),
     ],
 )
@@ -99,7 +100,7 @@ def test_a_pushed_pipeline_loads_with_and_without_dit_hf(pushing_hub, tmp_path):
     pipeline.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="you/again")
     for name in ("you/faces", "you/again"):
         files = pushing_hub.repositories[name]
-        assert {"model_index.json", "pipeline.py", "README.md"} < set(files)
+        assert {"model_index.json", "modular_config.json", "pipeline.py", "README.md"} < set(files)
         card = files["README.md"].decode()
         assert f'from_pretrained("{name}", custom_pipeline="pipeline"' in card
         assert "More Information Needed" not in card

@@ -53,7 +53,8 @@ def test_its_own_code_does_not_replace_the_packages_classes(tmp_path):
 
 
 # What diffusers 0.35 has otherwise, as far as a pipeline meets it: it reads no string and no `X | None` as a type,
-# has no `parameters`, passes no `parallel_config`, and takes lines for imports wherever they stand.
+# has no `parameters` and no modular pipelines like today's, passes no `parallel_config`, and takes lines for imports
+# wherever they stand.
 AS_IN_0_35 = """
 import inspect, re, typing
 from diffusers import DiffusionPipeline
@@ -87,6 +88,7 @@ def check_imports(filename):
 
 DiffusionPipeline._get_signature_types = classmethod(signature_types)
 del DiffusionPipeline.parameters
+sys.modules["diffusers.modular_pipelines.modular_pipeline"] = None  # which fails to be imported
 attention_dispatch.dispatch_attention_fn = dispatch_attention_fn
 dynamic_modules_utils.check_imports = check_imports
 """
