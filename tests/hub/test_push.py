@@ -260,10 +260,11 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
         generate += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"
         generate += "images = pipe(REQUESTED, generator=torch.Generator().manual_seed(0), **options).images\n"
         generate += "numpy.save('pixels.npy', images)\n"
-        plain, remote = read_snippets(cards["you/faces"])
+        plain, remote, modular = read_snippets(cards["you/faces"])
         (own,) = read_snippets(cards["you/own"])
         python(plain + generate.replace("REQUESTED", str(row)), tmp_path / "with")
         python(HIDE_DIT_HF + remote + generate.replace("REQUESTED", str(row)), tmp_path / "without")
+        python(HIDE_DIT_HF + modular, tmp_path / "without")  # of the image that the other has written
         python(HIDE_DIT_HF + own + generate.replace("REQUESTED", "[0]"), tmp_path / "own")
     for name in ("with", "without", "own"):
         assert (tmp_path / name / "image.png").is_file()
