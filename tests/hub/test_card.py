@@ -151,12 +151,13 @@ def test_the_snippets_of_a_run_and_of_a_repository_run_unchanged(config, tmp_pat
     for folder, sheet in ((run, "samples/step-8.png"), (tmp_path / "repository", "samples.png")):
         monkeypatch.chdir(folder)
         text = (folder / "README.md").read_text()
-        for code in read_snippets(text):
+        snippets = read_snippets(text)
+        for code, kind in zip(snippets, ["LatentDiTPipeline"] * 2 + ["ModularPipeline"], strict=True):
             names: dict = {}
             exec(code, names)
             with Image.open("image.png") as image:
                 assert image.size == (16, 16)
-            assert type(names["pipe"]).__name__ == "LatentDiTPipeline"
+            assert type(names["pipe"]).__name__ == kind
         assert f"![samples]({sheet})" in text
         for image in re.findall(r"!\[\w+\]\(([^)]*)\)", text):
             Image.open(folder / image).verify()
