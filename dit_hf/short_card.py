@@ -27,8 +27,8 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="pipeline", trust_remote_code=True)
 ```
 
-With dit_hf installed, `import dit_hf` and `DiffusionPipeline.from_pretrained("{repo_id}")` are enough. For images, masks
-and edits: `ModularPipeline.from_pretrained("{repo_id}", trust_remote_code=True)`.
+With dit_hf installed, `import dit_hf` and `DiffusionPipeline.from_pretrained("{repo_id}")` are enough. For images,
+masks and edits: `ModularPipeline.from_pretrained("{repo_id}", trust_remote_code=True)`.
 """
     + _LICENSE
 )

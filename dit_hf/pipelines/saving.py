@@ -11,6 +11,7 @@ from typing import Any
 from ..short_card import PIPELINE_CARD, ShortCardMixin
 from .standalone import CODE_FILE, NOTICE, standalone_source
 
+INDEX = "model_index.json"
 MODULAR_CONFIG = "modular_config.json"
 # Where diffusers finds the blocks of a modular pipeline.
 BLOCKS = {"_class_name": "LatentDiTAutoBlocks", "auto_map": {"ModularPipelineBlocks": "pipeline.LatentDiTAutoBlocks"}}
@@ -21,6 +22,18 @@ class LatentDiTSavingMixin(ShortCardMixin):
 
     _card = PIPELINE_CARD
     transformer: Any
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Load a pipeline; see diffusers.
+
+        Raises:
+            OSError: if there is no pipeline; for the folder of a run it names the one in it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / INDEX).is_file() and (folder / "pipeline" / INDEX).is_file():
+            raise OSError(f"{folder} is the folder of a run: its pipeline is in {folder / 'pipeline'}")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @property
     def components(self) -> dict[str, Any]:
@@ -100,7 +113,7 @@ def _check_target(folder: Path, with_card: bool) -> None:
     Raises:
         FileExistsError: if it would.
     """
-    code, index = folder / CODE_FILE, folder / "model_index.json"
+    code, index = folder / CODE_FILE, folder / INDEX
     if code.is_file() and not code.read_bytes().startswith(NOTICE.encode()):
         raise FileExistsError(f"{folder} holds a {CODE_FILE} of something else; name a new folder")
     for path in (index, folder / MODULAR_CONFIG):

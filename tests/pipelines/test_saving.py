@@ -12,7 +12,7 @@ from peft import LoraConfig
 from pipeline_calls import run
 from repositories import run_without_dit_hf
 
-from dit_hf import CosineLatentScheduler, LatentDiTTransformer2DModel
+from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
 
 
 @pytest.mark.parametrize(
@@ -152,3 +152,75 @@ def test_a_part_alone_has_a_card_whose_code_loads_it(pushing_hub, tmp_path):
             "v_prediction",
             2,
         )
+
+
+# Loading.
+
+
+def test_the_folder_of_a_run_names_its_pipeline(model):
+    with pytest.raises(OSError, match=rf"{model} is the folder of a run: its pipeline is in {model}/pipeline$"):
+        LatentDiTPipeline.from_pretrained(model)
+    assert type(LatentDiTPipeline.from_pretrained(f"{model}/pipeline")) is LatentDiTPipeline
+
+
+@pytest.fixture
+def two_revisions(hub, tmp_path):
+    """The local Hub with `you/faces`, in shards of a variant; at revision v1 it generates what is returned."""
+    for seed, name in ((1, "you/faces"), (0, "you/faces@v1")):
+        pipeline = tiny_pipeline()
+        pipeline.transformer = tiny_transformer(
+            seed, conditions={"Smiling": 2, "class": 3}, use_rotary_positional_embeddings=True
+        )
+        folder = tmp_path / str(seed)
+        pipeline.save_pretrained(folder, variant="fp16", max_shard_size="50KB")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        hub.repositories[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    assert any(path.endswith("fp16-00002-of-00003.safetensors") for path in hub.repositories["you/faces@v1"])
+    local = LatentDiTPipeline.from_pretrained(folder, variant="fp16", dtype=torch.bfloat16)
+    assert not np.allclose(run(local), run(LatentDiTPipeline.from_pretrained(tmp_path / "1", variant="fp16")))
+    return hub, latents_of(local)
+
+
+def latents_of(pipeline):
+    return run(pipeline, {"class": "cat"}, output_type="latent").float().numpy()
+
+
+OPTIONS = {"variant": "fp16", "revision": "v1", "device_map": "cpu"}
+
+
+def test_a_pinned_revision_in_shards_of_a_variant_loads_by_name_and_from_the_cache(two_revisions, monkeypatch):
+    hub, expected = two_revisions
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        hub.requests.clear()
+        loaded = DiffusionPipeline.from_pretrained("you/faces", dtype=torch.bfloat16, **OPTIONS)
+        assert bool(hub.requests) != offline
+        assert loaded.transformer.dtype == torch.bfloat16
+        assert np.array_equal(latents_of(loaded), expected)
+
+
+@pytest.mark.slow
+def test_it_does_so_by_its_own_code_too(two_revisions, tmp_path):
+    hub, expected = two_revisions
+    code = f"""
+import numpy, torch
+from diffusers import DiffusionPipeline, ModularPipeline
+from huggingface_hub import constants, snapshot_download
+faces = "you/faces"
+if constants.HF_HUB_OFFLINE:  # diffusers asks the Hub which code is the newest, but not of a folder
+    faces = snapshot_download(faces, revision="v1")
+options = {OPTIONS!r} | {{"dtype": torch.bfloat16}}
+call = {{"num_inference_steps": 3, "output_type": "latent"}}
+pipe = DiffusionPipeline.from_pretrained(faces, custom_pipeline="pipeline", trust_remote_code=True, **options)
+images = pipe({{"class": "cat"}}, generator=torch.Generator().manual_seed(0), **call).images
+pipe = ModularPipeline.from_pretrained(faces, revision="v1", trust_remote_code=True)
+pipe.load_components(**options)
+call["attributes"] = {{"class": "cat"}}
+again = pipe(generator=torch.Generator().manual_seed(0), **call, output="images")
+numpy.save(sys.argv[1], torch.stack([images, again]).float().numpy())
+"""
+    for offline in "01":
+        environment = hub.environment() | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "home")}
+        run_without_dit_hf(code, tmp_path / "latents.npy", **environment)
+        for latents in np.load(tmp_path / "latents.npy"):
+            assert np.array_equal(latents, expected)
