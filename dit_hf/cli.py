@@ -24,6 +24,7 @@ from .storage import check_folder, first_line
 VERBS = {
     "demo": ("dit_hf.demo", "demo"),
     "prepare-latents": ("dit_hf.latents.prepare", "prepare_latents", "source"),
+    "merge-latents": ("dit_hf.latents.merge", "merge_latents", "parts"),
     "train-autoencoder": ("dit_hf.latents.train_autoencoder", "train_autoencoder", "source"),
     "train": ("dit_hf.training.trainer", "train", "config"),
     "sample": ("dit_hf.sampling.sample", "sample", "model"),

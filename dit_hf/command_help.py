@@ -27,6 +27,7 @@ WIDTH, INDENT = 80, 24
 SUMMARIES = {
     "demo": "train a small model of drawn faces, offline, in minutes",
     "prepare-latents": "encode your images once, into a latent cache",
+    "merge-latents": "join parts of a cache that were built apart",
     "train-autoencoder": "optional: train a VAE of your own for that step",
     "train": "train a model on a latent cache",
     "sample": "generate, edit, inpaint and interpolate images",
@@ -41,7 +42,9 @@ EXAMPLES = {
     "prepare-latents": [
         "dit-hf prepare-latents my_images --dry_run --output_dir latents",
         "dit-hf prepare-latents my_images --resolution 128 --flip --output_dir latents",
+        "dit-hf prepare-latents my_images --resolution 128 --flip --add_to latents --output_dir more",
     ],
+    "merge-latents": ["dit-hf merge-latents part-1 part-2 part-3 part-4 --output_dir latents"],
     "train-autoencoder": ["dit-hf train-autoencoder my_images --output_dir vae"],
     "train": [
         "dit-hf train celeba --data.latents latents --train.output_dir runs/mine",
@@ -69,6 +72,7 @@ GROUPS = {
     "prepare-latents": {
         "What is read of the source": SOURCE,
         "How images become latents": "vae resolution crop faces min_face_size drop_near_duplicates flip seed",
+        "Caches that grow, and several machines": "add_to drop_gone part",
         "Speed and memory": SPEED,
         "Sharing": "push_to_hub private anonymous_ids",
     },
@@ -103,6 +107,8 @@ VALUES = {int: "N", float: "X", str: "NAME", list: "LIST", dict: "JSON"}
 NAMES = {
     "output_dir": "DIR",
     "latents": "DIR",
+    "add_to": "DIR",
+    "part": "K/N",
     "vae": "VAE",
     "resolution": "N",
     "conditions": "NAMES",
@@ -269,8 +275,10 @@ def verb_function(verb: str) -> Any:
 
 
 def _position(verb: str, name: str) -> str:
-    optional = inspect.signature(verb_function(verb)).parameters[name].default is not inspect.Parameter.empty
-    return f"[{name.upper()}]" if optional else name.upper()
+    parameter = inspect.signature(verb_function(verb)).parameters[name]
+    several = typing.get_type_hints(verb_function(verb))[name] == list[str]
+    shown = name.upper() + ("..." if several else "")
+    return shown if parameter.default is inspect.Parameter.empty else f"[{shown}]"
 
 
 def _summary(described: Any) -> str:

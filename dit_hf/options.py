@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def named_options(args: list[str], parser: OneLineParser) -> list[str]:
             flag = name if not equals else ""
         elif left and not argument.startswith("-"):
             name, equals, value = left.pop(0), "=", argument
+            if parser.type_of(name) == list[str]:  # which takes all that follow each other
+                values = [argument]
+                while waiting and not waiting[0].startswith("-"):
+                    values.append(waiting.pop(0))
+                value = json.dumps(values)
         else:
             parser.error(_superfluous(argument, flag, args, parser))
         if name == "config":

@@ -279,6 +279,19 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Link a file of ours, which is never written to again, to `target`, or copy it where links do not work.
+
+    What is at `target` is replaced. A half-made copy has another name.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        with new_file(target) as partial:
+            shutil.copyfile(source, partial)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:

@@ -31,6 +31,7 @@ class Plan:
         left_out: Number of images and rows that cannot be used, by reason.
         examples: The first of them, by reason; empty with anonymous ids.
         faces: What was found in photographs, in one line; empty unless faces are cropped.
+        added: Which images are added to a finished cache, and which of that are gone, a line each.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Plan:
     left_out: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     faces: str = ""
+    added: list[str] = field(default_factory=list)
 
     def describe(self, rows: Dataset, left_out: list[tuple[str, str]]) -> None:
         """Count the rows by split and by the values of each condition, and what is left out by reason."""
@@ -75,6 +77,18 @@ class Plan:
             others = f" ({len(pairs):,} such pairs)" if len(pairs) > 1 else ""
             self.contents.choices.append(f"{name}: {' and '.join(pairs[0])} are two classes{others}")
 
+    @classmethod
+    def from_dict(cls, plan: dict[str, Any], examples: dict[str, str]) -> Plan:
+        """Return the plan that [`Plan.as_dict`] returned, with its examples."""
+        contents = Contents(
+            plan["kind"],
+            image_column=plan["image_column"],
+            split_origin=plan["splits"] or "",
+            unused=plan["not_used"],
+            choices=plan["choices"],
+        )
+        return cls(plan["source"], contents, plan["conditions"], plan["images"], plan["left_out"], examples)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the whole plan for `latents.json` and [`dit_hf.describe_source`]."""
         contents = self.contents
@@ -84,6 +98,7 @@ class Plan:
             "image_column": contents.image_column,
             "images": self.counts,
             **({"faces": self.faces} if self.faces else {}),
+            **({"added": self.added} if self.added else {}),
             "splits": contents.split_origin or None,
             "conditions": self.conditions,
             "not_used": contents.unused,
@@ -100,6 +115,7 @@ class Plan:
         lines = [f"{self.name}: {contents.kind}{column}", f"  images      {counts}{origin}"]
         if self.faces:
             lines.append(f"  faces       {self.faces}")
+        lines += [f"  added       {text}" for text in self.added]
         if not self.conditions:
             lines.append("  conditions  none")
         elif len(self.conditions) <= _MAX_CONDITIONS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..data.files import CACHE_INFO
 from ..storage import (
     folder_taken,
     hash_json,
+    link_or_copy,
     locked,
     partial_folder,
     put_in_place,
@@ -25,6 +25,7 @@ from ..storage import (
 from .cache import (
     EARLIER_FORMAT,
     FORMAT_VERSION,
+    Base,
     CacheSpec,
     check_same_identity,
     finished_identity,
@@ -34,6 +35,7 @@ from .cache import (
 )
 from .encode import ShardEncoder, encode_in_processes
 from .finish import finish
+from .grow import copied_bytes, take_over
 from .progress import LeftOut, Progress
 from .reuse import SOURCE_FILES, Comparison, compare_images, read_source_files, write_source_files
 from .shards import Job, cache_features, plan_sizes
@@ -61,7 +63,7 @@ def is_finished(final: Path, spec: CacheSpec, job: Job, verify: bool) -> bool:
     recorded = read_source_files(final)
     shards: dict[int, np.ndarray | None] = dict.fromkeys(range(job.num_shards))
     if recorded is not None:
-        shards = {shard: recorded[0][job.rows_of(shard).start : job.rows_of(shard).stop] for shard in shards}
+        shards = {shard: recorded.stamps[job.rows_of(shard).start : job.rows_of(shard).stop] for shard in shards}
     compared = compare_images(spec.source.rows, job, final, shards)
     _check_unchanged(compared, len(spec.source.rows), place, "a cache")
     if compared.readable and recorded is not None:
@@ -71,7 +73,8 @@ def is_finished(final: Path, spec: CacheSpec, job: Job, verify: bool) -> bool:
         print(f"{final}: some images that were left out can be read now; name a new folder to encode them", flush=True)
     elif recorded is not None and any((compared.stamps[shard] != shards[shard]).any() for shard in shards):
         with contextlib.suppress(OSError):  # the folder may be read-only
-            write_source_files(final / SOURCE_FILES, np.concatenate(list(compared.stamps.values())), recorded[1])
+            stamps = np.concatenate(list(compared.stamps.values()))
+            write_source_files(final / SOURCE_FILES, recorded._replace(stamps=stamps))
     return True
 
 
@@ -101,7 +104,7 @@ def _check_unchanged(compared: Comparison, total: int, place: str, contents: str
 def build(final: Path, spec: CacheSpec, num_proc: int, state: PartialState) -> None:
     """Encode the unfinished shards on all ranks, complete the cache and put it in place."""
     partial = partial_folder(final)
-    _check_space(plan_job(partial, spec), partial)
+    _check_space(plan_job(partial, spec), partial, spec.base)
     lock = locked(partial / "building" / "lock", str(partial))
     with lock if state.is_main_process else contextlib.nullcontext():
         try:
@@ -141,7 +144,7 @@ def _holds_latents(partial: Path) -> bool:
 
 def _encode(final: Path, job: Job, spec: CacheSpec, shards: list[int], num_proc: int, state: PartialState) -> None:
     """Encode this rank's part of `shards`, stopping as soon as too many images cannot be used."""
-    left_out = LeftOut(spec.max_left_out, spec.source)
+    left_out = LeftOut(spec)
     done = job.num_rows - sum(len(job.rows_of(shard)) for shard in shards)
     if done and state.is_main_process:
         print(f"{final}: resuming after {done} of {job.num_rows} images", flush=True)
@@ -168,10 +171,12 @@ def _open_partial(partial: Path, final: Path, spec: CacheSpec) -> None:
         identity = read_json(begun, f"delete {partial} to encode all images again")
         _compare_partial(parse_identity(identity), partial, spec)
 
-    # Only what belongs to finished shards (.json, .npy) and the lock survive; files of `write_text` begin with a dot.
+    # Only what belongs to finished shards (.json, .npy) and the lock survive; half-written files begin with a dot.
     for path in (partial / "building").iterdir():
         if path.suffix not in (".json", ".npy", "") or path.name.startswith("."):
             path.unlink()
+    for path in partial.glob(".*.partial"):
+        path.unlink()
 
     # Each time, because what an interrupted call left may be damaged; processes that encode read it.
     spec.vae.save_pretrained(partial / "vae")
@@ -181,21 +186,18 @@ def _open_partial(partial: Path, final: Path, spec: CacheSpec) -> None:
         write_json(begun, format_identity(spec.identity))
         if (final / CACHE_INFO).is_file():
             _compare_partial(spec.identity, partial, spec)
+    if spec.base is not None:  # each time too: it takes no time where there are links
+        take_over(spec.base, plan_job(partial, spec))
 
 
 def _take_over(final: Path, job: Job) -> None:
     """Link the shards of a finished cache into the folder of `job`, with what it noted of them."""
     recorded = read_source_files(final)
     assert recorded is not None  # or the cache would have counted as finished
-    stamps, notes = recorded
     for shard in range(job.num_shards):
-        job.path(shard).unlink(missing_ok=True)
-        try:
-            os.link(final / job.file_name(shard), job.path(shard))
-        except OSError:  # the file system has no links
-            shutil.copy2(final / job.file_name(shard), job.path(shard))
-        np.save(job.stamps_path(shard), stamps[job.rows_of(shard).start : job.rows_of(shard).stop])
-        write_json(job.notes_path(shard), asdict(notes[shard]))
+        link_or_copy(final / job.file_name(shard), job.path(shard))
+        np.save(job.stamps_path(shard), recorded.stamps[job.rows_of(shard).start : job.rows_of(shard).stop])
+        write_json(job.notes_path(shard), asdict(recorded.notes[shard]))
 
 
 def _compare_partial(before: dict[str, Any], partial: Path, spec: CacheSpec) -> None:
@@ -232,21 +234,25 @@ def plan_job(folder: Path, spec: CacheSpec) -> Job:
     assert resolution is not None  # `prepare_latents` refuses None
     rows = spec.source.rows
     shape = latent_shape(spec.vae, resolution, PATCH_SIZE)
-    batch_size, shard_size = plan_sizes(len(rows), resolution)
-    has_validation = "split" in rows.column_names and "validation" in set(rows.unique("split"))
+    # The parts of a cache have the shards of the whole, as if they were ranks.
+    batch_size, shard_size = plan_sizes(spec.num_planned, resolution)
     version = _begun_format(folder)
+    first = len(spec.base.files) if spec.base else spec.part.number - 1 if spec.part else 0
     return Job(
         folder=folder,
         geometry=spec.geometry,
         latent_shape=shape,
         flip=spec.flip,
-        hold_out=not has_validation,
+        hold_out=spec.hold_out,
         features=cache_features(rows, spec.vae, shape, spec.flip, image_sha256=version != EARLIER_FORMAT),
         num_rows=len(rows),
         batch_size=spec.batch_size or batch_size,
         shard_size=shard_size,
         # Of the written form, since the hash is part of the cache's files.
         sha256=hash_json(format_identity(spec.identity_as(version))),
+        total=-(-spec.num_planned // shard_size) + (len(spec.base.files) if spec.base else 0),
+        first=first,
+        step=spec.part.of if spec.part else 1,
     )
 
 
@@ -259,7 +265,7 @@ def _begun_format(folder: Path) -> int:
     return FORMAT_VERSION
 
 
-def _check_space(job: Job, partial: Path) -> None:
+def _check_space(job: Job, partial: Path, base: Base | None) -> None:
     """Check before any work that the shards fit on the disk.
 
     Raises:
@@ -268,6 +274,8 @@ def _check_space(job: Job, partial: Path) -> None:
     finished = [shard for shard in range(job.num_shards) if job.notes_path(shard).is_file()]
     needed = job.bytes_per_row * (job.num_rows - sum(len(job.rows_of(shard)) for shard in finished))
     place = next(folder for folder in (partial, *partial.parents) if folder.is_dir())
+    if base is not None and not any(partial.glob("data-*.arrow")):
+        needed += copied_bytes(base, place)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"the cache needs {needed / 1e6:,.0f} MB more and {place} has {free / 1e6:,.0f} MB free")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from ..data.files import CACHE_INFO
 from ..data.photographs import faces_identity
@@ -32,6 +33,7 @@ _OBJECTS = ("identity", "settings", "conditions", "condition_labels", "statistic
 _KEYS = (*_OBJECTS, "latent_shape", "vae_sha256")
 FORMAT_VERSION = 3
 EARLIER_FORMAT = 2  # of version 0.1.0: without the hashes of the images
+GROWN = "grown"  # the key of what a cache remembers of those that it grew from
 # Format 2 spells parts of the identity as text; a name may itself hold commas, parentheses and line breaks.
 _SOURCE_TEXT = re.compile(r"(?P<name>.*), (?P<num_images>\d+) pictures \((?P<sha256>\w+)\)", re.DOTALL)
 _VAE_TEXT = re.compile(r"(?P<name>.*) \((?P<sha256>\w+)\)", re.DOTALL)
@@ -93,6 +95,16 @@ def content_sha256(info: dict[str, Any]) -> str:
     return info["content_sha256"] if "content_sha256" in info else parse_identity(info["identity"])["source"]["sha256"]
 
 
+def holds_out(info: dict[str, Any]) -> bool:
+    """Check whether 2 % of a cache's training images are validation images, because its first source had none."""
+    return info[GROWN]["hold_out"] if GROWN in info else "validation" not in info["plan"]["images"]
+
+
+def earlier_contents(info: dict[str, Any]) -> list[str]:
+    """Return the `content_sha256` of each cache that a cache has grown from, the latest first."""
+    return info.get(GROWN, {"from": []})["from"]
+
+
 def push_latents(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a cache with its card to the dataset `repo_id` on the Hub and return its URL.
 
@@ -137,11 +149,47 @@ _CONTENT = Content(
 
 
 @dataclass(frozen=True)
+class Base:
+    """Finished cache that images are added to.
+
+    Attributes:
+        folder: The cache.
+        info: The content of its `latents.json`.
+        files: The names of its shards, in order.
+        features: Features of the grown cache: those of this one, with names of new classes at the end.
+        kept: Its rows that the grown cache keeps, bool [rows].
+        stamps: Stamps of the images of these rows as they are in the source now, int64 [kept rows, 3]; see `reuse.py`.
+        images: All rows of the source, those of images that this cache has too.
+        ids: Ids of these images in the grown cache, which do not change if a file is renamed.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    files: list[str]
+    features: Features
+    kept: np.ndarray
+    stamps: np.ndarray
+    images: Dataset
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of a cache that are built apart: `number`, from 1, `of` so many."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+@dataclass(frozen=True)
 class CacheSpec:
     """Cache to build.
 
     Attributes:
-        source: The opened images.
+        source: The images to encode: all that were opened, those of a part, or those that `base` does not have.
         vae: The VAE that encodes them.
         geometry: Crop and resolution; the resolution is set.
         flip: Whether each image is encoded mirrored too.
@@ -149,6 +197,9 @@ class CacheSpec:
         batch_size: Images that the VAE encodes at once; None chooses by their size.
         settings: Options of `prepare_latents` that `latents.json` and the card quote.
         identity: See [`cache_identity`].
+        hold_out: Whether 2 % of the training images become validation images, because the source has none.
+        base: The cache that the images are added to.
+        part: The part of a cache that is built.
     """
 
     source: Source
@@ -159,6 +210,19 @@ class CacheSpec:
     batch_size: int | None
     settings: dict[str, Any]
     identity: dict[str, Any]
+    hold_out: bool
+    base: Base | None = None
+    part: Part | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Number of images of which a share may be left out: an addition tries those again that `base` left out."""
+        return len(self.source.rows if self.base is None else self.base.images)
+
+    @property
+    def num_planned(self) -> int:
+        """Number of images by which shards are planned: those of the whole cache for a part of it."""
+        return self.identity["source"]["num_images"] if self.part else len(self.source.rows)
 
     def identity_as(self, version: int) -> dict[str, Any]:
         """Return the identity of this cache in a format."""
@@ -170,21 +234,32 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
 
     Returns:
         `format`; `source` with name, number of images and SHA-256 of their ids; `labels` with the SHA-256 of each
-        column; `vae` with name and SHA-256 of its weights; `preprocessing`; `crop`; `resolution` with height and width
-        in pixels; `flip`; with crop `face` also `faces`. Hashes have 12 hexadecimal digits. Names are for messages
-        alone: the same images or weights may be called by two names.
+        column; `vae` with name and SHA-256 of its weights; what [`geometry_identity`] returns. Hashes have 12
+        hexadecimal digits. Names are for messages alone: the same images or weights may be called by two names. A
+        part has also `part`, and a cache that has grown `added_to`, the `content_sha256` of the one before.
     """
-    assert geometry.resolution is not None  # `prepare_latents` refuses None
-    height, width = geometry.resolution
     columns = {name: _column_sha256(source.rows, name) for name in source.rows.column_names if name != "image"}
     ids = columns.pop("id")
     return {
         "format": FORMAT_VERSION,
         "source": {"name": source.name, "num_images": len(source.rows), "sha256": ids},
         "labels": columns,
-        "preprocessing": DECODING_VERSION,
         # `load_vae` sets the name (`_name_or_path` is private in diffusers 0.42.1).
         "vae": {"name": vae.config._name_or_path, "sha256": weights_sha256(vae)[:12]},
+        **geometry_identity(geometry, flip),
+    }
+
+
+def geometry_identity(geometry: Geometry, flip: bool) -> dict[str, Any]:
+    """Return what becomes of an image before the VAE encodes it.
+
+    Returns:
+        `preprocessing`; `crop`; `resolution` with height and width in pixels; `flip`; with crop `face` also `faces`.
+    """
+    assert geometry.resolution is not None  # `prepare_latents` refuses None
+    height, width = geometry.resolution
+    return {
+        "preprocessing": DECODING_VERSION,
         "crop": geometry.crop,
         "resolution": {"height": height, "width": width},
         "flip": flip,
@@ -283,10 +358,17 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
     Raises:
         FileExistsError: listing every entry that differs, before and now.
     """
+    differences = identity_differences(before, now)
+    if differences:
+        raise FileExistsError(folder_taken(place, f"holds {contents} of other settings: {'; '.join(differences)}"))
+
+
+def identity_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a sentence for each entry of two identities that differs; for their labels, if nothing else does."""
     differences = [
-        f"{name} was {_describe(before.get(name))} and is {_describe(value)}"
-        for name, value in now.items()
-        if name != "labels" and _comparable(before.get(name)) != _comparable(value)
+        f"{name} was {_describe(before.get(name))} and is {_describe(now.get(name))}"
+        for name in {**now, **before}
+        if name != "labels" and _comparable(before.get(name)) != _comparable(now.get(name))
     ]
     # Hashes of labels say nothing to a reader: the columns are named. Other images have other labels anyway.
     labels_before, labels_now = before.get("labels", {}), now.get("labels", {})
@@ -295,8 +377,7 @@ def check_same_identity(before: dict[str, Any], now: dict[str, Any], place: str,
     if changed and not differences:
         named = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
         differences = [f"labels ({named}: values or names of classes have changed since)"]
-    if differences:
-        raise FileExistsError(folder_taken(place, f"holds {contents} of other settings: {'; '.join(differences)}"))
+    return differences
 
 
 def _comparable(value: Any) -> Any:

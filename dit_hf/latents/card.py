@@ -39,12 +39,13 @@ def describe_copies(info: dict[str, Any]) -> list[str]:
     ]
 
 
-def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, path: Path) -> float:
+def save_reconstruction_grid(cache: Dataset, rows: Dataset, ids: list[str], vae: VAE, job: Job, path: Path) -> float:
     """Save a grid of images, evenly spread over the cache, beside the reconstructions from their stored latents.
 
     Args:
-        cache: The rows of the cache.
+        cache: The rows of the cache; those of images that the source does not have any more are not shown.
         rows: The rows of the source, images not decoded.
+        ids: Their ids in the cache.
         vae: The VAE of the cache; its memory format is changed to contiguous.
         job: The job that encoded the cache.
         path: The PNG to write.
@@ -52,9 +53,10 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
     Returns:
         Mean PSNR of the reconstructions in dB, rounded to one decimal.
     """
-    chosen = np.unique(np.linspace(0, len(cache) - 1, GRID_IMAGES).round().astype(int)).tolist()
-    stored = cache.select(chosen).select_columns(["id", "latent_mean"])[:]
-    sources = {image_id: row for row, image_id in enumerate(rows["id"])}
+    sources = {image_id: row for row, image_id in enumerate(ids)}
+    shown = [row for row, name in enumerate(cache["id"][:]) if photo_of(name, job.geometry.crop) in sources]
+    chosen = np.unique(np.linspace(0, len(shown) - 1, GRID_IMAGES).round().astype(int))
+    stored = cache.select([shown[i] for i in chosen]).select_columns(["id", "latent_mean"])[:]
     images: list[Image.Image] = []
     ratios, captions = [], []
 
@@ -62,7 +64,8 @@ def save_reconstruction_grid(cache: Dataset, rows: Dataset, vae: VAE, job: Job, 
     # whether this process encoded any shard.
     vae = vae.to(memory_format=torch.contiguous_format)
     for image_id, latent in zip(stored["id"], stored["latent_mean"], strict=True):
-        row = rows[sources[photo_of(image_id, job.geometry.crop)]]
+        photo = photo_of(image_id, job.geometry.crop)
+        row = {**rows[sources[photo]], "id": photo}
         original = next(crop.pixels for crop in decode_crops(row, job.geometry).crops if crop.id == image_id)
         latents = torch.tensor(latent).view(1, *job.latent_shape)  # [1, channels, height, width]
         pixels = decode(vae, latents)[0].cpu().numpy()  # [height, width, 3]

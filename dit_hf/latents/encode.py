@@ -243,6 +243,8 @@ class ShardEncoder:
             return Decoded(left_out=[(image_id, str(error).removeprefix(f"{image_id}: "))])
         too_small = [(face_id, TOO_SMALL) for face_id in found.too_small]
         sha256 = hashlib.sha256(data or b"").hexdigest()
+        # A stamp tells of rows in the cache: an image that gives none is tried again by the next call.
+        stamp = stamp if found.crops else NO_STAMP
         return Decoded(found.crops, too_small, time.monotonic() - began, sha256, stamp)
 
 

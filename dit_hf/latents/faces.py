@@ -12,6 +12,7 @@ from PIL import Image
 from ..data.contents import condition_names
 from ..data.faces import NO_FACE, TOO_SMALL
 from ..data.photographs import FaceCounts
+from ..data.plan import Plan
 from ..data.transforms import decode_crops, photo_of
 from ..devices import available_cpus
 from ..image_grid import make_grid, save_grid
@@ -22,23 +23,25 @@ FACES_GRID = "faces.png"
 GRID_FACES, EDGE_FACES, GRID_SEED = 100, 10, 0
 
 
-def count_faces(spec: CacheSpec, notes: list[ShardNotes]) -> FaceCounts:
-    """Return what was found in the photographs of finished shards."""
+def describe_faces(plan: Plan, photos: int, columns: list[str], notes: list[ShardNotes]) -> None:
+    """Complete the plan of a cache of photographs by what was found in them.
+
+    Args:
+        plan: The plan.
+        photos: Number of photographs.
+        columns: Columns of the source's rows.
+        notes: The notes of all shards.
+    """
     reasons = Counter(reason for note in notes for _, reason in note.left_out)
     in_photo = Counter(photo_of(name, "face") for note in notes for name, _, _ in note.faces)
-    return FaceCounts(
-        photos=len(spec.source.rows),
+    counts = FaceCounts(
+        photos=photos,
         faces=in_photo.total(),
         without=reasons[NO_FACE],
         too_small=reasons[TOO_SMALL],
         several=sum(count > 1 for count in in_photo.values()),
     )
-
-
-def describe_faces(spec: CacheSpec, notes: list[ShardNotes]) -> None:
-    """Complete the plan of a cache of photographs by what was found in them."""
-    counts = count_faces(spec, notes)
-    spec.source.plan.add_faces(counts.describe(), counts.ambiguity(condition_names(spec.source.rows.column_names)))
+    plan.add_faces(counts.describe(), counts.ambiguity(condition_names(columns)))
 
 
 def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Path) -> None:

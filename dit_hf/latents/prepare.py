@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -20,8 +22,10 @@ from ..devices import memory_errors
 from ..hub_ids import check_repo_id
 from ..storage import check_own_folder, disk_errors
 from .build import build, is_finished, plan_job
-from .cache import CacheSpec, cache_identity, push_latents, read_cache_info
+from .cache import CacheSpec, cache_identity, holds_out, push_latents, read_cache_info
 from .card import describe_copies, quality
+from .grow import find_new_images, grown_identity, hash_source, read_base
+from .parts import parse_part, take_part
 from .progress import LeftOut, check_share
 from .shards import check_name
 from .vae import load_vae
@@ -55,6 +59,9 @@ def prepare_latents(
     push_to_hub: str | None = None,
     private: bool | None = None,
     anonymous_ids: bool = False,
+    add_to: str | None = None,
+    drop_gone: bool = False,
+    part: str | None = None,
 ) -> Path:
     """Encode the images of any source into a latent cache; an interrupted build resumes where it stopped.
 
@@ -100,6 +107,11 @@ def prepare_latents(
         private: make that repository private if it is new, and refuse one that is public; by default only with crop
             `face`.
         anonymous_ids: replace the images' ids, which are their paths, by hashes of their content.
+        add_to: a finished cache with these options, which stays as it is: encode only the images that it does not
+            have, by content. The new cache has its rows first, in the same files where the file system has links.
+        drop_gone: with `add_to`, drop the rows of images that the source does not have any more; by default they stay.
+        part: `K/N`: encode only part K of N, on one of several machines that share no disk; `dit-hf merge-latents`
+            joins the parts.
 
     Returns:
         The folder, which `datasets.load_from_disk` opens: `id`, `split`, `image_sha256` (of the stored file),
@@ -109,7 +121,8 @@ def prepare_latents(
     Raises:
         FileExistsError: if `output_dir` holds something else, or a cache of other images, labels, VAE or geometry
             (the message names the difference).
-        ValueError: for options that do not fit, or if too many of the images cannot be used.
+        ValueError: for options that do not fit, if too many of the images cannot be used, if the cache of `add_to` has
+            another VAE, geometry or other conditions, or if there is nothing to add to it.
         OSError: if the folder cannot be written, or the disk or the GPU's memory is full.
     """
     # Options. The timeout is long because the ranks wait for the slowest, and for the main one to finish the cache.
@@ -127,6 +140,8 @@ def prepare_latents(
     check_share(max_left_out)
     if push_to_hub is not None:
         check_repo_id(push_to_hub, "push_to_hub")
+    own_part = None if part is None else parse_part(part)
+    _check_growth(final, add_to, drop_gone, part, push_to_hub)
     options = SourceOptions(
         dataset_config_name=dataset_config_name,
         split=split,
@@ -146,6 +161,12 @@ def prepare_latents(
         opened = open_source(source, options)
     if anonymous_ids:
         opened = with_anonymous_ids(opened)
+    base = None
+    if add_to is not None:
+        before = read_base(Path(add_to), opened, geometry, flip, anonymous_ids, verify)
+        hashed: list[Any] = [hash_source(opened, Path(add_to), crop) if state.is_main_process else None]
+        broadcast_object_list(hashed)
+        opened, base = find_new_images(opened, Path(add_to), before, hashed[0], drop_gone, crop)
     if crop == "face" or drop_near_duplicates:
         opened = note_near_duplicates(opened, drop_near_duplicates)
     if dry_run:
@@ -159,11 +180,19 @@ def prepare_latents(
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
     identity = cache_identity(opened, model, geometry, flip)
-    spec = CacheSpec(opened, model, geometry, flip, max_left_out, batch_size, settings, identity)
+    hold_out = "split" not in opened.rows.column_names or "validation" not in opened.rows.unique("split")
+    if base is not None:
+        identity, hold_out = grown_identity(identity, base), holds_out(base.info)
+    if own_part is not None:
+        identity["part"] = str(own_part)
+        opened = dataclasses.replace(opened, rows=take_part(opened.rows, own_part, geometry.resolution))
+    spec = CacheSpec(
+        opened, model, geometry, flip, max_left_out, batch_size, settings, identity, hold_out, base, own_part
+    )
 
     # Everything that can be refused is refused before any file is written. The main rank looks at the folder for all.
     job = plan_job(final, spec)
-    LeftOut(max_left_out, opened)
+    LeftOut(spec)
     finished = [state.is_main_process and is_finished(final, spec, job, verify)]
     broadcast_object_list(finished)
     if not finished[0]:
@@ -187,12 +216,28 @@ def _check_num_proc(num_proc: int, state: PartialState) -> None:
         )
 
 
+def _check_growth(final: Path, add_to: str | None, drop_gone: bool, part: str | None, push_to_hub: str | None) -> None:
+    """Refuse options of additions and parts that do not fit each other."""
+    if drop_gone and add_to is None:
+        raise ValueError("drop_gone needs add_to, the cache whose rows are dropped")
+    if add_to is not None and final.resolve() == Path(add_to).resolve():
+        raise ValueError(
+            f"output_dir {final} is the cache of --add_to: name a new folder, which shares its files, so that runs on "
+            "the cache before can still resume"
+        )
+    if part is not None and add_to is not None:
+        raise ValueError("part and add_to: images are added to a whole cache; build parts and join them first")
+    if part is not None and push_to_hub is not None:
+        raise ValueError("part and push_to_hub: a part is not pushed; join the parts first, dit-hf merge-latents")
+
+
 def _report(folder: Path, was_there: bool) -> None:
     """Print how many images a finished cache holds, and how well its VAE reconstructs them."""
     info = read_cache_info(folder)
     counts = info["counts"]
     text = f"{counts['train']} training, {counts['validation']} validation, {counts['test']} test images"
-    print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out", flush=True)
+    part = f", part {info['identity']['part']} of a cache" if "part" in info["identity"] else ""
+    print(f"{folder}: {'already holds ' if was_there else ''}{text}, {counts['left_out']} left out{part}", flush=True)
     if "faces" in info.get("plan", {}):  # which caches of version 0.1.0 do not have
         print(f"faces.png: {info['plan']['faces']}; look at them before training", flush=True)
     for sentence in describe_copies(info):

@@ -9,9 +9,9 @@ from typing import Any
 from ..data.anonymous import COPY
 from ..data.faces import NO_FACE, TOO_SMALL
 from ..data.near_duplicates import NEAR_DUPLICATE
-from ..data.sources import Source
 from ..devices import peak_memory
 from ..progress import ProgressBar
+from .cache import CacheSpec
 from .shards import Job
 
 
@@ -26,18 +26,17 @@ def check_share(share: float) -> None:
 
 
 class LeftOut:
-    """The images that are left out: a list that raises as soon as it exceeds `share`.
+    """The images of a cache that are left out: a list that raises as soon as it exceeds `max_left_out`.
 
     Two shares are added up: the rows that the source itself leaves out, of the whole source even if `num_images` takes
-    only a few, and the broken images, of the images to encode. A photograph without a usable face, or a near duplicate
-    of another, is not broken: it is listed, but not counted.
+    only a few, and the broken images, of `CacheSpec.num_images`. A photograph without a usable face, or a near
+    duplicate of another, is not broken: it is listed, but not counted.
     """
 
-    def __init__(self, share: float, source: Source):
-        check_share(share)
-        self.share, self.source = share, source
+    def __init__(self, spec: CacheSpec):
+        self.share, self.source, self.num_images = spec.max_left_out, spec.source, spec.num_images
         self.broken: list[tuple[str, str]] = []
-        self.num_source_faults, self.num_faults = _num_faults(source.left_out), 0
+        self.num_source_faults, self.num_faults = _num_faults(self.source.left_out), 0
         self.add([])
 
     def all(self) -> list[tuple[str, str]]:
@@ -52,7 +51,7 @@ class LeftOut:
         """
         self.broken += broken
         self.num_faults += _num_faults(broken)
-        counts = (self.num_source_faults, self.source.total), (self.num_faults, len(self.source.rows))
+        counts = (self.num_source_faults, self.source.total), (self.num_faults, self.num_images)
         if sum(count / max(1, total) for count, total in counts) > self.share:
             summary = " and ".join(f"{count} of {total} images" for count, total in counts if count)
             faults = [(image_id, reason) for image_id, reason in self.all() if _is_fault(reason)]

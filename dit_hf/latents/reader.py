@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 import torch
 
 from ..data.conditions import remap_class_ids
-from ..storage import read_json
 from .cache import read_cache_info
-from .shards import open_shards
+from .shards import open_shards, shard_files
 
 
 class LatentReader:
@@ -51,8 +50,7 @@ class LatentReader:
         self.conditions = {name: available[name] for name in names}
 
         # The files of the shards, which `datasets` would map for reading in order (see `open_shards`).
-        files = read_json(Path(folder) / "state.json", keys=["_data_files"])["_data_files"]
-        self._table = open_shards([Path(folder) / file["filename"] for file in files])
+        self._table = open_shards(shard_files(Path(folder)))
 
         # Latents.
         self.latent_shape = tuple(self.info["latent_shape"])

@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from ..data.transforms import Geometry, decode_crops, photo_of
 from ..devices import available_cpus
+from ..progress import ProgressBar
 from ..storage import new_file, read_arrays
 from .shards import IMAGE_SHA256, Job, ShardNotes, open_shards
 
@@ -98,6 +100,46 @@ def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.n
     return result
 
 
+def hash_images(
+    rows: Dataset, likely: np.ndarray, sha256s: pa.ChunkedArray, stamps: np.ndarray
+) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Hash the images of a source; a file of the stamp that a cache has recorded is not read.
+
+    Args:
+        rows: The rows of the source, images not decoded.
+        likely: For each of them the row of the cache that it probably is, [rows], -1 if there is none.
+        sha256s: Hashes of the cache's rows.
+        stamps: Their stamps, int64 [rows of the cache, 3].
+
+    Returns:
+        The hash of each image, null if it cannot be read, and its stamp, int64 [rows, 3].
+    """
+    images, found = rows.select_columns("image"), np.zeros((len(rows), 3), np.int64)
+    hashes: list[pa.Array] = []
+    with ThreadPoolExecutor(available_cpus()) as pool, ProgressBar(len(rows), "comparing", "images") as progress:
+        for start in range(0, len(rows), BATCH):
+            batch = images[start : start + BATCH]["image"]
+            numbers = likely[start : start + BATCH].tolist()
+            same = [n >= 0 and _same_file(image, stamps[n]) for image, n in zip(batch, numbers, strict=True)]
+            read = pool.map(_hash_image, (image for image, known in zip(batch, same, strict=True) if not known))
+            texts = []
+            for row, (known, number) in enumerate(zip(same, numbers, strict=True), start):
+                text, found[row] = (sha256s[number].as_py(), stamps[number]) if known else next(read)
+                texts.append(text)
+            hashes.append(pa.array(texts, pa.string()))
+            progress.update(len(batch))
+    return pa.chunked_array(hashes, pa.string()), found
+
+
+def _hash_image(stored: dict[str, Any] | None) -> tuple[str | None, Stamp]:
+    """Return the hash of an undecoded image, None if it cannot be read, and the stamp of its file."""
+    try:
+        data, stamp = read_image(stored)
+    except OSError:
+        return None, NO_STAMP
+    return (None if data is None else hashlib.sha256(data).hexdigest()), stamp
+
+
 def _hashes(ids: list[str], shard: Path, crop: str) -> Iterator[str | None]:
     """Yield the recorded hash of each image of a shard by its id, None for those that were left out."""
     table = open_shards([shard])
@@ -135,17 +177,48 @@ def file_stamp(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
 
 
-def write_source_files(path: Path, stamps: np.ndarray, notes: list[ShardNotes]) -> None:
-    """Write what a finished cache needs to be compared and added to: stamps, int64 [rows, 3], and all notes."""
-    text = np.array(json.dumps([asdict(shard) for shard in notes]))
+class SourceFiles(NamedTuple):
+    """What a finished cache needs to be compared and added to, on the machine that made it.
+
+    Attributes:
+        stamps: Of each image that was to be encoded, left out or not, int64 [images, 3].
+        notes: Those of the shards that it encoded.
+        base: Stamps of the rows that it took over from the cache that it has grown from, int64 [rows, 3].
+    """
+
+    stamps: np.ndarray
+    notes: list[ShardNotes]
+    base: np.ndarray = np.zeros((0, 3), np.int64)
+
+    def of_rows(self, photos: list[str]) -> np.ndarray:
+        """Return the stamps of a cache's rows, int64 [rows, 3], those of no file where they are not known.
+
+        Args:
+            photos: Id of the photograph of each row; the rows of a photograph follow each other.
+        """
+        stamps = np.zeros((len(photos), 3), np.int64)
+        stamps[: len(self.base)] = self.base
+        start = len(self.base)
+        # Images that were left out have no stamp, so the others are the photographs in the order of the rows.
+        stamped = self.stamps[self.stamps.any(1)]
+        numbers = [0, *itertools.accumulate(one != other for one, other in itertools.pairwise(photos[start:]))]
+        if len(photos) > start and numbers[-1] + 1 == len(stamped):
+            stamps[start:] = stamped[numbers]
+        return stamps
+
+
+def write_source_files(path: Path, files: SourceFiles) -> None:
+    """Write what [`read_source_files`] reads."""
+    text = np.array(json.dumps([asdict(shard) for shard in files.notes]))
     with new_file(path) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, stamps=stamps, notes=text)
+        np.savez_compressed(file, stamps=files.stamps, notes=text, base=files.base)
 
 
-def read_source_files(folder: Path) -> tuple[np.ndarray, list[ShardNotes]] | None:
+def read_source_files(folder: Path) -> SourceFiles | None:
     """Return what [`write_source_files`] wrote; None if it is damaged or not there, as in a downloaded cache."""
     try:
         arrays = read_arrays(folder / SOURCE_FILES)
-        return arrays["stamps"], [ShardNotes(**shard) for shard in json.loads(str(arrays["notes"]))]
+        notes = [ShardNotes(**shard) for shard in json.loads(str(arrays["notes"]))]
+        return SourceFiles(arrays["stamps"], notes, *([arrays["base"]] if "base" in arrays else []))
     except (OSError, ValueError, KeyError, TypeError):
         return None

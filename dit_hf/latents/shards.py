@@ -19,7 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..data.transforms import Geometry
-from ..storage import first_line, read_json, sha256
+from ..storage import first_line, new_file, read_json, sha256
 from .vae import CHUNK_PIXELS, VAE, has_posterior
 
 MIN_SHARD, MAX_SHARD, NUM_SHARDS = 512, 65536, 256
@@ -44,6 +44,10 @@ class Job:
         batch_size: Images that the VAE encodes at once.
         shard_size: Images in one shard.
         sha256: Hash of the cache's identity.
+        total: Number of shards of the whole cache, by which files are named: also those of other parts, and those of
+            the cache that images are added to.
+        first: Number of this job's first shard among them.
+        step: Distance between the numbers of this job's shards.
     """
 
     folder: Path
@@ -56,10 +60,13 @@ class Job:
     batch_size: int
     shard_size: int
     sha256: str
+    total: int
+    first: int = 0
+    step: int = 1
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of the cache; the last one may be shorter."""
+        """Number of shards to encode; the last one may be shorter."""
         return -(-self.num_rows // self.shard_size)
 
     @property
@@ -73,8 +80,8 @@ class Job:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
 
     def file_name(self, shard: int) -> str:
-        """Return the name of the shard's file, as `datasets` names the files of a saved dataset."""
-        return f"data-{shard:05}-of-{self.num_shards:05}.arrow"
+        """Return the name of the shard's file."""
+        return shard_name(self.first + shard * self.step, self.total)
 
     def path(self, shard: int) -> Path:
         """Return the shard's file."""
@@ -145,6 +152,11 @@ class ShardNotes:
     size: int = 0
     sha256: str = ""
     faces: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+def shard_name(number: int, total: int) -> str:
+    """Return the name of a shard's file, as `datasets` names the files of a saved dataset."""
+    return f"data-{number:05}-of-{total:05}.arrow"
 
 
 def plan_sizes(num_rows: int, resolution: tuple[int, int]) -> tuple[int, int]:
@@ -232,6 +244,27 @@ class ShardWriter:
         if self._waiting:
             self._stream.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
         self._waiting = []
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the shards of a finished cache, in their order."""
+    return [
+        folder / file["filename"] for file in read_json(folder / "state.json", keys=["_data_files"])["_data_files"]
+    ]
+
+
+def rewrite_shard(source: Path, target: Path, features: Features, kept: np.ndarray) -> None:
+    """Write a shard anew with the `kept` of its rows, bool [rows], and these features, whose types are the same.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    with new_file(target) as partial, contextlib.closing(ShardWriter(partial, features)) as writer:
+        start = 0
+        for rows in open_shards([source]).to_batches():
+            left = rows.filter(pa.array(kept[start : start + len(rows)]))
+            writer.write(dict(zip(left.schema.names, left.columns, strict=True)))
+            start += len(rows)
 
 
 def open_shards(paths: list[Path]) -> pa.Table:

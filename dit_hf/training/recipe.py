@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..config import Config
-from ..latents.cache import content_sha256
+from ..latents.cache import content_sha256, earlier_contents
 from ..runs import base_model, migrate_recipe
 from .accelerator import effective_precision
 from .checkpoint import check_same_recipe
@@ -47,8 +47,23 @@ def resumed_recipe(step: TrainingStep, checkpoint: Path, state: dict[str, Any]) 
     now["found"]["base_model"] = before["found"].get("base_model", now["found"]["base_model"])
     # Early checkpoints of runs on a CPU say fp16, although they were computed in float32.
     before["train"]["mixed_precision"] = effective_precision(before["train"]["mixed_precision"], step.device)
+    _check_not_grown(before["found"], step, checkpoint)
     check_same_recipe(before, now, checkpoint)
     return now
+
+
+def _check_not_grown(found: dict[str, Any], step: TrainingStep, checkpoint: Path) -> None:
+    """Refuse to resume on a cache that has grown from the checkpoint's: the order of images depends on their number.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if found.get("pictures_sha256") in earlier_contents(step.reader.info):
+        raise ValueError(
+            f"{step.config.data.latents} has grown since {checkpoint}, from {found['pictures']:,} to "
+            f"{len(step.reader):,} training images, and the order of images depends on their number; resume with the "
+            f"cache before, or start from this model: --model.init_from {checkpoint} and a new --train.output_dir"
+        )
 
 
 def resolved_config(config: Config, accelerator: Accelerator, compiled: bool) -> Config:
