@@ -234,9 +234,9 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
 
     Returns:
         `format`; `source` with name, number of images and SHA-256 of their ids; `labels` with the SHA-256 of each
-        column; `vae` with name and SHA-256 of its weights; what [`geometry_identity`] returns. Hashes have 12
-        hexadecimal digits. Names are for messages alone: the same images or weights may be called by two names. A
-        part has also `part`, and a cache that has grown `added_to`, the `content_sha256` of the one before.
+        column; what [`encoding_identity`] returns. Hashes have 12 hexadecimal digits. Names are for messages alone:
+        the same images or weights may be called by two names. A part has also `part`, and a cache that has grown
+        `added_to`, the `content_sha256` of the one before.
     """
     columns = {name: _column_sha256(source.rows, name) for name in source.rows.column_names if name != "image"}
     ids = columns.pop("id")
@@ -244,21 +244,23 @@ def cache_identity(source: Source, vae: VAE, geometry: Geometry, flip: bool) -> 
         "format": FORMAT_VERSION,
         "source": {"name": source.name, "num_images": len(source.rows), "sha256": ids},
         "labels": columns,
-        # `load_vae` sets the name (`_name_or_path` is private in diffusers 0.42.1).
-        "vae": {"name": vae.config._name_or_path, "sha256": weights_sha256(vae)[:12]},
-        **geometry_identity(geometry, flip),
+        **encoding_identity(vae, geometry, flip),
     }
 
 
-def geometry_identity(geometry: Geometry, flip: bool) -> dict[str, Any]:
-    """Return what becomes of an image before the VAE encodes it.
+def encoding_identity(vae: VAE | None, geometry: Geometry, flip: bool) -> dict[str, Any]:
+    """Return what makes latents of an image.
 
     Returns:
-        `preprocessing`; `crop`; `resolution` with height and width in pixels; `flip`; with crop `face` also `faces`.
+        `vae` with name and SHA-256 of its weights, unless it is None; `preprocessing`; `crop`; `resolution` with
+        height and width in pixels; `flip`; with crop `face` also `faces`.
     """
     assert geometry.resolution is not None  # `prepare_latents` refuses None
     height, width = geometry.resolution
+    # `load_vae` sets the name (`_name_or_path` is private in diffusers 0.42.1).
+    named = {} if vae is None else {"name": vae.config._name_or_path, "sha256": weights_sha256(vae)[:12]}
     return {
+        **({"vae": named} if named else {}),
         "preprocessing": DECODING_VERSION,
         "crop": geometry.crop,
         "resolution": {"height": height, "width": width},

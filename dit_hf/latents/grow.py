@@ -21,7 +21,7 @@ from ..data.anonymous import DIGITS
 from ..data.contents import condition_names, image_count, shortened
 from ..data.sources import Source
 from ..data.splits import is_held_out
-from ..data.transforms import Geometry, photo_of
+from ..data.transforms import photo_of
 from ..storage import hash_json, link_or_copy, sync
 from .cache import (
     EARLIER_FORMAT,
@@ -29,7 +29,6 @@ from .cache import (
     Base,
     content_sha256,
     earlier_contents,
-    geometry_identity,
     holds_out,
     identity_differences,
     read_cache_info,
@@ -38,15 +37,14 @@ from .reuse import hash_images, read_source_files
 from .shards import IMAGE_SHA256, Job, load_rows, open_shards, rewrite_shard, shard_files, shard_name
 
 
-def read_base(folder: Path, source: Source, geometry: Geometry, flip: bool, anonymous: bool, verify: bool) -> dict:
+def read_base(folder: Path, source: Source, encoding: dict[str, Any], anonymous: bool, verify: bool) -> dict[str, Any]:
     """Return the content of `latents.json` of the cache that images are to be added to.
 
     Args:
         folder: The cache.
         source: The opened images.
-        geometry: Crop and resolution of the images.
-        flip: Whether each image is encoded mirrored too.
-        anonymous: Whether the ids are hashes.
+        encoding: How they are to be encoded, see [`encoding_identity`]; without a VAE it is not compared.
+        anonymous: Whether their ids are to be hashes.
         verify: Compare every byte with the hashes that were recorded.
 
     Raises:
@@ -58,8 +56,7 @@ def read_base(folder: Path, source: Source, geometry: Geometry, flip: bool, anon
         raise ValueError(f"{place}: a cache of format {EARLIER_FORMAT} has no hashes of its images; make it again")
     if "part" in identity:
         raise ValueError(f"{place} is part {identity['part']} of a cache; dit-hf merge-latents joins the parts first")
-    now = geometry_identity(geometry, flip)
-    differences = identity_differences({name: identity.get(name) for name in {**now, "faces": None}}, now)
+    differences = identity_differences({name: identity.get(name) for name in {**encoding, "faces": None}}, encoding)
     before, conditions = list(info["conditions"]), condition_names(source.rows.column_names)
     if set(before) != set(conditions):
         named = [", ".join(sorted(names)) or "none" for names in (before, conditions)]
@@ -67,7 +64,7 @@ def read_base(folder: Path, source: Source, geometry: Geometry, flip: bool, anon
     if differences:
         raise ValueError(f"{place} was made with other settings: {'; '.join(differences)}")
     first = open_shards(shard_files(folder)).select(["id", IMAGE_SHA256]).slice(0, 1).to_pylist()[0]
-    if (photo_of(first["id"], geometry.crop) == first[IMAGE_SHA256][:DIGITS]) != anonymous:
+    if (photo_of(first["id"], encoding["crop"]) == first[IMAGE_SHA256][:DIGITS]) != anonymous:
         word = "has the images' paths as ids: leave out" if anonymous else "has anonymous ids: add"
         raise ValueError(f"{place} {word} --anonymous_ids")
     if holds_out(info) and "split" in source.rows.column_names and "validation" in source.rows.unique("split"):
@@ -252,15 +249,8 @@ def _check_labels(
 
 
 def grown_identity(identity: dict[str, Any], base: Base) -> dict[str, Any]:
-    """Return the identity of a cache that has grown, from that of the images that are added.
-
-    Raises:
-        ValueError: if the VAE is not that of the cache.
-    """
+    """Return the identity of a cache that has grown, from that of the images that are added."""
     before, kept = base.info["identity"], hashlib.sha256(base.kept.tobytes()).hexdigest()
-    differences = identity_differences({"vae": before["vae"]}, {"vae": identity["vae"]})
-    if differences:
-        raise ValueError(f"add_to {base.folder} was made with other settings: {'; '.join(differences)}")
     names = {**before["labels"], **identity["labels"]}
     labels = {name: [part["labels"].get(name) for part in (before, identity)] for name in names}
     content, added = content_sha256(base.info), identity["source"]

@@ -62,8 +62,10 @@ def merge_latents(parts: list[str], output_dir: str) -> Path:
             link_or_copy(shards[name], partial / name)
         shutil.copytree(folders[0] / "vae", partial / "vae")
         _write_rest(partial, folders, infos, identity)
-    counts = ", ".join(f"{count} {name}" for name, count in read_cache_info(final)["counts"].items() if count)
-    print(f"{final}: {len(folders)} parts, {counts} images".replace("_", " "), flush=True)
+    counts = read_cache_info(final)["counts"]
+    left_out = counts.pop("left_out")
+    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    print(f"{final}: {len(folders)} parts, {text} images, {left_out} left out", flush=True)
     return final
 
 

@@ -22,7 +22,7 @@ from ..devices import memory_errors
 from ..hub_ids import check_repo_id
 from ..storage import check_own_folder, disk_errors
 from .build import build, is_finished, plan_job
-from .cache import CacheSpec, cache_identity, holds_out, push_latents, read_cache_info
+from .cache import CacheSpec, cache_identity, encoding_identity, holds_out, push_latents, read_cache_info
 from .card import describe_copies, quality
 from .grow import find_new_images, grown_identity, hash_source, read_base
 from .parts import parse_part, take_part
@@ -159,11 +159,15 @@ def prepare_latents(
     # Source and VAE. The main rank downloads or renders first; the others find the result on the disk.
     with state.main_process_first():
         opened = open_source(source, options)
+    model, base, before = None, None, dict[str, Any]()
+    if add_to is not None:  # what does not fit the cache is refused before images are compared
+        with state.main_process_first():
+            model = None if dry_run else load_vae(vae, state.device)
+        encoding = encoding_identity(model, geometry, flip)
+        before = read_base(Path(add_to), opened, encoding, anonymous_ids, verify)
     if anonymous_ids:
         opened = with_anonymous_ids(opened)
-    base = None
     if add_to is not None:
-        before = read_base(Path(add_to), opened, geometry, flip, anonymous_ids, verify)
         hashed: list[Any] = [hash_source(opened, Path(add_to), crop) if state.is_main_process else None]
         broadcast_object_list(hashed)
         opened, base = find_new_images(opened, Path(add_to), before, hashed[0], drop_gone, crop)
@@ -175,8 +179,9 @@ def prepare_latents(
         print("\n".join(opened.plan.lines()), flush=True)
     if dry_run:
         return final
-    with state.main_process_first():
-        model = load_vae(vae, state.device)
+    if model is None:
+        with state.main_process_first():
+            model = load_vae(vae, state.device)
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
     identity = cache_identity(opened, model, geometry, flip)
