@@ -89,6 +89,7 @@ def time_build(folder: Path, vae: AutoencoderKL, size: int, count: int, batch: i
             batch_size=batch,
             shard_size=max(batch, count // 4),
             sha256="0" * 64,
+            total=-(-count // max(batch, count // 4)),
         )
         started = time.perf_counter()
         list(ShardEncoder(job, rows, vae).encode_shards(job.unfinished()))

@@ -50,7 +50,8 @@ def test_a_cache_opens_with_datasets_and_holds_the_vae_s_latents(latents):
 
 def test_a_finished_shard_is_encoded_again_if_its_file_is_damaged(tmp_path):
     geometry, features = Geometry((16, 16)), Features({"id": Value("string")})
-    job = Job(tmp_path, geometry, (4, 8, 8), False, False, features, 40, batch_size=8, shard_size=16, sha256="0")
+    sizes = {"batch_size": 8, "shard_size": 16, "sha256": "0", "total": 3}
+    job = Job(tmp_path, geometry, (4, 8, 8), False, False, features, 40, **sizes)
     assert job.unfinished() == [0, 1, 2]
     assert [len(job.rows_of(shard)) for shard in (0, 1, 2)] == [16, 16, 8]
     (tmp_path / "building").mkdir()

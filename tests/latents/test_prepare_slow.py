@@ -1,5 +1,6 @@
 """Builds of a cache that are killed, or shared by several ranks."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_hf.latents.prepare import prepare_latents
 from dit_hf.latents.reader import LatentReader
 from dit_hf.storage import sha256
 
@@ -62,6 +64,44 @@ def test_killed_builds_give_the_same_bytes_and_encode_no_shard_twice(tmp_path, w
     subprocess.run(command(tmp_path / "latents"), check=True)
     print(f"{kills} kills; finished shards after each: {finished_counts}")
     assert hashes(tmp_path / "latents") == hashes(unbroken)
+
+
+def test_killed_additions_give_the_same_bytes_and_two_ranks_the_same_rows(tmp_path, vae_folder, request):
+    base = prepare_latents("avatars", str(tmp_path / "base"), str(vae_folder), "16", num_images=600)
+    options = [
+        "avatars",
+        "--vae",
+        str(vae_folder),
+        "--resolution",
+        "16",
+        "--num_images",
+        "1700",
+        "--add_to",
+        str(base),
+    ]
+    add = [sys.executable, "-m", "dit_hf", "prepare-latents", *options, "--output_dir"]
+    unbroken, killed, ranks = tmp_path / "unbroken", tmp_path / "killed", tmp_path / "ranks"
+    subprocess.run([*add, str(tmp_path / "first"), "--dry_run"], check=True)  # renders more avatars
+    before, started = hashes(base), time.monotonic()
+    subprocess.run([*add, str(unbroken)], check=True)
+    seconds, rng = time.monotonic() - started, random.Random(1)
+    for _ in range(request.config.getoption("--kills")):
+        process = subprocess.Popen([*add, str(killed)], start_new_session=True)
+        time.sleep(rng.uniform(0.5, 1.0) * seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*add, str(killed)], check=True)
+    assert hashes(killed) == hashes(unbroken)
+    assert hashes(base) == before
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, *add[1:], str(ranks)], check=True)
+    one, two = (
+        {name: sha256(folder / name) for name in ("state.json", "data-00004-of-00005.arrow")}
+        for folder in (unbroken, ranks)
+    )
+    assert one == two
 
 
 def test_two_ranks_build_the_same_cache_and_read_its_batches_in_slices(tmp_path, whole):

@@ -4,6 +4,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from training_runs import changed
 
+from dit_hf.latents.cache import open_latents
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.recipe_file import read_config
 from dit_hf.storage import write_manifest
@@ -18,6 +19,27 @@ def test_a_run_does_not_resume_with_another_cache_of_as_many_images(config, vae_
     config = changed(config, data={"latents": others}, train=options)
     with pytest.raises(ValueError, match=r"another recipe: found\.pictures_sha256 was '\w{12}', now '\w{12}'; "):
         train(config)
+
+
+def test_a_run_does_not_resume_on_a_cache_that_has_grown(config, training_latents, vae_folder, tmp_path):
+    run = train(config)
+    options = {"flip": True, "num_images": 210}
+    grown = str(tmp_path / "grown")
+    prepare_latents("avatars", grown, str(vae_folder), "16", add_to=str(training_latents), **options)
+    more = str(tmp_path / "more")
+    prepare_latents("avatars", more, str(vae_folder), "16", add_to=grown, **{**options, "num_images": 215})
+    for cache, count in ((grown, 10), (more, 15)):
+        resumed = {"max_train_steps": 10, "resume_from_checkpoint": "latest"}
+        message = (
+            rf"{cache} has grown since {run}/checkpoint-8, from \d+ to \d+ training images, and the order .* resume "
+            rf"with the cache before, or start from this model: --model\.init_from {run}/checkpoint-8 and a new --"
+        )
+        with pytest.raises(ValueError, match=message):
+            train(changed(config, data={"latents": cache}, train=resumed))
+        assert len(open_latents(cache)[0]) == 200 + count
+    # The way out.
+    own = {"output_dir": str(tmp_path / "new"), "max_train_steps": 2}
+    train(changed(config, data={"latents": more}, train=own, model={"init_from": str(run / "checkpoint-8")}))
 
 
 def test_a_runs_precision_is_the_one_it_was_computed_in(config, monkeypatch):
