@@ -3,16 +3,18 @@
 import csv
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from dit_hf import open_images
 from dit_hf.latents import shards
 from dit_hf.latents.cache import NOT_PUSHED, open_latents
 from dit_hf.latents.encode import ShardEncoder
+from dit_hf.latents.merge import merge_latents
 from dit_hf.latents.prepare import prepare_latents
 from dit_hf.storage import sha256
 
@@ -59,6 +61,25 @@ def test_a_second_call_returns_the_cache_of_faces(cache, photos, capsys):
     assert "already holds" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"faces was all of at least 120 px.* and is all of at least 100 px"):
         prepare_latents(str(photos), str(cache), "avatar", "16", crop="face", min_face_size=100)
+
+
+def test_photographs_are_added(cache, photos, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(photos, folder)
+    ImageOps.mirror(Image.fromarray(skimage.data.astronaut())).save(folder / "e.png")
+    with open(folder / "metadata.csv", "a") as file:
+        file.write("e.png,0\n")
+    options = {"crop": "face", "min_face_size": 120}
+    grown = prepare_latents(str(folder), str(tmp_path / "grown"), "avatar", "16", add_to=str(cache), **options)
+    rows, info = open_latents(grown, hashes=True)
+    assert rows["id"][:] == ["a.jpg#0", "b.png#0", "d.jpg#0", "e.png#0"]
+    assert rows["latent_mean"][:3] == open_latents(cache)[0]["latent_mean"][:]
+    # The photograph without a face is tried again.
+    assert info["plan"]["added"] == ["2 of 5 images, to the 3 of latents"]
+    assert info["plan"]["faces"] == "2 photos: 1 faces, 1 without a face, 0 faces too small"
+    assert (grown / "faces.png").is_file()
+    with pytest.raises(ValueError, match="nothing to add"):
+        prepare_latents(str(folder), str(tmp_path / "more-yet"), "avatar", "16", add_to=str(grown), **options)
 
 
 @pytest.fixture
@@ -173,3 +194,23 @@ def test_anonymous_ids_name_no_file(tmp_path):
     uploaded = [path for path in (tmp_path / "x").rglob("*") if path.is_file() and path.name not in NOT_PUSHED]
     assert not [path for path in uploaded if b"Ada" in path.read_bytes()]
     assert "Ada again.png,copy of an earlier image" in (tmp_path / "x" / "left_out.csv").read_text()
+
+
+def test_parts_of_photographs_are_joined(many_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MIN_SHARD", 4)
+    monkeypatch.setattr(shards, "MAX_BATCH", 4)
+    (many_photos / "metadata.csv").write_text(
+        "file_name,Smiling\n" + "".join(f"{number:02}.png,{number % 2}\n" for number in range(20))
+    )
+    options = {"crop": "face", "min_face_size": 60}
+    whole = prepare_latents(str(many_photos), str(tmp_path / "whole"), "avatar", "16", **options)
+    parts = [
+        str(prepare_latents(str(many_photos), str(tmp_path / f"part-{k}"), "avatar", "16", part=f"{k}/2", **options))
+        for k in (1, 2)
+    ]
+    merged = merge_latents(parts, str(tmp_path / "merged"))
+    (one, one_info), (two, two_info) = open_latents(whole), open_latents(merged, hashes=True)
+    assert one.to_dict() == two.to_dict()
+    assert two_info["plan"] == one_info["plan"]
+    assert "several faces, whose Smiling is null" in json.dumps(two_info["plan"])
+    assert (merged / "left_out.csv").read_bytes() == (whole / "left_out.csv").read_bytes()
