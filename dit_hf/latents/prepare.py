@@ -164,7 +164,7 @@ def prepare_latents(
         with state.main_process_first():
             model = None if dry_run else load_vae(vae, state.device)
         encoding = encoding_identity(model, geometry, flip)
-        before = read_base(Path(add_to), opened, encoding, anonymous_ids, verify)
+        before = read_base(Path(add_to), opened, encoding, anonymous_ids, verify and state.is_main_process)
     if anonymous_ids:
         opened = with_anonymous_ids(opened)
     if add_to is not None:
