@@ -36,8 +36,11 @@ from dit_hf_cli import main as run_cli
 
 # Columns of the log, and keys of JSON files, that depend on the clock or on the folder's name.
 VARYING = {"images_per_second", "mfu", "peak_memory_gib", "json_sha256", "pipeline_sha256"}
+AVATAR = ["--vae", "avatar", "--resolution", "32", "--output_dir"]
 COMMANDS: dict[str, list[str]] = {
-    "prepare-latents": ["prepare-latents", "pictures", "--vae", "avatar", "--resolution", "32", "--output_dir", "out"],
+    "prepare-latents": ["prepare-latents", "pictures", *AVATAR, "out"],
+    "add-to": ["prepare-latents", "more", *AVATAR, "out", "--add_to", "latents", "--drop_gone"],
+    "merge-latents": ["merge-latents", "part", "--output_dir", "out"],
     "train": ["train", "tiny.yaml", "--train.resume_from_checkpoint", "latest"],
     "sample": ["sample", "run", "--output_dir", "out", "--num_images", "6", "--batch_size", "2"],
     "sample-npz": [
@@ -81,12 +84,14 @@ def prepare(base: Path) -> Path:
     """Make what the commands start from: pictures, a latent cache, and a finished run; return its folder."""
     import dit_hf
 
-    (base / "pictures").mkdir(parents=True)
-    for number, row in enumerate(dit_hf.open_images("avatars", resolution=32, num_images=40)):
-        row["image"].save(base / "pictures" / f"{number:02}.png")
+    for name, numbers in (("pictures", range(40)), ("more", range(2, 50))):
+        (base / name).mkdir(parents=True)
+        for number, row in enumerate(dit_hf.open_images("avatars", resolution=32, num_images=50)):
+            if number in numbers:
+                row["image"].save(base / name / f"{number:02}.png")
     (base / "tiny.yaml").write_text(RECIPE)
-    latents = ["prepare-latents", "pictures", "--vae", "avatar", "--resolution", "32", "--output_dir", "latents"]
-    for command in (latents, COMMANDS["train"]):
+    latents = ["prepare-latents", "pictures", *AVATAR]
+    for command in ([*latents, "latents"], [*latents, "part", "--part", "1/1"], COMMANDS["train"]):
         code, _ = attempt(base, command)
         if code:
             raise SystemExit(f"{command[0]} ended with {code}")
