@@ -49,7 +49,8 @@ def merge_latents(parts: list[str], output_dir: str) -> Path:
     final = Path(output_dir)
     check_name(final)
     check_own_folder(final, CACHE_INFO)
-    if (partial_folder(final) / "building").exists():
+    # An interrupted merge has at most a folder in it.
+    if any(path.is_file() for path in (partial_folder(final) / "building").glob("*")):
         raise FileExistsError(folder_taken(f"output_dir {final}", "belongs to a build that is not finished"))
     folders, infos = _in_order([Path(folder) for folder in parts])
     identity = {name: value for name, value in infos[0]["identity"].items() if name != "part"}

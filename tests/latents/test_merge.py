@@ -137,7 +137,7 @@ def test_an_interrupted_part_resumes_and_an_interrupted_merge_begins_again(image
     assert hashes(Path(parts[1])) == before
     assert len(calls) == 3 + 3  # its five shards, one of which was begun twice
 
-    (tmp_path / ".merged.partial").mkdir()
+    (tmp_path / ".merged.partial" / "building" / "index").mkdir(parents=True)
     (tmp_path / ".merged.partial" / "data-00000-of-00018.arrow").write_bytes(b"half")
     merged = merge_latents(parts, str(tmp_path / "merged"))
     again = merge_latents(parts, str(tmp_path / "again"))
@@ -177,6 +177,10 @@ def test_what_is_no_set_of_parts_is_one_line(images, vae_folder, tmp_path, capsy
         assert not (tmp_path / "merged").exists()
     with pytest.raises(FileExistsError, match=r"output_dir .* holds something else"):
         merge_latents(parts, str(images))
+    (tmp_path / ".begun.partial" / "building").mkdir(parents=True)
+    (tmp_path / ".begun.partial" / "building" / "identity.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"output_dir .*begun belongs to a build that is not finished"):
+        merge_latents(parts, str(tmp_path / "begun"))
     with pytest.raises(FileExistsError, match="holds a cache of other settings: source was images, 71"):
         merge_latents(parts, other)
     with pytest.raises(ValueError, match=r"latents is part 2/2 of a cache; dit-hf merge-latents joins"):
