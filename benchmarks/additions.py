@@ -42,12 +42,10 @@ def main() -> None:
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
         sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
         AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False).save_pretrained(folder / "vae")
-        result = {
-            "machine": machine(),
-            "torch": torch.__version__,
-            "addition": measure_addition(folder, options.images),
-            "parts": measure_parts(folder),
-        }
+        result: dict = {"machine": machine(), "torch": torch.__version__}
+        result["addition"] = measure_addition(folder, options.images)
+        print(json.dumps(result["addition"], indent=2), flush=True)
+        result["parts"] = measure_parts(folder)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -55,14 +55,15 @@ def merge_latents(parts: list[str], output_dir: str) -> Path:
     folders, infos = _in_order([Path(folder) for folder in parts])
     identity = {name: value for name, value in infos[0]["identity"].items() if name != "part"}
     shards = {path.name: path for path in sorted(shard for folder in folders for shard in shard_files(folder))}
-    if _is_merged(final, identity, infos):
-        print(f"{final} already holds these parts", flush=True)
-        return final
-    with disk_errors(f"output_dir {final}"), locked_beside(final), new_folder(final) as partial:
-        for name in sorted(shards):
-            link_or_copy(shards[name], partial / name)
-        shutil.copytree(folders[0] / "vae", partial / "vae")
-        _write_rest(partial, folders, infos, identity)
+    with disk_errors(f"output_dir {final}"), locked_beside(final):
+        if _is_merged(final, identity, infos):
+            print(f"{final} already holds these parts", flush=True)
+            return final
+        with new_folder(final) as partial:
+            for name in sorted(shards):
+                link_or_copy(shards[name], partial / name)
+            shutil.copytree(folders[0] / "vae", partial / "vae")
+            _write_rest(partial, folders, infos, identity)
     counts = read_cache_info(final)["counts"]
     left_out = counts.pop("left_out")
     text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
