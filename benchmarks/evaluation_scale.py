@@ -49,7 +49,7 @@ def main() -> None:
         for name, package in ways.items():
             environment = {**os.environ, "PYTHONPATH": str(package.resolve())}
             command = [sys.executable, "-c", CODE, str(count), str(SAMPLES)]
-            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, env=environment, cwd=package, check=True, capture_output=True, text=True)
             measured = json.loads(done.stdout.splitlines()[-1])
             result.setdefault(f"{count:,} reference images", {})[name] = {k: round(v, 2) for k, v in measured.items()}
             print(f"{count:,} {name}: {measured}", flush=True)

@@ -76,9 +76,9 @@ class Manifold:
         """Build it from features [count, dim]; of more than 50,000 so many are taken, evenly spread."""
         count = min(len(features), MANIFOLD_IMAGES)
         values = _on_device(features[np.arange(count) * len(features) // count])
-        # Every image is at distance 0 of itself, hence the + 1.
-        radii = [block.kthvalue(NEIGHBOURS + 1).values for _, block in _distance_blocks(values, values)]
-        return cls(values, torch.cat(radii))
+        # Every image is at distance 0 of itself, hence the + 1. `kthvalue` takes ten times as long.
+        nearest = [block.topk(NEIGHBOURS + 1, largest=False).values for _, block in _distance_blocks(values, values)]
+        return cls(values, torch.cat(nearest)[:, -1])
 
 
 def frechet_distance(first: Gaussian | np.ndarray, second: Gaussian | np.ndarray) -> float:
