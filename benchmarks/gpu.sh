@@ -6,7 +6,7 @@
 # others nothing.
 set -uo pipefail
 out=$(realpath -m "${1:-$(dirname "$0")/results/gpu}") peers=${2:+$(realpath "$2")} wanted=" ${*:3} "
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 mkdir -p "$out"
 python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU: nothing is measured"' || exit 1
 failed=() ran=

@@ -1,6 +1,8 @@
 """The example scripts, as their docstrings start them."""
 
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +91,11 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     assert sum("image/png" in output["data"] for output in shown) == 3
     assert (tmp_path / "quickstart" / "run" / "pipeline").is_dir()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shell_scripts_pass_shellcheck():
+    root = EXAMPLES.parent
+    scripts = [EXAMPLES / "train.sbatch", *root.glob("benchmarks/*.sh"), *root.glob("tests/training/slurm/*")]
+    done = subprocess.run(["shellcheck", *scripts, root / ".ci" / "run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

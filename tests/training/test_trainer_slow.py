@@ -28,20 +28,15 @@ PYTHON = [sys.executable, SCRIPT]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TORCHRUN = [*TWO_RANKS, SCRIPT]
 SHARDED = [*TWO_RANKS, str(Path(__file__).with_name("fsdp2_on_cpu.py"))]
-# One process a rank without a launcher, as `srun` starts them; ends with the highest of their codes.
+# One process a rank without a launcher: the batch script for SLURM, whose commands scripts here stand in for.
+SLURM = Path(__file__).with_name("slurm")
 SRUN = [
+    "env",
+    f"PATH={SLURM}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "SLURM_JOB_NODELIST=127.0.0.1,127.0.0.2",
+    f"SLURM_JOB_ID={os.getpid()}",
     "bash",
-    "-c",
-    f"""trap : TERM
-    export MASTER_ADDR=127.0.0.1 MASTER_PORT=$(shuf -i 20000-60000 -n 1) WORLD_SIZE=2 highest=0
-    for rank in 0 1; do RANK=$rank LOCAL_RANK=$rank {sys.executable} {SCRIPT} "$@" & tasks+=($!); done
-    for task in ${{tasks[@]}}; do
-        wait $task; code=$?
-        if [ $code -gt 128 ]; then wait $task; code=$?; fi
-        if [ $code -gt $highest ]; then highest=$code; fi
-    done
-    exit $highest""",
-    "srun",
+    str(ROOT / "examples" / "train.sbatch"),
 ]
 CONFIG = ["--config_file", str(ROOT / "accelerate_config.yaml")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", *CONFIG, SCRIPT]
@@ -118,6 +113,7 @@ def test_a_preempted_run_saves_and_resumes_with_the_same_bits(config, tmp_path, 
     assert process.returncode == code, output
     (stopped,) = run.glob("checkpoint-*")
     assert f"preempted: {stopped.name} is saved" in output
+    assert ("requeued" in output) == (launcher is SRUN)
     assert int(stopped.name.split("-")[1]) not in (150, 300)
     run_all(launcher, whole, run)
     if launcher in (TORCHRUN, SRUN):
