@@ -11,8 +11,9 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow"
 
+# The tests of one file one after the other, since they share what they set up.
 test-slow: .venv/installed
-	.venv/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 test-gpu: .venv/installed
 	.venv/bin/python -m pytest -m gpu

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from fsdp2_on_cpu import sharding
 from torch.distributed.tensor import DTensor
 
-from dit_hf.training import trainer
+from dit_hf.training import background_save, trainer
 from dit_hf.training.step import TrainingStep
 from dit_hf_cli import main
 
@@ -27,8 +27,8 @@ def errors_of_ranks(folder, arguments, fault=None, faulty="0", sharded=False):
     Args:
         folder: Folder for what the ranks print.
         arguments: Of `dit-hf train`, for each rank.
-        fault: "nan", a weight that is not a number in step 3; or the name of a function of the trainer that finds the
-            disk full.
+        fault: "nan", a weight that is not a number in step 3; or the name of a function of the trainer, or of its
+            thread, that finds the disk full.
         faulty: Rank that has the fault.
         sharded: Under FSDP2 instead of DDP.
     """
@@ -66,7 +66,7 @@ def run_rank(printed, environment, fault, sharded, arguments):
 
         TrainingStep.__call__ = call
     elif fault:
-        setattr(trainer, fault, fail)
+        setattr(background_save if hasattr(background_save, fault) else trainer, fault, fail)
     sys.exit(main(["train", *arguments]))
 
 
