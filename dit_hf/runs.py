@@ -27,7 +27,7 @@ from .latents.vae import check_weights
 from .models.transformer_latent_dit import LatentDiTTransformer2DModel
 from .pipelines.pipeline_latent_dit import LatentDiTPipeline
 from .recipe_file import read_config, read_recipe
-from .schedulers.scheduling_cosine_latent import CosineLatentScheduler, linear_betas
+from .schedulers.scheduling_cosine_latent import CosineLatentScheduler, named_betas
 from .storage import (
     MANIFEST,
     first_line,
@@ -394,10 +394,9 @@ def build_pipeline(
 
 def build_scheduler(objective: ObjectiveConfig) -> CosineLatentScheduler:
     """Build the scheduler of a recipe's objective."""
-    betas = linear_betas() if objective.beta_schedule == "linear" else None
-    return CosineLatentScheduler(
-        objective.num_train_timesteps, prediction_type=objective.prediction_type, trained_betas=betas
-    )
+    timesteps = objective.num_train_timesteps
+    betas = named_betas(objective.beta_schedule, timesteps)
+    return CosineLatentScheduler(timesteps, prediction_type=objective.prediction_type, trained_betas=betas)
 
 
 def _open_reader(config: Config) -> LatentReader:

@@ -96,18 +96,20 @@ class Comparison:
             self._remove_stale_features()
 
         # Features of samples and of reconstructions; all ranks share this work.
-        for setting in settings:
-            self._samples(setting).extract()
-        if not no_reconstructions(self.reference_images):
-            self._reconstructions().extract()
-        on_first_rank(lambda: self._report(name, settings))
+        samples = [self._samples(setting) for setting in settings]
+        rebuilt = None if no_reconstructions(self.reference_images) else self._reconstructions()
+        for extraction in [*samples, *([rebuilt] if rebuilt else [])]:
+            extraction.extract()
+        on_first_rank(lambda: self._report(name, settings, samples, rebuilt))
 
-    def _report(self, name: str, settings: list[dict[str, Any]]) -> None:
+    def _report(
+        self, name: str, settings: list[dict[str, Any]], extracted: list[Extraction], rebuilt: Extraction | None
+    ) -> None:
         """Measure the features that all ranks have extracted, and write the report; see `run`."""
         # The attribute head learns the reference's own class ids, which may differ from the model's.
         rows_of_reference = self._attributes()
         head = self._train_head(rows_of_reference)
-        samples = [self._samples(setting).join().features for setting in settings]
+        samples = [extraction.join().features for extraction in extracted]
         # The reference's manifold is the same for all settings.
         manifold = Manifold.of(self.reference.features)
         measured = [
@@ -123,7 +125,7 @@ class Comparison:
             "model": {"name": name, **self.identity},
             "protocol": self._protocol(settings[0]),
             "figures": {k: v for k, v in first.items() if k not in (*settings[0], "accuracy", "attributes")},
-            "floor": self._floors(),
+            "floor": self._floors(rebuilt),
             "bias": bias_note(self.num_samples, self.net.dim),
             "memorisation": neighbours.figures() | {"closest": describe_pairs(neighbours)},
             "attributes": first["attributes"],
@@ -235,7 +237,7 @@ class Comparison:
             accuracy = head.accuracy(features, [requested[i % len(requested)] for i in range(len(features))])
         return {**setting, **figures, "accuracy": accuracy["accuracy"] if accuracy else None, "attributes": accuracy}
 
-    def _floors(self) -> dict[str, dict[str, Any]]:
+    def _floors(self, rebuilt: Extraction | None) -> dict[str, dict[str, Any]]:
         """Measure real images, and their reconstructions by the VAE, against the disjoint rest of the reference."""
         held_out, rest = self._split()
         others = self.reference.features[rest]
@@ -244,8 +246,7 @@ class Comparison:
         def floor(features: np.ndarray) -> dict[str, Any]:
             return measure(features, others, gaussian, manifold, self.seed)
 
-        reason = no_reconstructions(self.reference_images)
-        vae = {"reason": reason} if reason else floor(self._reconstructions().join().features)
+        vae = floor(rebuilt.join().features) if rebuilt else {"reason": no_reconstructions(self.reference_images)}
         return {"vae": vae, "real": floor(self.reference.features[held_out])}
 
     def _save_neighbours_grid(self, neighbours: Neighbours, setting: dict[str, Any]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..storage import locked_beside, new_folder, read_manifest
+from ..storage import link_or_copy, locked_beside, new_folder, read_manifest
 from .reference import INFO, STATISTICS
 
 
@@ -49,7 +48,4 @@ def _copy(source: Path, target: Path) -> None:
     """Copy statistics, as further names of the same files where the disk allows that: they are never written to."""
     with new_folder(target) as partial:
         for name in (STATISTICS, INFO):
-            try:
-                os.link(source / name, partial / name)
-            except OSError:
-                shutil.copyfile(source / name, partial / name)
+            link_or_copy(source / name, partial / name)

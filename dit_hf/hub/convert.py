@@ -20,7 +20,7 @@ from ..latents.vae import load_vae
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import CONFIG
-from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, cosine_betas, linear_betas
+from ..schedulers.scheduling_cosine_latent import CosineLatentScheduler, named_betas
 from ..storage import disk_errors, first_line, folder_taken, is_missing_or_empty, locked_beside, new_folder
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
@@ -166,7 +166,7 @@ def from_checkpoint(
     load_renamed(transformer, weights, FACEBOOKRESEARCH | projections, str(path))
 
     # The weights tell neither the levels of noise nor what they predict. DiT is trained with the linear ones.
-    betas = linear_betas() if beta_schedule == "linear" else cosine_betas(1000)
+    betas = named_betas(beta_schedule, 1000)
     scheduler = CosineLatentScheduler(1000, prediction_type=prediction_type, trained_betas=betas)
     objective = f"--prediction_type {prediction_type} and --beta_schedule {beta_schedule} (1,000 levels)"
     print(f"{path.name}: {objective}, which its weights do not tell")

@@ -271,7 +271,7 @@ def grown_info(base: Base) -> dict[str, Any]:
 
 def take_over(base: Base, job: Job) -> None:
     """Put the shards of the cache before into the folder of `job`, those whose rows or classes change written anew."""
-    start, same_names = 0, base.features == load_rows(base.folder).features
+    start, same_names = 0, _has_same_classes(base)
     for number, name in enumerate(base.files):
         source, target = base.folder / name, job.folder / shard_name(number, job.total)
         count = len(open_shards([source]))
@@ -284,10 +284,14 @@ def take_over(base: Base, job: Job) -> None:
     sync(job.folder)
 
 
+def _has_same_classes(base: Base) -> bool:
+    """Check whether the grown cache has no classes that the cache before does not name in each file."""
+    return base.features == load_rows(base.folder).features
+
+
 def copied_bytes(base: Base, place: Path) -> int:
     """Return the size of the cache before where its shards cannot be linked, 0 where they can."""
-    same_names = base.features == load_rows(base.folder).features
-    if same_names and base.kept.all() and base.folder.stat().st_dev == place.stat().st_dev:
+    if _has_same_classes(base) and base.kept.all() and base.folder.stat().st_dev == place.stat().st_dev:
         return 0
     return sum((base.folder / name).stat().st_size for name in base.files)
 

@@ -112,21 +112,24 @@ class LatentDiTGenerateStep(ModularPipelineBlocks):
     intermediate_outputs = property(lambda self: [_output("latents", "Denoised latents, [images, channels, h, w].")])
     # The one of pipelines, which a modular pipeline passes on to its blocks.
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
+    # The pipeline, and its step that the block calls.
+    _kind: type[LatentDiTPipeline] = LatentDiTPipeline
+    _step: Callable[..., torch.Tensor] = LatentDiTPipeline._generate
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         block_state = self.get_block_state(state)
-        pipeline = self._pipeline(LatentDiTPipeline, components)
-        pipeline._check_inputs(block_state.attributes, block_state.batch_size, "latent", [])
-        check_num_inference_steps(pipeline.scheduler, block_state.num_inference_steps)
-        block_state.latents = _denoise(pipeline._generate, block_state)
+        pipeline = _pipeline(self._kind, components)
+        pipeline._guider = components.guider
+        pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        self._check(pipeline, block_state)
+        block_state.latents = _denoise(type(self)._step, pipeline, block_state)
         self.set_block_state(state, block_state)
         return components, state
 
-    def _pipeline(self, kind: type[Kind], components: Any) -> Kind:
-        pipeline = _pipeline(kind, components)
-        pipeline._guider = components.guider
-        pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
-        return pipeline
+    def _check(self, pipeline: Any, block_state: Any) -> None:
+        """Check the inputs, as the call of the pipeline does."""
+        pipeline._check_inputs(block_state.attributes, getattr(block_state, "batch_size", 1), "latent", [])
+        check_num_inference_steps(pipeline.scheduler, block_state.num_inference_steps)
 
 
 class LatentDiTImg2ImgStep(LatentDiTGenerateStep):
@@ -140,16 +143,11 @@ class LatentDiTImg2ImgStep(LatentDiTGenerateStep):
             *_guidance_inputs(),
         ]
     )
+    _kind, _step = LatentDiTImg2ImgPipeline, LatentDiTImg2ImgPipeline._vary
 
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        block_state = self.get_block_state(state)
-        pipeline = self._pipeline(LatentDiTImg2ImgPipeline, components)
+    def _check(self, pipeline: Any, block_state: Any) -> None:
         pipeline._check_strength(block_state.strength)
-        pipeline._check_inputs(block_state.attributes, 1, "latent", [])
-        check_num_inference_steps(pipeline.scheduler, block_state.num_inference_steps)
-        block_state.latents = _denoise(pipeline._vary, block_state)
-        self.set_block_state(state, block_state)
-        return components, state
+        super()._check(pipeline, block_state)
 
 
 class LatentDiTInpaintStep(LatentDiTGenerateStep):
@@ -164,17 +162,12 @@ class LatentDiTInpaintStep(LatentDiTGenerateStep):
             *_guidance_inputs(),
         ]
     )
+    _kind, _step = LatentDiTInpaintPipeline, LatentDiTInpaintPipeline._inpaint
 
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        block_state = self.get_block_state(state)
-        pipeline = self._pipeline(LatentDiTInpaintPipeline, components)
+    def _check(self, pipeline: Any, block_state: Any) -> None:
         pipeline._check_strength(block_state.strength)
         pipeline._check_jumps(block_state.jump_length, block_state.jump_n_sample)
-        pipeline._check_inputs(block_state.attributes, 1, "latent", [])
-        check_num_inference_steps(pipeline.scheduler, block_state.num_inference_steps)
-        block_state.latents = _denoise(pipeline._inpaint, block_state)
-        self.set_block_state(state, block_state)
-        return components, state
+        super()._check(pipeline, block_state)
 
 
 class LatentDiTEditStep(LatentDiTGenerateStep):
@@ -189,17 +182,13 @@ class LatentDiTEditStep(LatentDiTGenerateStep):
             *_guidance_inputs(),
         ]
     )
+    _kind, _step = LatentDiTEditPipeline, LatentDiTEditPipeline._edit
 
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        block_state = self.get_block_state(state)
-        pipeline = self._pipeline(LatentDiTEditPipeline, components)
+    def _check(self, pipeline: Any, block_state: Any) -> None:
         pipeline._check_strength(block_state.strength)
         pipeline._check_inputs(block_state.attributes, 1, "latent", [])
         check_num_inference_steps(pipeline.reversible_scheduler(), block_state.num_inference_steps)
         pipeline._check_edit(block_state.edit)
-        block_state.latents = _denoise(pipeline._edit, block_state)
-        self.set_block_state(state, block_state)
-        return components, state
 
 
 class LatentDiTAutoDenoiseStep(AutoPipelineBlocks):
@@ -307,14 +296,15 @@ def _pipeline(kind: type[Kind], components: Any) -> Kind:
     return kind(**parts, **config)
 
 
-def _denoise(step: Callable[..., torch.Tensor], block_state: Any) -> torch.Tensor:
+def _denoise(step: Callable[..., torch.Tensor], pipeline: LatentDiTPipeline, block_state: Any) -> torch.Tensor:
     """Call the `step` of a pipeline with the inputs of its block, while no other call uses the scheduler."""
-    values = block_state.as_dict()
-    options = {spec.name: values.pop(spec.name) for spec in _guidance_inputs()}
-    # As in the call of a pipeline: only what differs from the defaults, which a guider has itself.
-    given = {spec.name: options[spec.name] for spec in _guidance_inputs() if options[spec.name] != spec.default}
-    method: Any = step
-    return exclusive(method.__func__)(method.__self__, guidance_options=given, **values)
+    values, given = block_state.as_dict(), {}
+    for spec in _guidance_inputs():
+        value = values.pop(spec.name)
+        # As in the call of a pipeline: only what differs from the defaults, which a guider has itself.
+        if value != spec.default:
+            given[spec.name] = value
+    return exclusive(step)(pipeline, guidance_options=given, **values)
 
 
 def _components(*names: str) -> list[Any]:

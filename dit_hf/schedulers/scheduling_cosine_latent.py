@@ -353,6 +353,12 @@ def cosine_betas(num_train_timesteps: int, cosine_s: float = 0.008) -> list[floa
     return [min(1 - alpha_bar((i + 1) / total) / alpha_bar(i / total), MAX_BETA) for i in range(total)]
 
 
-def linear_betas() -> list[float]:
-    """Return the 1,000 betas of Ho et al. (https://arxiv.org/abs/2006.11239), with which DiTs are trained."""
-    return torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
+def named_betas(beta_schedule: str, num_train_timesteps: int) -> list[float]:
+    """Return betas by diffusers' names: `squaredcos_cap_v2`, the cosine schedule, or `linear`, from 0.0001 to 0.02.
+
+    With 1,000 timesteps the linear ones are those of Ho et al. (https://arxiv.org/abs/2006.11239), with which
+    published DiTs are trained.
+    """
+    if beta_schedule == "linear":
+        return torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float64).tolist()
+    return cosine_betas(num_train_timesteps)

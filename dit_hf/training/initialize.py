@@ -10,14 +10,14 @@ from accelerate import init_empty_weights
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from ..config import Config
+from ..config import LINEAR_TIMESTEPS, Config
 from ..devices import on_first_rank
 from ..latents.reader import LatentReader
 from ..latents.vae import weights_sha256
 from ..models.transformer_latent_dit import LatentDiTTransformer2DModel
 from ..pipelines.pipeline_latent_dit import LatentDiTPipeline
 from ..runs import Normalization, build_scheduler, load_pipeline
-from ..schedulers.scheduling_cosine_latent import cosine_betas, linear_betas
+from ..schedulers.scheduling_cosine_latent import named_betas
 
 
 def build_transformer(
@@ -114,10 +114,9 @@ def _check_schedule(config: Config, earlier: LatentDiTPipeline) -> None:
 
 def _options(betas: torch.Tensor) -> str:
     """Return the options by which a recipe has these noise levels, as the end of a sentence; '' if none does."""
-    for schedule in ("squaredcos_cap_v2", "linear"):
-        known = cosine_betas(len(betas)) if schedule == "squaredcos_cap_v2" else linear_betas()
-        if len(known) == len(betas) and torch.allclose(betas, torch.tensor(known), rtol=1e-4):
-            return f"; give --objective.num_train_timesteps {len(betas)} --objective.beta_schedule {schedule}"
+    for schedule, count in (("squaredcos_cap_v2", len(betas)), ("linear", LINEAR_TIMESTEPS)):
+        if count == len(betas) and torch.allclose(betas, torch.tensor(named_betas(schedule, count)), rtol=1e-4):
+            return f"; give --objective.num_train_timesteps {count} --objective.beta_schedule {schedule}"
     return ""
 
 
