@@ -12,7 +12,7 @@ from datasets import Value
 from ..progress import hidden_progress_bars
 from .parallel import map_rows
 from .sources import Source
-from .transforms import stored_bytes
+from .stored_images import stored_bytes
 
 DIGITS = 20
 COPY = "copy of an earlier image"

@@ -97,6 +97,7 @@ class Contents:
         excluded: Number of files and folders by the pattern of `--exclude` that they match.
         choices: Sentences about what was ambiguous: the reading, and the option that changes it.
         image_column: The column of images; None for folders.
+        addressed: Whether paths of images are addresses inside shards, see `stored_images`.
     """
 
     kind: str
@@ -112,6 +113,7 @@ class Contents:
     excluded: Counter[str] = field(default_factory=Counter)
     choices: list[str] = field(default_factory=list)
     image_column: str | None = None
+    addressed: bool = False
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep only these rows of the lists that are set already."""

@@ -26,8 +26,9 @@ from .celeba import CELEBA_LISTS
 from .contents import Column, Contents, SourceOptions, short_names
 from .files import CACHE_INFO, Skipped, walk
 from .metadata import METADATA
-from .shard_files import LOADERS, cause_of, load_shards, with_stored_classes
+from .shard_files import LOADERS, cause_of, load_repository, load_shards, with_stored_classes
 from .splits import split_named
+from .stored_images import parse_address, shard_version
 from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
 
@@ -82,10 +83,11 @@ def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
     for name, part in parts.items():
         contents.ids += _ids(name, part)
         contents.groups += part[SHARD] if SHARD in part.column_names else [name] * len(part)
-        own, dropped = drop_foreign_paths(_undecoded_images(part, contents.image_column), own_folders(source))
+        undecoded = _undecoded_images(part, contents.image_column)
+        own, dropped = drop_foreign_paths(undecoded, own_folders(source), contents.addressed)
         images.append(own)
         foreign += dropped
-        contents.sizes += _image_sizes(images[-1])
+        contents.sizes += _addressed_sizes(own) if contents.addressed else _image_sizes(own)
         columns.append(_plain_columns(part.remove_columns(contents.image_column), contents))
     contents.images = concatenate_datasets(images)
     if foreign:
@@ -151,8 +153,12 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
         else:
             contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
             builder = load_dataset_builder(repo_id, options.dataset_config_name, revision=revision)
+            files, kind = builder.config.data_files or {}, type(builder).__name__.lower()
+            if kind in ("parquet", "webdataset"):
+                files = {str(split): [*map(str, group)] for split, group in files.items()}
+                return load_repository(kind, files, builder.info.features, options, contents)
             builder.download_and_prepare()
-            loaded = with_stored_classes(builder.as_dataset(), builder.config.data_files or {})
+            loaded = with_stored_classes(builder.as_dataset(), files)
     except Exception as error:  # readers of files and of the Hub raise errors of many classes
         raise ValueError(f"source {source}: {_load_problem(source, error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({str(loaded.split or "train"): loaded})
@@ -287,6 +293,12 @@ def _image_sizes(images: Dataset) -> list[int]:
         lengths = pc.binary_length(pc.struct_field(batch["image"], "bytes"))
         sizes += pc.fill_null(lengths, 0).to_pylist()
     return sizes
+
+
+def _addressed_sizes(images: Dataset) -> list[int]:
+    """Return the size of each image in a tar, and of the shard in place of each image in a parquet file, in bytes."""
+    addresses = map(parse_address, images.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist())
+    return [0 if own is None else own.size or shard_version(own.file)[0] * bool(own.column) for own in addresses]
 
 
 def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:

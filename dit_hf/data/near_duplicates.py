@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..pipelines.image_inputs import open_image, upright
 from .parallel import map_rows
 from .sources import Source
-from .transforms import stored_bytes
+from .stored_images import stored_bytes
 
 NEAR_DUPLICATE = "near duplicate of an earlier image"
 # Bits of 64 in which the hashes of two photographs may differ. Unrelated ones differ in about 32, re-encoded or

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ..devices import available_cpus
 from ..progress import ProgressBar
+from .stored_images import with_bytes
 
 CHUNK = 64  # rows that are read at once, and between two updates of the progress bar
 Result = TypeVar("Result")
@@ -22,7 +23,7 @@ def map_rows(
 
     Args:
         work: Called in threads.
-        rows: The rows, with no more columns than `work` needs.
+        rows: The rows, with no more columns than `work` needs; images inside shards come with their bytes.
         desc: What is done, for the progress bar.
         unit: What is counted.
         shown: Whether there is a progress bar.
@@ -30,6 +31,10 @@ def map_rows(
     with ThreadPoolExecutor(available_cpus()) as pool, ProgressBar(len(rows), desc, unit, shown=shown) as progress:
         for start in range(0, len(rows), CHUNK):
             # A pool's own `map` would read all rows before it returns the first result.
-            chunk = [rows[row] for row in range(start, min(start + CHUNK, len(rows)))]
+            chunk = [_with_bytes(rows[row]) for row in range(start, min(start + CHUNK, len(rows)))]
             yield from pool.map(work, chunk)
             progress.update(len(chunk))
+
+
+def _with_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "image": with_bytes(row["image"])} if "image" in row else row

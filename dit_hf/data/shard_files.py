@@ -1,22 +1,23 @@
-"""Load the parquet, webdataset and Arrow shards of a folder, by the splits that their names and folders name."""
+"""Load parquet, webdataset and Arrow shards where they are, by the splits that their names and folders name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-import fsspec
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import ClassLabel, DatasetDict, Features, load_dataset
-from datasets.table import CastError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_datasets
+from datasets.table import CastError, table_cast
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
 from ..storage import first_line, is_lfs_pointer
 from .contents import Contents, SourceOptions, counted, image_count, shortened
 from .files import Skipped, walk
+from .parquet_shards import load_parquet
 from .splits import split_named
-from .webdataset import load_archives
+from .stored_images import is_remote, open_parquet
+from .webdataset import SHARD, load_archives
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # names of them in `datasets`
 
@@ -45,19 +46,79 @@ def load_shards(path: Path, options: SourceOptions, contents: Contents) -> Datas
         if is_lfs_pointer(path / name):
             raise ValueError(f"{path / name} is a pointer of git-lfs, not the shard: run git lfs pull")
     files = _files_by_split(by_suffix[suffix], options, contents)
+    paths = {split: [str(path / name) for name in group] for split, group in files.items()}
+    contents.addressed = suffix != ".arrow"
     if suffix == ".tar":
-        archives = {split: [path / name for name in group] for split, group in files.items()}
-        return DatasetDict({split: load_archives(paths, options) for split, paths in archives.items()})
+        return DatasetDict({split: load_archives(archives, options) for split, archives in paths.items()})
+    load = load_parquet if suffix == ".parquet" else _map_arrow
     parts = {}
     try:
-        # Each split for itself: `datasets` would read the classes of all splits by the names that the first one gives.
-        for split, group in files.items():
-            paths = [path / name for name in group]
-            _stored_classes(paths)  # refuses shards that differ
-            parts[split] = load_dataset(LOADERS[suffix], data_files={split: [*map(str, paths)]})[split]
+        # Each split for itself, since it may have numbered its classes by itself.
+        for split, group in paths.items():
+            _stored_classes(group)  # refuses shards that differ
+            parts[split] = load(group)
     except Exception as error:  # of many classes
         raise ValueError(f"source {path}: {cause_of(error)}") from error
     return DatasetDict(parts)
+
+
+def load_repository(
+    kind: str,
+    files: Mapping[str, Sequence[str]],
+    features: Features | None,
+    options: SourceOptions,
+    contents: Contents,
+) -> DatasetDict:
+    """Load the shards of a dataset's repository, on this machine or on the Hub, without downloading the images.
+
+    With `num_images`, only as many shards on the Hub are read as have so many.
+
+    Args:
+        kind: `parquet` or `webdataset`.
+        files: Paths or URLs of the shards of each split.
+        features: Features that the repository's card declares.
+        options: How the source is to be read.
+        contents: Receives a note of the shards that are not read.
+    """
+    parts, contents.addressed = {}, True
+    for split, group in files.items():
+        paths, most = [*group], None
+        if options.num_images is not None and is_remote(paths[0]):
+            most, order = options.num_images, np.random.default_rng([options.seed, 3]).permutation(len(paths))
+            paths = [paths[number] for number in order]
+            if kind == "parquet":
+                paths = sorted(_first_shards(paths, most), key=group.index)
+        parts[split] = load_parquet(paths, features) if kind == "parquet" else load_archives(paths, options, most)
+        read = len(paths) if kind == "parquet" else len(set(parts[split][SHARD]))
+        if read < len(group):
+            contents.choices.append(f"--num_images reads {read:,} of the {len(group):,} shards of {split}")
+    return with_stored_classes(DatasetDict(parts), files)
+
+
+def _first_shards(paths: Sequence[str], most: int) -> list[str]:
+    """Return the first parquet shards that have `most` rows together."""
+    taken, count = [], 0
+    for path in paths:
+        taken.append(path)
+        count += open_parquet(path).metadata.num_rows
+        if count >= most:
+            break
+    return taken
+
+
+def _map_arrow(paths: Sequence[str]) -> Dataset:
+    """Load Arrow shards, in the format of streams or of files, whose rows are read from the disk where they are."""
+    parts = []
+    for path in paths:
+        mapped = pa.memory_map(path)
+        try:
+            table = pa.ipc.open_stream(mapped).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(mapped).read_all()
+        table.validate(full=True)  # offsets of a damaged file may lead outside of it
+        parts.append(Dataset(table))
+    features = parts[0].features
+    return concatenate_datasets([Dataset(table_cast(part.data.table, features.arrow_schema)) for part in parts])
 
 
 def cause_of(error: Exception) -> str:
@@ -72,7 +133,7 @@ def cause_of(error: Exception) -> str:
     return first_line(cause)
 
 
-def with_stored_classes(loaded: DatasetDict, data_files: Mapping[str, list[str]]) -> DatasetDict:
+def with_stored_classes(loaded: DatasetDict, data_files: Mapping[str, Sequence[str]]) -> DatasetDict:
     """Return the splits of a repository with the names of classes that their own shards have.
 
     `datasets` gives all splits the names of the first one, although a split may have numbered its classes by itself.
@@ -104,8 +165,10 @@ def _stored_classes(shards: Sequence[str | Path]) -> dict[str, list[str]]:
     first: dict[str, tuple[list[str], str]] = {}
     known = set()
     for shard in map(str, shards):
-        with fsspec.open(shard) as file:
-            schema = pq.read_schema(file) if shard.lower().endswith(".parquet") else pa.ipc.open_stream(file).schema
+        if shard.lower().endswith(".parquet"):
+            schema = open_parquet(shard).schema_arrow
+        else:
+            schema = _map_arrow([shard]).features.arrow_schema
         if (described := str(schema.metadata)) in known:  # cheaper than the features
             continue
         known.add(described)

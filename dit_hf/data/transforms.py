@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import UnidentifiedImageError
 from ..pipelines.image_inputs import center_box, open_image, to_rgb
 from ..storage import first_line
 from .faces import NO_FACE, Face, align, find_faces, smallest_side
+from .stored_images import parse_address, stored_bytes
 
 # Part of what identifies a cache, raised whenever the same file becomes other pixels. Version 1, of dit_hf 0.1.0,
 # ignored color profiles and read 32-bit integers as 16-bit ones.
@@ -156,16 +156,6 @@ class Crops:
     too_small: list[str]
 
 
-def stored_bytes(stored: dict[str, Any] | None) -> bytes | None:
-    """Return the bytes of an undecoded image, a dict of `bytes` and `path`; None if it has none.
-
-    Raises:
-        OSError: if its file cannot be read.
-    """
-    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
-    return Path(path).read_bytes() if data is None and path else data
-
-
 def decode_image(row: dict[str, Any], geometry: Geometry) -> PILImage.Image:
     """Decode the image of a row.
 
@@ -237,7 +227,9 @@ def _decode(row: dict[str, Any], fit: Callable[[PILImage.Image], Decoded]) -> De
         data = stored_bytes(stored)
         if not data:
             raise ValueError("no image" if data is None else "an empty file")
-        with open_image(data, stored.get("path") or str(row["id"])) as image:
+        address = parse_address(stored.get("path"))
+        name = str(row["id"]) + address.suffix if address else stored.get("path") or str(row["id"])
+        with open_image(data, name) as image:
             return fit(image)
     except Exception as error:  # broken bytes make decoders raise anything, from OSError to struct.error
         raise ValueError(f"{row['id']}: {_reason(error)}") from error

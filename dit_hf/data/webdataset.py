@@ -7,13 +7,15 @@ image lose it, and stops at names that clash without naming them. This one reads
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
+import fsspec
 from datasets import Dataset, Features, Image, Value
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
@@ -24,6 +26,7 @@ from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name
 from .masks import check_masks
 from .metadata import METADATA
 from .splits import split_named
+from .stored_images import Stamp, is_remote, shard_version, tar_address
 
 KEY, SHARD, VALUES = "__key__", "__shard__", "__values__"  # columns of a webdataset, as it is read here
 
@@ -35,7 +38,7 @@ class Sample:
     Attributes:
         key: Path in the archive up to the first dot of the last part.
         shard: Name of the archive without its suffix.
-        image: The stored image; None if the sample has none.
+        image: Offset and size in bytes of the image in the archive; None if the sample has none.
         image_name: Path of the image in the archive.
         values: Values of its `.json`, and `cls`, if it has them.
         excluded: Patterns of `--exclude`, one for each file that matches.
@@ -44,18 +47,18 @@ class Sample:
 
     key: str
     shard: str
-    image: bytes | None = None
+    image: tuple[int, int] | None = None
     image_name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     excluded: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
 
-def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
-    """Yield the samples of an archive, whose files follow one another.
+def read_archive(path: str, options: SourceOptions) -> Iterator[Sample]:
+    """Yield the samples of an archive, whose files follow one another, without reading images.
 
     Args:
-        path: The archive.
+        path: Path or URL of the archive.
         options: The suffix of the images that are read, where samples have several, and the files to exclude.
 
     Raises:
@@ -64,7 +67,8 @@ def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
     sample: Sample | None = None
     seen: set[str] = set()
     try:
-        with tarfile.open(path) as archive:
+        # Without decompression, because images are read by their offsets.
+        with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 key, suffix = split_name(member.name)
                 if not member.isfile() or suffix is None:
@@ -75,7 +79,7 @@ def read_archive(path: Path, options: SourceOptions) -> Iterator[Sample]:
                     if key in seen:
                         raise ValueError(f"{path}: two samples have the key {key!r}")
                     seen.add(key)
-                    sample = Sample(key, path.stem)
+                    sample = Sample(key, PurePosixPath(path).stem)
                 pattern = options.excluded_by(member.name.removeprefix("./"))
                 if pattern is None:
                     _add(sample, suffix, member, archive, path, options.image_column)
@@ -103,7 +107,7 @@ def _add(
     suffix: str,
     member: tarfile.TarInfo,
     archive: tarfile.TarFile,
-    path: Path,
+    path: str,
     image_column: str | None,
 ) -> None:
     """Add a file of the archive to its sample."""
@@ -115,7 +119,9 @@ def _add(
                 f"{path}: the key {sample.key!r} has two images, {sample.image_name} and {member.name}; a key ends at "
                 f"the first dot of a file's name ({choice})"
             )
-        sample.image, sample.image_name = _content(archive, member), member.name
+        if member.sparse is not None:
+            raise ValueError(f"{path}: {member.name} is stored with holes; pack the archive without --sparse")
+        sample.image, sample.image_name = (member.offset_data, member.size), member.name
     elif member.name.rpartition("/")[2] in METADATA:
         sample.others.append(member.name.rpartition("/")[2])
     elif last == ".json":
@@ -135,14 +141,21 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return b"" if file is None else file.read()
 
 
-def load_archives(paths: list[Path], options: SourceOptions) -> Dataset:
-    """Load webdataset archives: key, shard, image and, as JSON, the other values of each sample."""
+def load_archives(paths: Sequence[str], options: SourceOptions, most: int | None = None) -> Dataset:
+    """Load webdataset archives: key, shard, image and, as JSON, the other values of each sample.
+
+    Args:
+        paths: Paths or URLs of the archives.
+        options: What is read of them.
+        most: Stop after the archive in which so many images were reached; None reads all.
+    """
     features = {name: Value("string") for name in (KEY, SHARD, VALUES)} | {"image": Image()}
     # `datasets` keeps the result by its arguments: with size and time of the archives it is as new as they are.
-    versions = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    paths = [path if is_remote(path) else os.path.abspath(path) for path in paths]
+    versions = [shard_version(path) for path in paths]
     # Of the options those that decide what is read, so that others find it again.
     own = SourceOptions(image_column=options.image_column, exclude=options.exclude)
-    arguments = {"paths": [str(path) for path in paths], "versions": versions, "options": own}
+    arguments = {"paths": paths, "versions": versions, "options": own, "most": most}
     try:
         return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
     except Exception as error:  # datasets wraps the reader's own errors
@@ -155,15 +168,22 @@ def load_archives(paths: list[Path], options: SourceOptions) -> Dataset:
 
 
 def _archive_rows(
-    paths: list[str], versions: list[tuple[int, int]], options: SourceOptions
+    paths: list[str], versions: list[Stamp], options: SourceOptions, most: int | None
 ) -> Iterator[dict[str, Any]]:
+    count = 0
     for path in paths:
-        for sample in read_archive(Path(path), options):
-            image = {"bytes": sample.image, "path": sample.image_name} if sample.image is not None else None
+        for sample in read_archive(path, options):
+            count += sample.image is not None
+            image = None
+            if sample.image is not None:
+                suffix = PurePosixPath(sample.image_name).suffix.lower()
+                image = {"bytes": None, "path": tar_address(path, *sample.image, suffix)}
             is_sample = image is not None or bool(sample.values)
             counted_files = {"others": sample.others, "excluded": sample.excluded}
             values = json.dumps({"values": sample.values, "is_sample": is_sample, **counted_files})
             yield {KEY: sample.key, SHARD: sample.shard, VALUES: values, "image": image}
+        if most is not None and count >= most:
+            return
 
 
 def archive_columns(part: Dataset, contents: Contents) -> dict[str, Column]:

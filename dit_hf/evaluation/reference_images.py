@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from ..data.files import CACHE_INFO
 from ..data.parallel import map_rows
 from ..data.photographs import open_faces
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
-from ..data.transforms import Geometry, decode_image, parse_resolution, stored_bytes
+from ..data.stored_images import NO_STAMP, image_stamp, stored_bytes, with_bytes
+from ..data.transforms import Geometry, decode_image, parse_resolution
 from ..latents.cache import content_sha256, open_latents, parse_identity, read_cache_info
-from ..latents.reuse import file_stamp
 from ..latents.vae import VAE, decode, encode, load_vae
 from ..runs import RunFolder, find_run, read_run_config
 
@@ -76,13 +75,13 @@ class ReferenceImages:
         """The hash of size, time of modification and inode of all files; None if one is missing or not a file."""
         digest = hashlib.sha256()
         for row in self.files or ():
-            stored = row["image"] or {}
-            if stored.get("bytes") is not None or not stored.get("path"):
-                return None
             try:
-                digest.update(repr(file_stamp(os.stat(stored["path"]))).encode())
+                stamp = image_stamp(row["image"])
             except OSError:
                 return None
+            if stamp == NO_STAMP:
+                return None
+            digest.update(repr(stamp).encode())
         return digest.hexdigest() if self.files else None
 
     def read_intact(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +142,8 @@ def open_reference_images(
         summary["seed"] = options.seed
 
     def read(numbers: Sequence[int]) -> np.ndarray:
-        return np.stack([np.asarray(decode_image(rows[int(number)], geometry)) for number in numbers])
+        own = ({**row, "image": with_bytes(row["image"])} for row in (rows[int(number)] for number in numbers))
+        return np.stack([np.asarray(decode_image(row, geometry)) for row in own])
 
     conditions, features = _read_conditions(rows), rows.features
     labels = {name: features[name].names for name in conditions if isinstance(features[name], ClassLabel)}

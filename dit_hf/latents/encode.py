@@ -28,11 +28,11 @@ from datasets import Dataset
 from ..data.contents import condition_names
 from ..data.faces import TOO_SMALL
 from ..data.splits import is_held_out
+from ..data.stored_images import NO_STAMP, Stamp, read_image, with_bytes
 from ..data.transforms import Crop, decode_crops
 from ..devices import available_cpus
 from ..processes import start_worker
 from ..storage import sha256, sync, write_json
-from .reuse import NO_STAMP, Stamp, read_image
 from .shards import IMAGE_SHA256, Job, ShardNotes, ShardWriter, latent_array
 from .vae import VAE, encode, load_vae
 
@@ -218,18 +218,23 @@ class ShardEncoder:
 
     def _decode_ahead(self, shards: list[int], pool: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
         """Yield batches of decoded images; two further batches are being decoded whenever one is yielded."""
-        waiting: deque[list[Future]] = deque()
+        waiting: deque[Future[list[Future]]] = deque()
         undecoded = self.rows.select_columns(["id", "image"])
-        for shard in shards:
-            rows = self.job.rows_of(shard)
-            for start in range(rows.start, rows.stop, self.job.batch_size):
-                batch = undecoded[start : min(start + self.job.batch_size, rows.stop)]
-                pairs = zip(batch["id"], batch["image"], strict=True)
-                waiting.append([pool.submit(self._decode, name, stored) for name, stored in pairs])
-                if len(waiting) > BATCHES_AHEAD:
-                    yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
+
+        def read(start: int, stop: int) -> list[Future]:
+            batch = undecoded[start:stop]
+            images = [with_bytes(stored) for stored in batch["image"]]
+            return [pool.submit(self._decode, *pair) for pair in zip(batch["id"], images, strict=True)]
+
+        with ThreadPoolExecutor(1) as reader:  # one thread, because shards are read in order
+            for shard in shards:
+                rows = self.job.rows_of(shard)
+                for start in range(rows.start, rows.stop, self.job.batch_size):
+                    waiting.append(reader.submit(read, start, min(start + self.job.batch_size, rows.stop)))
+                    if len(waiting) > BATCHES_AHEAD:
+                        yield [future.result() for future in waiting.popleft().result()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft().result()]
 
     def _decode(self, image_id: str, stored: dict[str, Any] | None) -> Decoded:
         """Read, hash and decode one image."""

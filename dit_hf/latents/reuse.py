@@ -1,7 +1,7 @@
 """Compare the images of a source with those that a cache was encoded from, by content.
 
-A file whose size, time of modification and inode are those that were recorded counts as unchanged; any other image is
-hashed, and so are images inside shards, which have no file of their own.
+A file or shard whose size, time of modification and inode are those that were recorded counts as unchanged, and so do
+the images at their places in it; any other image is hashed.
 """
 
 from __future__ import annotations
@@ -9,26 +9,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from ..data.stored_images import NO_STAMP, Stamp, image_stamp, read_image, with_bytes
 from ..data.transforms import Geometry, decode_crops, photo_of
 from ..devices import available_cpus
 from ..progress import ProgressBar
 from ..storage import new_file, read_arrays
 from .shards import IMAGE_SHA256, Job, ShardNotes, open_shards
 
-# Size, time of modification in ns, and inode of a file.
-Stamp: TypeAlias = tuple[int, int, int]
-NO_STAMP: Stamp = (0, 0, 0)
 # Inside a finished cache, about the machine that made it: neither in the manifest nor uploaded.
 SOURCE_FILES = "source_files.npz"
 BATCH = 256
@@ -47,19 +44,6 @@ class Comparison:
     changed: list[str] = field(default_factory=list)
     readable: list[int] = field(default_factory=list)
     stamps: dict[int, np.ndarray] = field(default_factory=dict)
-
-
-def read_image(stored: dict[str, Any] | None) -> tuple[bytes | None, Stamp]:
-    """Return the bytes of an undecoded image, None if it has none, and the stamp of its file.
-
-    Raises:
-        OSError: if its file cannot be read.
-    """
-    data, path = (stored or {}).get("bytes"), (stored or {}).get("path")
-    if data is not None or not path:
-        return data, NO_STAMP
-    with open(path, "rb") as file:
-        return file.read(), file_stamp(os.fstat(file.fileno()))
 
 
 def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.ndarray | None]) -> Comparison:
@@ -86,7 +70,7 @@ def compare_images(rows: Dataset, job: Job, folder: Path, shards: dict[int, np.n
                     if hashes[start + row] is None or not _same_file(stored, stamps[start + row])
                 ]
                 ids = [batch["id"][row] for row in rows_left]
-                images_left = [batch["image"][row] for row in rows_left]
+                images_left = (with_bytes(batch["image"][row]) for row in rows_left)
                 expected = [hashes[start + row] for row in rows_left]
                 checked = pool.map(_check, ids, images_left, expected, itertools.repeat(job.geometry))
                 for row, image_id, sha256, stamp in zip(rows_left, ids, expected, checked, strict=True):
@@ -121,7 +105,8 @@ def hash_images(
             batch = images[start : start + BATCH]["image"]
             numbers = likely[start : start + BATCH].tolist()
             same = [n >= 0 and _same_file(image, stamps[n]) for image, n in zip(batch, numbers, strict=True)]
-            read = pool.map(_hash_image, (image for image, known in zip(batch, same, strict=True) if not known))
+            unknown = (with_bytes(image) for image, known in zip(batch, same, strict=True) if not known)
+            read = pool.map(_hash_image, unknown)
             texts = []
             for row, (known, number) in enumerate(zip(same, numbers, strict=True), start):
                 text, found[row] = (sha256s[number].as_py(), stamps[number]) if known else next(read)
@@ -150,13 +135,12 @@ def _hashes(ids: list[str], shard: Path, crop: str) -> Iterator[str | None]:
 
 
 def _same_file(stored: dict[str, Any] | None, stamp: np.ndarray) -> bool:
-    """Check whether an image is a file with this stamp, without reading it."""
-    if not stored or stored["bytes"] is not None or not stored["path"]:
-        return False
+    """Check whether an image is in a file with this stamp, without reading it."""
     try:
-        return file_stamp(os.stat(stored["path"])) == tuple(stamp.tolist())
+        now = image_stamp(stored)
     except OSError:
         return False
+    return now != NO_STAMP and now == tuple(stamp.tolist())
 
 
 def _check(image_id: str, stored: dict[str, Any] | None, sha256: str | None, geometry: Geometry) -> Stamp | None:
@@ -169,12 +153,6 @@ def _check(image_id: str, stored: dict[str, Any] | None, sha256: str | None, geo
     except (OSError, ValueError):
         return None
     return stamp if sha256 is None or hashlib.sha256(data or b"").hexdigest() == sha256 else None
-
-
-def file_stamp(status: os.stat_result) -> Stamp:
-    """Return what tells a file that has not changed, of its status."""
-    # Some file systems number inodes with 64 bits; 63 of them fit the column.
-    return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
 
 
 class SourceFiles(NamedTuple):

@@ -16,6 +16,7 @@ from dit_hf import open_images
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.hf_dataset import read_hf_dataset
 from dit_hf.data.sources import open_source
+from dit_hf.data.stored_images import parquet_address
 from dit_hf.data.stored_paths import drop_foreign_paths, own_folders
 
 
@@ -215,7 +216,12 @@ def test_paths_in_rows_are_read_only_inside_the_source(tmp_path):
     pq.write_table(Dataset.from_dict({"image": rows}, features).data.table, source / "a.parquet")
     contents = read_hf_dataset(str(source / "a.parquet"), SourceOptions())
     paths = [image["path"] for image in contents.images["image"]]
-    assert paths == ["/elsewhere/a.png"] + [str((source / "own.png").resolve())] * 2 + [None] * 5
+    assert (
+        paths
+        == [parquet_address(str(source / "a.parquet"), "image.bytes", 0)]
+        + [str((source / "own.png").resolve())] * 2
+        + [None] * 5
+    )
     assert contents.unused["paths"] == "5 images are stored as paths outside the source, which are not read"
 
 
