@@ -6,11 +6,17 @@ import fnmatch
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_test"
+
+
+def sha1(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 class Hub:
@@ -25,6 +31,7 @@ class Hub:
         denied: By name of a repository, the status and error code of every request for it.
         large: Suffixes of the files that go by LFS.
         requests: All that were made.
+        sent: Bytes of each file that were sent.
         commits: Repository (a key of `repositories`) and message of all that were made.
     """
 
@@ -38,6 +45,7 @@ class Hub:
         self.large: tuple[str, ...] = (".safetensors", ".png")
         self.commits: list[tuple[str, str]] = []
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()
         self.endpoint = ""
 
     def environment(self, token: str = TOKEN) -> dict[str, str]:
@@ -127,6 +135,11 @@ def running_hub() -> Iterator[Hub]:
                 return
             if path == "/api/validate-yaml":
                 self.answer(200, {"errors": [], "warnings": []})
+            elif "/paths-info/" in path:
+                name, _, revision = self.repository(path).partition("/paths-info/")
+                # The client sends a form, or JSON.
+                wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+                self.answer(200, self.listed(hub.key(name, revision), lambda listed: listed in wanted))
             elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self.answer(401, {"error": "Invalid credentials in Authorization header"})
             elif path == "/api/repos/create":
@@ -216,11 +229,28 @@ def running_hub() -> Iterator[Hub]:
                     self.not_found(name, "EntryNotFound" if key in hub.repositories else "RevisionNotFound")
                 else:
                     etag = hashlib.sha256(content).hexdigest()
-                    self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=hub.commit(key))
+                    headers = {"ETag": f'"{etag}"', "X_Repo_Commit": hub.commit(key)}
+                    status, wanted = 200, self.headers.get("Range", "")
+                    if wanted.startswith("bytes="):  # both ends belong to it
+                        first, _, last = wanted.removeprefix("bytes=").partition("-")
+                        content, status = content[int(first) : int(last) + 1 if last else None], 206
+                    if self.command == "GET":
+                        hub.sent[f"{name}/{unquote(rest.partition('/')[2])}"] += len(content)
+                    self.answer(status, content, **headers)
             elif path.startswith("/api/"):
                 self.describe(path)
             else:
                 self.answer(404, b"", X_Error_Code="RepoNotFound")
+
+        def listed(self, key: str, is_listed: Callable[[str], bool]) -> list[dict]:
+            """The files of a repository and the folders above them, as `paths-info` and `tree` describe them."""
+            files = hub.repositories.get(key, {})
+            folders = {str(folder): b"" for p in files for folder in PurePosixPath(p).parents if str(folder) != "."}
+            return [
+                {"type": "file" if p in files else "directory", "path": p, "size": len(c), "oid": sha1(c)}
+                for p, c in (folders | files).items()
+                if is_listed(p)
+            ]
 
         def describe(self, path: str) -> None:
             kind = "/tree/" if "/tree/" in path else "/revision/"
@@ -230,7 +260,9 @@ def running_hub() -> Iterator[Hub]:
             if files is None:
                 self.not_found(name, "RevisionNotFound")
             elif kind == "/tree/":
-                listed = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files.items()]
+                folder = unquote(revision.partition("/")[2])
+                own, below = f"{folder}/" if folder else "", "recursive=true" in urlsplit(self.path).query.lower()
+                listed = self.listed(key, lambda p: p.startswith(own) and (below or "/" not in p.removeprefix(own)))
                 self.answer(200, listed)
             else:
                 siblings = [{"rfilename": p, "size": len(c)} for p, c in files.items()]

@@ -127,6 +127,11 @@ class Contents:
         for column in self.columns.values():
             column.values = select(column.values)
 
+    def forget_rows(self) -> None:
+        """Forget everything of which there is one entry per image."""
+        self.keep([])
+        self.images = None
+
     def keep_splits(self, splits: Sequence[str | None]) -> list[int]:
         """Set the split of each row and keep only the rows that have one; return their numbers."""
         kept = [row for row, split in enumerate(splits) if split is not None]

@@ -18,6 +18,8 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..hub_ids import split_revision
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
@@ -28,7 +30,7 @@ from .files import CACHE_INFO, Skipped, walk
 from .metadata import METADATA
 from .shard_files import LOADERS, cause_of, load_repository, load_shards, with_stored_classes
 from .splits import split_named
-from .stored_images import parse_address, shard_version
+from .stored_images import image_size, parse_address
 from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
 
@@ -153,9 +155,10 @@ def _load(source: str, options: SourceOptions, contents: Contents) -> DatasetDic
         else:
             contents.kind = "dataset with a card" if path.exists() else "dataset on the Hub"
             builder = load_dataset_builder(repo_id, options.dataset_config_name, revision=revision)
-            files, kind = builder.config.data_files or {}, type(builder).__name__.lower()
-            if kind in ("parquet", "webdataset"):
+            files = builder.config.data_files or {}
+            if isinstance(builder, Parquet | WebDataset):
                 files = {str(split): [*map(str, group)] for split, group in files.items()}
+                kind = "parquet" if isinstance(builder, Parquet) else "webdataset"
                 return load_repository(kind, files, builder.info.features, options, contents)
             builder.download_and_prepare()
             loaded = with_stored_classes(builder.as_dataset(), files)
@@ -296,9 +299,9 @@ def _image_sizes(images: Dataset) -> list[int]:
 
 
 def _addressed_sizes(images: Dataset) -> list[int]:
-    """Return the size of each image in a tar, and of the shard in place of each image in a parquet file, in bytes."""
-    addresses = map(parse_address, images.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist())
-    return [0 if own is None else own.size or shard_version(own.file)[0] * bool(own.column) for own in addresses]
+    """Return the size of each image inside shards in bytes; of a parquet file on the Hub its own in place of them."""
+    paths = images.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()
+    return [0 if address is None else image_size(address) for address in map(parse_address, paths)]
 
 
 def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Image, concatenate_datasets
 
 from .contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from .photographs import check_faces, open_faces
 from .sources import DEFAULT_AVATAR_SIZE, open_source
+from .stored_images import Stamp, in_any_order, parse_address, shard_version, stored_bytes
 from .transforms import Faces, Geometry, decode_image, parse_resolution
 
 
@@ -90,7 +92,8 @@ def open_images(
     opened = open_faces(opened, geometry)
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
-    return opened.rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
+    rows = _with_random_access(opened.rows)
+    return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
 
 
 def describe_source(source: str, **options: Any) -> dict[str, Any]:
@@ -116,6 +119,32 @@ def describe_source(source: str, **options: Any) -> dict[str, Any]:
     shape = {name: options.pop(name) for name in ("crop", "faces", "min_face_size") if name in options}
     geometry = Geometry(parse_resolution(options.pop("resolution", None)), **shape)
     return open_faces(open_source(source, SourceOptions(**options)), geometry).plan.as_dict()
+
+
+def _with_random_access(rows: Dataset) -> Dataset:
+    """Return rows whose images can be read in any order: those in parquet files or on the Hub are copied once.
+
+    A parquet file is compressed in groups of rows, of which one image takes the whole. `datasets` keeps the copy in
+    its cache.
+    """
+    paths = rows.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()
+    files = {address.file for path in paths if (address := parse_address(path)) and not in_any_order(address)}
+    if not files:
+        return rows
+    versions = tuple(sorted((file, shard_version(file)) for file in files))
+    images = Dataset.from_generator(
+        _read_all,
+        features=Features({"image": Image(decode=False)}),
+        gen_kwargs={"paths": tuple(paths), "versions": versions},
+    )
+    copied = concatenate_datasets([rows.remove_columns("image"), images], axis=1)
+    return copied.select_columns(rows.column_names)
+
+
+def _read_all(paths: tuple[str | None, ...], versions: tuple[tuple[str, Stamp], ...]) -> Iterator[dict[str, Any]]:
+    """Yield the images at these addresses; `versions` tell `datasets` whether it has copied them before."""
+    for path in paths:
+        yield {"image": {"bytes": stored_bytes({"bytes": None, "path": path}), "path": None}}
 
 
 def _decode_batch(batch: dict[str, list], geometry: Geometry) -> dict[str, list]:

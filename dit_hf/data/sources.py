@@ -101,6 +101,7 @@ def open_source(source: str, options: SourceOptions | None = None) -> Source:
     left_out = _once(left_out)
     rows = rows.remove_columns([name for name in (_SIZE, _GROUP) if name in rows.column_names])
     plan.describe(rows, left_out)
+    contents.forget_rows()
     if "train" not in plan.counts and options.split is None:
         contents.choices.append("no training images (--split_from none reads all as training images)")
     return Source(name, rows, left_out, total, fingerprint, plan)

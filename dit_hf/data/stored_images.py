@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
@@ -131,6 +132,33 @@ def image_stamp(stored: dict[str, Any] | None) -> Stamp:
     if not path or (stored or {}).get("bytes") is not None:
         return NO_STAMP
     return file_stamp(os.stat(path))
+
+
+def in_any_order(address: Address) -> bool:
+    """Check whether an image is read as fast at random as in the order of its shard."""
+    return not address.column and not is_remote(address.file)
+
+
+def image_size(address: Address) -> int:
+    """Return the number of bytes of an image; for one in a parquet file on the Hub, the number of the whole file.
+
+    Raises:
+        OSError: if its shard cannot be read.
+    """
+    if not address.column:
+        return address.size
+    if is_remote(address.file):
+        return shard_version(address.file)[0]
+    return _column_sizes(address.file, address.column, shard_version(address.file))[address.start]
+
+
+@functools.lru_cache(maxsize=1)
+def _column_sizes(file: str, column: str, version: Stamp) -> list[int]:
+    """Return the size of each value of a column of a parquet file, which has to be read for it."""
+    sizes: list[int] = []
+    for batch in open_parquet(file).iter_batches(_BATCH, columns=[column]):
+        sizes += pc.fill_null(pc.binary_length(without_structs(batch.column(0))), 0).to_pylist()
+    return sizes
 
 
 def file_stamp(status: os.stat_result) -> Stamp:

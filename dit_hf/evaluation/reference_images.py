@@ -19,6 +19,7 @@ from ..data.contents import SourceOptions, condition_names
 from ..data.files import CACHE_INFO
 from ..data.parallel import map_rows
 from ..data.photographs import open_faces
+from ..data.shared_source import open_on_first_rank
 from ..data.sources import AVATARS, MAX_LEFT_OUT, open_source
 from ..data.stored_images import NO_STAMP, image_stamp, stored_bytes, with_bytes
 from ..data.transforms import Geometry, decode_image, parse_resolution
@@ -122,8 +123,8 @@ def open_reference_images(
         return _open_decoded(source, options.split, options.num_images)
     if geometry.resolution is None:
         raise ValueError("resolution is needed: the images of a reference have one size")
-    opened = open_source(source, dataclasses.replace(options, avatar_size=max(geometry.resolution)))
-    opened = open_faces(opened, geometry)
+    options = dataclasses.replace(options, avatar_size=max(geometry.resolution))
+    opened = open_on_first_rank(lambda: open_faces(open_source(source, options), geometry))
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
     rows = opened.rows

@@ -16,6 +16,7 @@ from ..data.contents import Missing, SourceOptions, SplitFrom, parse_conditions,
 from ..data.files import CACHE_INFO
 from ..data.near_duplicates import note_near_duplicates
 from ..data.photographs import check_faces, open_faces
+from ..data.shared_source import open_on_first_rank
 from ..data.sources import MAX_LEFT_OUT, open_source
 from ..data.transforms import Faces, Geometry, parse_resolution
 from ..devices import memory_errors
@@ -156,9 +157,8 @@ def prepare_latents(
         allow_partial=allow_partial,
     )
 
-    # Source and VAE. The main rank downloads or renders first; the others find the result on the disk.
-    with state.main_process_first():
-        opened = open_source(source, options)
+    # Source and VAE. The main rank downloads, renders and compares; the others find the result on the disk.
+    opened = open_on_first_rank(lambda: open_source(source, options))
     model, base, before = None, None, dict[str, Any]()
     if add_to is not None:  # what does not fit the cache is refused before images are compared
         with state.main_process_first():
@@ -166,13 +166,15 @@ def prepare_latents(
         encoding = encoding_identity(model, geometry, flip)
         before = read_base(Path(add_to), opened, encoding, anonymous_ids, verify and state.is_main_process)
     if anonymous_ids:
-        opened = with_anonymous_ids(opened)
+        named = opened
+        opened = open_on_first_rank(lambda: with_anonymous_ids(named))
     if add_to is not None:
         hashed: list[Any] = [hash_source(opened, Path(add_to), crop) if state.is_main_process else None]
         broadcast_object_list(hashed)
         opened, base = find_new_images(opened, Path(add_to), before, hashed[0], drop_gone, crop)
     if crop == "face" or drop_near_duplicates:
-        opened = note_near_duplicates(opened, drop_near_duplicates)
+        compared = opened
+        opened = open_on_first_rank(lambda: note_near_duplicates(compared, drop_near_duplicates))
     if dry_run:
         opened = open_faces(opened, geometry)
     if state.is_main_process:
