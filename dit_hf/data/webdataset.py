@@ -155,7 +155,8 @@ def load_archives(paths: Sequence[str], options: SourceOptions, most: int | None
     versions = [shard_version(path) for path in paths]
     # Of the options those that decide what is read, so that others find it again.
     own = SourceOptions(image_column=options.image_column, exclude=options.exclude)
-    arguments = {"paths": paths, "versions": versions, "options": own, "most": most}
+    # As tuples, because `datasets` would take lists apart and call the reader for each archive.
+    arguments = {"paths": tuple(paths), "versions": tuple(versions), "options": own, "most": most}
     try:
         return Dataset.from_generator(_archive_rows, features=Features(features), gen_kwargs=arguments)
     except Exception as error:  # datasets wraps the reader's own errors
@@ -168,7 +169,7 @@ def load_archives(paths: Sequence[str], options: SourceOptions, most: int | None
 
 
 def _archive_rows(
-    paths: list[str], versions: list[Stamp], options: SourceOptions, most: int | None
+    paths: tuple[str, ...], versions: tuple[Stamp, ...], options: SourceOptions, most: int | None
 ) -> Iterator[dict[str, Any]]:
     count = 0
     for path in paths:

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from celeba import small_image
 from datasets import Features, Image
 from PIL import Image as PILImage
 
@@ -128,4 +127,3 @@ def test_open_images_shuffles_parquet_without_reading_it_again(tmp_path):
     for row in np.random.default_rng(0).permutation(50).tolist():
         assert opened[row]["image"].getpixel((0, 0)) == (row, 0, 0)
     assert opened.column_names == ["id", "image", "split", "smiling"]
-    assert small_image().size == open_images(str(tmp_path / "a.parquet"))[3]["image"].size
