@@ -23,10 +23,8 @@ _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
-def infer_condition(
-    name: str, column: Column, requested: bool = False
-) -> tuple[list[int | None], Value | ClassLabel] | str:
-    """Return a column as condition ids (None is missing) and their feature, or the reason why it is not a condition.
+def infer_condition(name: str, column: Column, requested: bool = False) -> tuple[np.ndarray, Value | ClassLabel] | str:
+    """Return a column as condition ids and their feature, or the reason why it is not a condition.
 
     1 and 0, true and false, yes and no become int8 attributes (of CelebA's lists also 1 and -1). Names that appear at
     least twice on average become classes, in alphabetical order. Whole numbers are classes only if the source declares
@@ -36,26 +34,31 @@ def infer_condition(
         name: Name of the column.
         column: The column.
         requested: Whether the user named it as a condition.
+
+    Returns:
+        Ids, int64 [rows], of which -1 is missing, and the feature.
     """
+    try:
+        values, rows = column.encode()
+    except TypeError:
+        return "lists or structures"
+
     # Classes that the source declares with names.
     if column.labels is not None:
         # -1 is how datasets on the Hub spell that a test image has no label.
-        ids = [None if _is_missing(value) or int(value) < 0 else int(value) for value in column.values]
-        return ids, ClassLabel(names=column.labels)
+        own = [-1 if _is_missing(value) else max(-1, int(value)) for value in values]
+        return _take(own, rows), ClassLabel(names=column.labels)
 
-    try:
-        # Names of folders are names, even if one is called NA.
-        texts = {value: value if column.origin == "folder" else _simplified(value) for value in set(column.values)}
-    except TypeError:
-        return "lists or structures"
-    distinct = sorted({text for text in texts.values() if text is not None})
+    # Names of folders are names, even if one is called NA.
+    texts = [value if column.origin == "folder" else _simplified(value) for value in values]
+    distinct = sorted({text for text in texts if text is not None})
     if not distinct:
         return "no values"
 
     # Yes and no. -1 is a third value everywhere but in CelebA's lists.
     yes_no = {**_YES_NO, "-1": 0} if column.signed else _YES_NO
     if not column.declared and all(text.lower() in yes_no for text in distinct):
-        return _ids(column, texts, {text: yes_no[text.lower()] for text in distinct}), Value("int8")
+        return _ids(texts, rows, {text: yes_no[text.lower()] for text in distinct}), Value("int8")
 
     # Numbers.
     if all(_NUMBER.fullmatch(text) for text in distinct) and not any(_is_name(text) for text in distinct):
@@ -68,17 +71,17 @@ def infer_condition(
         if not column.declared and not requested:
             return f"{len(distinct):,} values, {span} (--conditions reads them as classes)"
         number_ids, feature = _number_classes(distinct)
-        return _ids(column, texts, number_ids), feature
+        return _ids(texts, rows, number_ids), feature
 
     # Names.
     if not requested and not column.declared and _are_captions(name, distinct):
         return f"{len(distinct):,} different texts (--conditions reads them as classes)"
-    limit = len(column.values) // 2 if column.declared else min(MAX_CLASSES, len(column.values) // 2)
+    limit = len(rows) // 2 if column.declared else min(MAX_CLASSES, len(rows) // 2)
     if not requested and len(distinct) > limit:
-        return f"{len(distinct):,} different texts in {len(column.values):,} rows"
+        return f"{len(distinct):,} different texts in {len(rows):,} rows"
     if len(distinct) == 1 and not requested and not column.declared:
         return f"always {distinct[0]}"
-    return _ids(column, texts, {text: i for i, text in enumerate(distinct)}), ClassLabel(names=distinct)
+    return _ids(texts, rows, {text: i for i, text in enumerate(distinct)}), ClassLabel(names=distinct)
 
 
 def _are_captions(name: str, texts: list[str]) -> bool:
@@ -86,10 +89,14 @@ def _are_captions(name: str, texts: list[str]) -> bool:
     return name.lower() in _FREE_TEXT or sum(len(text.split()) for text in texts) > _MAX_WORDS * len(texts)
 
 
-def _ids(column: Column, texts: dict[Any, str | None], ids: dict[str, int]) -> list[int | None]:
-    """Return the id of each value of a column; None is missing."""
-    by_value = {value: None if text is None else ids[text] for value, text in texts.items()}
-    return [by_value[value] for value in column.values]
+def _ids(texts: list[str | None], rows: np.ndarray, ids: dict[str, int]) -> np.ndarray:
+    """Return the id of each row, given the position of its text; -1 is missing."""
+    return _take([-1 if text is None else ids[text] for text in texts], rows)
+
+
+def _take(ids: list[int], rows: np.ndarray) -> np.ndarray:
+    """Return the ids at these positions; position -1 is a row without a value."""
+    return np.array([*ids, -1], np.int64)[rows]
 
 
 def _number_classes(distinct: list[str]) -> tuple[dict[str, int], ClassLabel]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 RESERVED = ("id", "image", "split")  # columns of a source that are not conditions
@@ -65,18 +68,34 @@ class Column:
     """Column that may become a condition.
 
     Attributes:
-        values: One value per row; None is missing.
+        values: One value per row, as an Arrow array if all are of one type; None or null is missing.
         labels: Names of the values, if the source declares the column as classes; values are then ids.
         origin: Where it comes from, for the plan, such as `folder` or `metadata.csv`.
         signed: Whether -1 means no, as in CelebA's lists.
         declared: Whether the format itself says that whole numbers are classes.
     """
 
-    values: list[Any]
+    values: list[Any] | pa.Array
     labels: list[str] | None = None
     origin: str = ""
     signed: bool = False
     declared: bool = False
+
+    def encode(self) -> tuple[list[Any], np.ndarray]:
+        """Return the different values, and the position of each row's value among them, int64 [rows]; -1 is null.
+
+        Raises:
+            TypeError: for lists and structures.
+        """
+        if isinstance(self.values, pa.Array):
+            try:
+                encoded = self.values.dictionary_encode()
+            except pa.ArrowNotImplementedError as error:
+                raise TypeError(f"values of type {self.values.type}") from error
+            return encoded.dictionary.to_pylist(), pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
+        positions: dict[Any, int] = {}
+        rows = [positions.setdefault(value, len(positions)) for value in self.values]
+        return list(positions), np.array(rows, np.int64)
 
 
 @dataclass
@@ -125,7 +144,10 @@ class Contents:
         self.splits = None if self.splits is None else select(self.splits)
         self.images = None if self.images is None else self.images.select(kept)
         for column in self.columns.values():
-            column.values = select(column.values)
+            if isinstance(column.values, pa.Array):
+                column.values = column.values.take(pa.array(kept, pa.int64()))
+            else:
+                column.values = select(column.values)
 
     def forget_rows(self) -> None:
         """Forget everything of which there is one entry per image."""

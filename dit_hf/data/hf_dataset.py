@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
@@ -115,6 +116,8 @@ def _read_split_column(options: SourceOptions, contents: Contents) -> None:
     if column is None:
         return
     labels, values = column.labels, column.values
+    if isinstance(values, pa.Array):
+        values = values.to_pylist()
     if labels is not None:
         values = [labels[int(value)] if value is not None and value >= 0 else None for value in values]
     named = [split_named(str(value)) for value in values]
@@ -311,12 +314,18 @@ def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for (name, feature), own in zip(part.features.items(), short_names(part.column_names), strict=True):
         if isinstance(feature, ClassLabel):
-            columns[own] = Column(list(part[name]), feature.names, declared=True)
+            columns[own] = Column(_array(part, name), feature.names, declared=True)
         elif isinstance(feature, Value) and not feature.dtype.startswith(("binary", "large_binary")):
-            columns[own] = Column(list(part[name]))
+            columns[own] = Column(_array(part, name))
         elif not isinstance(feature, Image):
             contents.unused[f"column {own}"] = "lists or structures"
     return columns
+
+
+def _array(part: Dataset, name: str) -> pa.Array:
+    """Return a column as one array."""
+    column = part.select_columns(name).with_format("arrow")[:][name]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _joined(columns: list[dict[str, Column]], lengths: list[int]) -> dict[str, Column]:
@@ -332,18 +341,32 @@ def _joined(columns: list[dict[str, Column]], lengths: list[int]) -> dict[str, C
         if any(names is None for names in labels) and any(names is not None for names in labels):
             raise ValueError(f"column {name}: its classes have names in one split and none in another")
         union = None if labels[0] is None else list(dict.fromkeys(label for names in labels for label in names or []))
-        values: list[Any] = []
-        for column, length in zip(own, lengths, strict=True):
-            values += [None] * length if column is None else _renumbered(column, union)
+        parts = [
+            [None] * length if column is None else _renumbered(column, union)
+            for column, length in zip(own, lengths, strict=True)
+        ]
+        values = parts[0] if len(parts) == 1 else _concatenated(parts)
         declared = any(column is not None and column.declared for column in own)
         joined[name] = Column(values, union, declared=declared)
     return joined
 
 
-def _renumbered(column: Column, union: list[str] | None) -> list[Any]:
+def _renumbered(column: Column, union: list[str] | None) -> list[Any] | pa.Array:
     """Return the class ids of a column in the order of `union`; other values as they are."""
     if union is None or column.labels is None or column.labels == union:
         return column.values
     positions = {label: number for number, label in enumerate(union)}
     ids = {number: positions[label] for number, label in enumerate(column.labels)}
-    return [ids.get(value, None if value is None else -1) for value in column.values]
+    values, rows = column.encode()
+    renumbered = np.array([*(ids.get(value, -1) for value in values), -1])[rows]
+    return pa.array(renumbered, mask=rows < 0)
+
+
+def _concatenated(parts: list[list[Any] | pa.Array]) -> list[Any] | pa.Array:
+    """Return the values of the parts of a dataset as one array, or as a list if they are of several types."""
+    kinds = {part.type for part in parts if isinstance(part, pa.Array) and part.null_count < len(part)}
+    if len(kinds) == 1 and all(isinstance(part, pa.Array) or not any(part) for part in parts):
+        (kind,) = kinds
+        arrays = [part.cast(kind) if isinstance(part, pa.Array) else pa.nulls(len(part), kind) for part in parts]
+        return pa.concat_arrays(arrays)
+    return [value for part in parts for value in (part.to_pylist() if isinstance(part, pa.Array) else part)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 
 from ..devices import available_cpus
@@ -136,7 +137,7 @@ def _read_avatars(options: SourceOptions) -> Contents:
     contents = Contents("embedded dataset of rendered faces", list(rows["id"][:]))
     contents.images = rows.select_columns("image").cast_column("image", Image(decode=False))
     names = condition_names(rows.column_names)
-    contents.columns = {name: Column(list(rows[name][:])) for name in names}
+    contents.columns = {name: Column(rows[name][:]) for name in names}
     return contents
 
 
@@ -150,7 +151,7 @@ def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[
         ValueError: if a requested condition does not exist or cannot be one, or is missing in a whole split.
     """
     ids, reasons = contents.ids, _duplicates(contents.ids)
-    data: dict[str, list] = {"id": ids, _GROUP: contents.groups or [""] * len(ids)}
+    data: dict[str, Any] = {"id": ids, _GROUP: contents.groups or [""] * len(ids)}
     features: dict[str, Any] = {"id": Value("string"), _GROUP: Value("string")}
     if contents.sizes:
         data[_SIZE], features[_SIZE] = contents.sizes, Value("int64")
@@ -161,21 +162,23 @@ def _assemble(source: str, contents: Contents, options: SourceOptions) -> tuple[
     for name, column in _wanted_columns(source, contents, options).items():
         requested = options.conditions is not None
         condition = infer_condition(name, column, requested)
-        if not requested and column.origin != "folder" and _tells_splits_apart(name, column.values):
+        if not requested and column.origin != "folder" and _tells_splits_apart(name, column):
             condition = f"names splits, but only a column called split is read so (--conditions {name})"
         if isinstance(condition, str):
             if requested:
                 raise ValueError(f"--conditions {name}: {condition}")
             contents.unused[f"column {name}" if name else "column without a name"] = condition
             continue
-        data[name], features[name] = condition
-        missing = [row for row, value in enumerate(data[name]) if value is None]
-        if missing and options.missing == "leave_out":
+        values, features[name] = condition
+        data[name] = pa.array(values, mask=values < 0)
+        if options.missing == "leave_out":
+            missing = np.flatnonzero(values < 0).tolist()
             reasons |= {row: f"no value of {name}" for row in missing if row not in reasons}
         if requested and not options.allow_partial:
-            _check_splits_have(name, data[name], contents.splits)
+            _check_splits_have(name, values, contents.splits)
     assert contents.images is not None  # every reader sets them
-    rows = concatenate_datasets([Dataset.from_dict(data, Features(features)), contents.images], axis=1)
+    table = pa.table(data).cast(Features(features).arrow_schema)
+    rows = concatenate_datasets([Dataset(table), contents.images], axis=1)
     rows = rows.select_columns(["id", "image", *(name for name in data if name != "id")])
 
     # Rows that are left out, of the requested split.
@@ -196,6 +199,8 @@ def _once(left_out: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _duplicates(ids: list[str]) -> dict[int, str]:
     """Return the reason to leave out each row whose id an earlier row has."""
+    if len(pa.array(ids, pa.string()).unique()) == len(ids):
+        return {}
     first = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
     return {row: "duplicate id" for row, image_id in enumerate(ids) if first[image_id] != row}
 
@@ -220,21 +225,21 @@ def _wanted_columns(source: str, contents: Contents, options: SourceOptions) -> 
     return {name: columns[name] for name in options.conditions}
 
 
-def _tells_splits_apart(name: str, values: list[Any]) -> bool:
+def _tells_splits_apart(name: str, column: Column) -> bool:
     """Check for a column whose values are names of splits, or that is called is_train, test_set and the like."""
     if split_of_folder(re.sub(r"^(is|in)[-_ ]", "", name)):
         return True
     try:
-        named = {split_named(str(value)) for value in set(values) if value is not None}
+        named = {split_named(str(value)) for value in column.encode()[0] if value is not None}
     except TypeError:  # lists
         return False
     return len(named) > 1 and None not in named
 
 
-def _check_splits_have(name: str, ids: list[int | None], splits: list[str] | None) -> None:
+def _check_splits_have(name: str, ids: np.ndarray, splits: list[str] | None) -> None:
     """Refuse a requested condition that no image of a split has."""
     for split in sorted(set(splits or [])):
-        if all(value is None for value, own in zip(ids, splits or [], strict=True) if own == split):
+        if (ids[np.array(splits) == split] < 0).all():
             raise ValueError(
                 f"--conditions {name}: no {split} image has a value (--allow_partial reads the source nevertheless)"
             )

@@ -1,4 +1,7 @@
+import contextlib
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Value
 
@@ -7,7 +10,12 @@ from dit_hf.data.contents import Column
 
 
 def infer(*values, requested=False, name="pet", **column):
-    return infer_condition(name, Column(list(values), **column), requested)
+    """Return ids, of which None is missing, and the feature, alike from a list and, where there is one, an array."""
+    found = infer_condition(name, Column(list(values), **column), requested)
+    with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError):  # values of several types
+        array = infer_condition(name, Column(pa.array(values), **column), requested)
+        assert str(array) == str(found)
+    return found if isinstance(found, str) else ([None if i < 0 else i for i in found[0].tolist()], found[1])
 
 
 def test_yes_and_no_in_every_spelling():

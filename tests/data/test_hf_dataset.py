@@ -60,8 +60,8 @@ def test_a_column_that_a_split_lacks_has_no_values_there(tmp_path):
     DatasetDict(parts).save_to_disk(tmp_path)
     contents = read_hf_dataset(str(tmp_path), SourceOptions())
     assert len(contents.images) == 6
-    assert contents.columns["Smiling"].values == [True, False, True, False, None, None]
-    assert contents.columns["kind"].values == [None, None, None, None, 0, 1]
+    assert contents.columns["Smiling"].values.to_pylist() == [True, False, True, False, None, None]
+    assert contents.columns["kind"].values.to_pylist() == [None, None, None, None, 0, 1]
     # If it was requested, a split without it is an error, unless that is accepted.
     for conditions in (["Smiling"], ["Smiling", "kind"]):
         with pytest.raises(ValueError, match="--conditions Smiling: no test image has a value"):
