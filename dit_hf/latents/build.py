@@ -104,7 +104,7 @@ def _check_unchanged(compared: Comparison, total: int, place: str, contents: str
 def build(final: Path, spec: CacheSpec, num_proc: int, state: PartialState) -> None:
     """Encode the unfinished shards on all ranks, complete the cache and put it in place."""
     partial = partial_folder(final)
-    _check_space(plan_job(partial, spec), partial, spec.base)
+    _check_space(plan_job(partial, spec), partial, spec)
     lock = locked(partial / "building" / "lock", str(partial))
     with lock if state.is_main_process else contextlib.nullcontext():
         try:
@@ -265,17 +265,19 @@ def _begun_format(folder: Path) -> int:
     return FORMAT_VERSION
 
 
-def _check_space(job: Job, partial: Path, base: Base | None) -> None:
-    """Check before any work that the shards fit on the disk.
+def _check_space(job: Job, partial: Path, spec: CacheSpec) -> None:
+    """Check before any work that the shards, and the VAE that is kept with them, fit on the disk.
 
     Raises:
         OSError: naming needed and free space in MB, if they do not.
     """
     finished = [shard for shard in range(job.num_shards) if job.notes_path(shard).is_file()]
     needed = job.bytes_per_row * (job.num_rows - sum(len(job.rows_of(shard)) for shard in finished))
+    if not (partial / "vae").is_dir():
+        needed += sum(weight.numel() * weight.element_size() for weight in spec.vae.state_dict().values())
     place = next(folder for folder in (partial, *partial.parents) if folder.is_dir())
-    if base is not None and not any(partial.glob("data-*.arrow")):
-        needed += copied_bytes(base, place)
+    if spec.base is not None and not any(partial.glob("data-*.arrow")):
+        needed += copied_bytes(spec.base, place)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"the cache needs {needed / 1e6:,.0f} MB more and {place} has {free / 1e6:,.0f} MB free")
