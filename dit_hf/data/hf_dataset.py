@@ -31,13 +31,12 @@ from .files import CACHE_INFO, Skipped, walk
 from .metadata import METADATA
 from .shard_files import LOADERS, cause_of, load_repository, load_shards, with_stored_classes
 from .splits import split_named
-from .stored_images import image_size, parse_address
+from .stored_images import image_size, is_image, parse_address
 from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
 
 MAX_PREVIEWS = 10  # images that may lie beside shards without being another reading of the folder
 _BASE64_SIGNATURES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0", "SUkqA", "TU0AK")
-_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 
 
 def holds_dataset(folder: Path, options: SourceOptions) -> bool:
@@ -225,7 +224,7 @@ def _with_image_features(part: Dataset) -> Dataset:
         if not isinstance(part.features[field.name], Image) and (is_struct or is_binary):
             stored = _first_value(part.data.column(field.name))
             stored = stored.get("bytes") if isinstance(stored, dict) else stored
-            if isinstance(stored, bytes) and stored.startswith(_IMAGE_SIGNATURES):
+            if is_image(stored):
                 part = part.cast_column(field.name, Image())
     return part
 

@@ -13,9 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from datasets.table import table_cast
 
 from ..storage import first_line
-from .stored_images import is_remote, open_parquet, parquet_address, parse_address, without_structs
-
-_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
+from .stored_images import is_image, is_remote, open_parquet, parquet_address, parse_address, without_structs
 
 
 def load_parquet(files: Sequence[str | Path], declared: Features | None = None) -> Dataset:
@@ -51,16 +49,12 @@ def _open(path: str) -> pq.ParquetFile:
 def _find_images(paths: list[str], column: str, feature: Any) -> Any:
     """Return a feature in which bytes, or structs of bytes and path, are `Image` if the first of them is an image."""
     if isinstance(feature, dict) and set(feature) == {"bytes", "path"}:
-        return Image() if _is_image(_first_value(paths, f"{column}.bytes")) else feature
+        return Image() if is_image(_first_value(paths, f"{column}.bytes")) else feature
     if isinstance(feature, dict):
         return {name: _find_images(paths, f"{column}.{name}", inner) for name, inner in feature.items()}
     if isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"):
-        return Image() if _is_image(_first_value(paths, column)) else feature
+        return Image() if is_image(_first_value(paths, column)) else feature
     return feature
-
-
-def _is_image(data: Any) -> bool:
-    return isinstance(data, bytes) and data.startswith(_IMAGE_SIGNATURES)
 
 
 def _first_value(paths: list[str], column: str) -> Any:

@@ -30,6 +30,7 @@ PARQUET, TAR = "parquet://", "tar://"
 # Size, time of modification in ns, and inode of a file; of an image in a shard the inode is mixed with its place.
 Stamp: TypeAlias = tuple[int, int, int]
 NO_STAMP: Stamp = (0, 0, 0)
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 _BATCH = 32  # images of a parquet file that are decompressed at once
 _BUFFER = 1 << 23  # bytes of a file on the Hub that are requested at once
 
@@ -165,6 +166,11 @@ def file_stamp(status: os.stat_result) -> Stamp:
     """Return what tells a file that has not changed, of its status."""
     # Some file systems number inodes with 64 bits; 63 of them fit the column.
     return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
+
+
+def is_image(data: Any) -> bool:
+    """Check whether a value of a column begins like the file of an image."""
+    return isinstance(data, bytes) and data.startswith(_SIGNATURES)
 
 
 def is_remote(file: str) -> bool:

@@ -25,7 +25,6 @@ from ..storage import (
 from .cache import (
     EARLIER_FORMAT,
     FORMAT_VERSION,
-    Base,
     CacheSpec,
     check_same_identity,
     finished_identity,

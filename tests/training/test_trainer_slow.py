@@ -141,6 +141,18 @@ def test_a_run_killed_on_some_ranks_resumes_on_others_with_the_same_images(confi
     assert_same_images(whole, run)
 
 
+def test_two_machines_see_what_one_sees(config, tmp_path):
+    """Each has a torchrun of its own, which meet at a port."""
+    whole, run = train(config), tmp_path / "machines"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meet, SCRIPT]
+    machines = [subprocess.Popen(command(launcher, whole, run), start_new_session=True) for _ in range(2)]
+    assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
+    assert_same_images(whole, run)
+
+
 def test_ranks_that_do_not_see_the_same_checkpoint_stop_before_any_work(config, tmp_path):
     """As on machines that do not share the run's folder."""
     whole = train(config)
