@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import fsspec
 import pyarrow as pa
@@ -191,7 +191,8 @@ def shard_version(file: str) -> Stamp:
 def _remote_version(file: str) -> Stamp:
     file_system, path = url_to_fs(file)
     info = file_system.info(path)
-    content = (info.get("lfs") or {}).get("sha256") or info.get("blob_id") or file
+    # Git's hash of the file, or of the pointer to it, which names the hash of its content.
+    content = info.get("blob_id") or file
     return info["size"], 0, int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
 
 
@@ -224,7 +225,7 @@ class _TarReader:
     """Reads images of a tar by their offsets."""
 
     def __init__(self, file: str):
-        self.stream = fsspec.open(file, "rb").open()
+        self.stream = open_shard(file)
 
     def read(self, address: Address) -> bytes:
         self.stream.seek(address.start)
@@ -271,4 +272,10 @@ def open_parquet(file: str) -> pq.ParquetFile:
     # Without pre-buffering, which would hold whole row groups: some writers make one of the whole file.
     if not is_remote(file):
         return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
-    return pq.ParquetFile(fsspec.open(file, "rb").open(), buffer_size=_BUFFER, pre_buffer=False)
+    return pq.ParquetFile(open_shard(file), buffer_size=_BUFFER, pre_buffer=False)
+
+
+def open_shard(file: str) -> BinaryIO:
+    """Open a file on this machine or on the Hub."""
+    # Not by fsspec on this machine, which reads brackets and asterisks of a path as patterns.
+    return fsspec.open(file, "rb").open() if is_remote(file) else open(file, "rb")

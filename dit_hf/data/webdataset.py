@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 from datasets import Dataset, Features, Image, Value
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
@@ -26,7 +25,7 @@ from .folder_levels import classes_by_folder, reads_folders, splits_by_file_name
 from .masks import check_masks
 from .metadata import METADATA
 from .splits import split_named
-from .stored_images import Stamp, is_remote, shard_version, tar_address
+from .stored_images import Stamp, is_remote, open_shard, shard_version, tar_address
 
 KEY, SHARD, VALUES = "__key__", "__shard__", "__values__"  # columns of a webdataset, as it is read here
 
@@ -68,7 +67,7 @@ def read_archive(path: str, options: SourceOptions) -> Iterator[Sample]:
     seen: set[str] = set()
     try:
         # Without decompression, because images are read by their offsets.
-        with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with open_shard(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 key, suffix = split_name(member.name)
                 if not member.isfile() or suffix is None:
