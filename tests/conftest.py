@@ -1,6 +1,9 @@
 """Small real parts that the tests share; nothing here reaches a network or the user's caches."""
 
+import contextlib
+import gc
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -164,6 +167,21 @@ def hub(monkeypatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(upload, "RETRY_SECONDS", (0.0, 0.0))
         yield hub
+
+
+@contextlib.contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: the garbage collector would look through a million objects in vain
 
 
 def pytest_sessionfinish() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_pipeline
+from conftest import small_disk, tiny_pipeline
 from huggingface_hub import ModelCard
 from local_hub import running_hub
 from repositories import HIDE_DIT_HF, assert_no_leaks, push, read_snippets
@@ -214,15 +214,11 @@ def test_other_content_is_not_overwritten_by_default(hub, folder, tmp_path, caps
     assert json.loads(hub.repositories["you/faces"]["model_index.json"])["_class_name"] == "DiTPipeline"
 
 
-def test_a_full_disk_is_one_line(folder, tmp_path):
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))"
-    code = f"{limit}; from dit_hf_cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "push", str(folder), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        f"dit-hf push: error: {tmp_path / 'out'}: File too large; make room"
-    )
+def test_a_full_disk_is_one_line(folder, tmp_path, capsys):
+    with small_disk(50_000):
+        code, line = push(capsys, folder, "--output_dir", tmp_path / "out")
+    assert code == 1
+    assert line.startswith(f"dit-hf push: error: {tmp_path / 'out'}: File too large; make room")
     assert not (tmp_path / "out").exists()
 
 
