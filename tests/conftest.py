@@ -8,6 +8,8 @@ import shutil
 import signal
 import tempfile
 
+# ruff: noqa: E402
+gc.disable()  # until all is imported: it would look through a million objects that stay, again and again
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dit_hf-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -181,7 +183,8 @@ def small_disk(limit: int) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was imported stays: the garbage collector would look through a million objects in vain
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
