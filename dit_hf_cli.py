@@ -7,6 +7,7 @@ torch. The texts in `dit_hf/help` are written by `dit_hf.command_help`.
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib.metadata
 import io
 import os
@@ -46,6 +47,7 @@ def main(args: list[str] | None = None) -> int:
         print(help_text(verb), end="")
     else:
         try:
+            gc.disable()  # until `run` has imported the verb, which makes a million objects that stay
             from dit_hf.cli import run
 
             return run(verb, args[1:])
@@ -54,6 +56,8 @@ def main(args: list[str] | None = None) -> int:
                 raise
             print(f"dit-hf {verb}: error: {error}", file=sys.stderr)
             return 1
+        finally:
+            gc.enable()
     return 0
 
 

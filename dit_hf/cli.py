@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import os
@@ -58,6 +59,9 @@ def run(verb: str, args: list[str]) -> int:
     # Only the module of this verb is imported: some of them take seconds.
     module, name, *_ = VERBS[verb]
     function = getattr(importlib.import_module(module), name)
+    # What was imported stays: the garbage collector, which `dit_hf_cli` has stopped, need never look through it.
+    gc.freeze()
+    gc.enable()
     parser = build_parser(verb, function)
     options = named_options(args, parser)
     if verb == "train":

@@ -1,10 +1,15 @@
 """Small real parts that the tests share; nothing here reaches a network or the user's caches."""
 
+import contextlib
+import gc
 import os
+import resource
 import shutil
 import signal
 import tempfile
 
+# ruff: noqa: E402
+gc.disable()  # until all is imported: it would look through a million objects that stay, again and again
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dit_hf-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -164,6 +169,22 @@ def hub(monkeypatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(upload, "RETRY_SECONDS", (0.0, 0.0))
         yield hub
+
+
+@contextlib.contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

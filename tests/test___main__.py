@@ -1,13 +1,13 @@
 """`python -m dit_hf`, which launchers and machines without console scripts use."""
 
-import os
+import io
 import runpy
-import subprocess
 import sys
 
 import pytest
 
 import dit_hf
+from dit_hf_cli import main
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_the_module_is_the_command_and_ends_with_its_code(monkeypatch, tmp_path,
 
 def test_a_terminal_without_a_letter_gets_another_in_its_place(monkeypatch, tmp_path):
     (tmp_path / "gesichter-ä").mkdir()
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    command = [sys.executable, "-m", "dit_hf", "train", "gesichter-ä"]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
-    assert b"gesichter-?" in run.stderr
-    assert b"Traceback" not in run.stderr
-    assert run.returncode == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "gesichter-ä"])
+    assert b"'gesichter-?': a folder, not a recipe" in sys.stderr.buffer.getvalue()
+    assert ended.value.code == 2

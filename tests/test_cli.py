@@ -1,6 +1,5 @@
 """The command line: help, errors in one line with exit codes, and whole commands."""
 
-import os
 import re
 import subprocess
 import sys
@@ -287,17 +286,3 @@ def test_a_full_gpu_is_one_line(capsys, monkeypatch, tmp_path, verb, function, o
     message = f"the GPU's memory is full; fewer images at once ({option})"
     assert error.startswith(f"dit-hf {verb[0]}: error: {message}")
     assert error.count("\n") == 1
-
-
-def test_prepare_and_train_through_the_command(tmp_path, vae_folder):
-    def dit_hf(*args):
-        subprocess.run([sys.executable, "-m", "dit_hf", *args], check=True, cwd=tmp_path, env=os.environ)
-
-    build = ["--source", "avatars", "--vae", str(vae_folder), "--resolution", "16", "--num_images", "40", "--flip"]
-    dit_hf("prepare-latents", *build, "--output_dir", "latents")
-    sizes = ["--model.num_layers", "1", "--model.num_attention_heads", "2", "--model.attention_head_dim", "8"]
-    limits = ["--train.max_train_steps", "3", "--train.global_batch_size", "4", "--train.num_inference_steps", "2"]
-    where = ["--data.latents", "latents", "--train.output_dir", "run", "--train.report_to", "none"]
-    dit_hf("train", "--config", "recipes/avatars.yaml", *where, *sizes, *limits)
-    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
-    assert (tmp_path / "latents" / "README.md").is_file()

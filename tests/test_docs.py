@@ -22,7 +22,12 @@ PAGES = [
 ]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 # What the pages train, smaller. (The lines of docs/diffusers.md have a test of their own.)
-SMALLER = {"num_images=2000": "num_images=96", "max_train_steps=200": "max_train_steps=4"}
+SMALLER = {
+    "num_images=2000": "num_images=72",
+    'preset="tiny"': 'preset="tiny", num_layers=1, num_attention_heads=2, attention_head_dim=12',
+    "max_train_steps=200": "max_train_steps=4",
+    "num_samples=64": "num_samples=32",
+}
 
 
 def blocks(text, language):

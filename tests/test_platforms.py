@@ -1,4 +1,4 @@
-"""What the package needs of the operating system: nothing that Windows does not have."""
+"""What the package needs of the operating system, nothing that Windows does not have, and of optional packages."""
 
 import os
 import subprocess
@@ -50,8 +50,10 @@ builtins.__import__ = import_as_on_windows
 
 
 def test_commands_run_without_what_windows_does_not_have(tmp_path, vae_folder):
+    """And without packages that only the KID needs, or that others compute features with."""
     code = f"""{AS_ON_WINDOWS}
 import importlib, pkgutil
+sys.modules.update(dict.fromkeys(["torchvision", "timm", "torch_fidelity", "torchmetrics"]))
 import dit_hf
 assert not hasattr(dit_hf.storage.os, "fork") and dit_hf.devices.sys.platform == "win32"
 from dit_hf_cli import main
@@ -60,9 +62,11 @@ for module in pkgutil.walk_packages(dit_hf.__path__, "dit_hf."):
         importlib.import_module(module.name)
 assert main(["prepare-latents", "avatars", "--num_images", "40", "--resolution", "16", "--vae", sys.argv[1],
              "--output_dir", "latents"]) == 0
-assert main(["train", "avatars", "--data.latents", "latents", "--train.output_dir", "run", "--model.num_layers", "1",
+assert main(["train", "--config", "recipes/avatars.yaml", "--data.latents", "latents", "--train.output_dir", "run",
+             "--model.num_layers", "1",
              "--train.max_train_steps", "2", "--train.global_batch_size", "4", "--train.report_to", "none"]) == 0
 assert main(["sample", "run", "--num_images", "2", "--num_inference_steps", "2", "--output_dir", "samples"]) == 0
+assert dit_hf.evaluation.features.load_features("efficientnet-lite0").dim == 320
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DIT_HF_TRACEBACK": "1"}
     command = [sys.executable, "-c", code, vae_folder]

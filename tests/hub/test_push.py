@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_pipeline
+from conftest import small_disk, tiny_pipeline
 from huggingface_hub import ModelCard
 from local_hub import running_hub
 from repositories import HIDE_DIT_HF, assert_no_leaks, push, read_snippets
@@ -214,15 +214,11 @@ def test_other_content_is_not_overwritten_by_default(hub, folder, tmp_path, caps
     assert json.loads(hub.repositories["you/faces"]["model_index.json"])["_class_name"] == "DiTPipeline"
 
 
-def test_a_full_disk_is_one_line(folder, tmp_path):
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))"
-    code = f"{limit}; from dit_hf_cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "push", str(folder), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        f"dit-hf push: error: {tmp_path / 'out'}: File too large; make room"
-    )
+def test_a_full_disk_is_one_line(folder, tmp_path, capsys):
+    with small_disk(50_000):
+        code, line = push(capsys, folder, "--output_dir", tmp_path / "out")
+    assert code == 1
+    assert line.startswith(f"dit-hf push: error: {tmp_path / 'out'}: File too large; make room")
     assert not (tmp_path / "out").exists()
 
 
@@ -233,28 +229,29 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
     with running_hub() as hub:
         environment = {**os.environ, **hub.environment()}
 
-        def python(code, cwd, *args):
+        def python(code, cwd):
             cwd.mkdir(exist_ok=True)
-            cache = {"HF_HOME": str(cwd / "cache")}
-            command = [sys.executable, "-c", code, *map(str, args)]
-            done = subprocess.run(
-                command, env=environment | cache, cwd=cwd, capture_output=True, text=True, check=False
-            )
+            here = environment | {"HF_HOME": str(cwd / "cache")}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=here, cwd=cwd, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
-            return done.stdout
 
-        code = "import sys; from dit_hf_cli import main; sys.exit(main(sys.argv[1:]))"
-        python(code, tmp_path / "push", "push", run, "you/faces")
-        python(code, tmp_path / "push", "push", run, "you/own", "--builtin", "--attributes", json.dumps(row))
+        def push_each(cwd, *pushes):
+            commands = [["push", *map(str, arguments)] for arguments in pushes]
+            python(f"from dit_hf_cli import main; assert [main(each) for each in {commands}] == [0, 0]", cwd)
+
+        builtin = ["--builtin", "--attributes", json.dumps(row)]
+        push_each(tmp_path / "push", [run, "you/faces"], [run, "you/own", *builtin])
         cards = {name: files["README.md"].decode() for name, files in hub.repositories.items()}
         # A push of the pushed model keeps the summary of its run, if the repository has one.
+        pushed = hub.repositories["you/faces"]
+        hub.repositories["you/bare"] = {path: pushed[path] for path in pushed if path != "export.json"}
+        again = {name: tmp_path / "on" / name for name in ("faces", "bare")}
+        push_each(tmp_path / "on", *([f"you/{name}", "--output_dir", folder] for name, folder in again.items()))
         for name, license in (("faces", "apache-2.0"), ("bare", "unknown")):
-            python(code, tmp_path / "on", "push", f"you/{name}", "--output_dir", tmp_path / "on" / name)
-            card = ModelCard.load(tmp_path / "on" / name / "README.md", ignore_metadata_errors=False)
+            card = ModelCard.load(again[name] / "README.md", ignore_metadata_errors=False)
             assert card.data.license == license
             assert ("| images seen | 64 |" in card.text) == (name == "faces")
-            pushed = hub.repositories["you/faces"]
-            hub.repositories["you/bare"] = {path: pushed[path] for path in pushed if path != "export.json"}
         # Each snippet, and then the pixels of its pipeline.
         generate = "options = {'num_inference_steps': 4, 'guidance_scale': 2.0, 'output_type': 'np'}\n"
         generate += "import numpy, torch; pipe.set_progress_bar_config(disable=True)\n"
@@ -263,8 +260,9 @@ def test_pushed_by_one_process_loaded_by_three_others_with_the_same_pixels(run, 
         plain, remote, modular = read_snippets(cards["you/faces"])
         (own,) = read_snippets(cards["you/own"])
         python(plain + generate.replace("REQUESTED", str(row)), tmp_path / "with")
-        python(HIDE_DIT_HF + remote + generate.replace("REQUESTED", str(row)), tmp_path / "without")
-        python(HIDE_DIT_HF + modular, tmp_path / "without")  # of the image that the other has written
+        # The modular pipeline reads the image that the other one has written.
+        remote += generate.replace("REQUESTED", str(row))
+        python(HIDE_DIT_HF + remote + modular, tmp_path / "without")
         python(HIDE_DIT_HF + own + generate.replace("REQUESTED", "[0]"), tmp_path / "own")
     for name in ("with", "without", "own"):
         assert (tmp_path / name / "image.png").is_file()

@@ -1,15 +1,12 @@
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import tiny_vae
 from datasets import load_dataset, load_from_disk
-from local_hub import running_hub
+from huggingface_hub import snapshot_download
 
 from dit_hf import storage
 from dit_hf.card_blocks import sign_blocks
@@ -213,28 +210,16 @@ def test_the_edited_card_of_a_cache_keeps_its_owners_words(latents, hub, tmp_pat
     assert card.endswith("\nOf my aunt.\n")
 
 
-def test_a_cache_is_pushed_with_its_card(latents):
-    code = """
-import sys
-from pathlib import Path
-from datasets import load_dataset
-from huggingface_hub import snapshot_download
-from dit_hf.latents.cache import open_latents, push_latents
-push_latents(Path(sys.argv[1]), "you/faces", private=True)
-rows, info = open_latents(snapshot_download("you/faces", repo_type="dataset"))
-assert rows["id"][:] == open_latents(sys.argv[1])[0]["id"][:]
-assert load_dataset("you/faces", split="train")["latent_mean"][5] == rows["latent_mean"][5]
-try:
-    push_latents(Path(sys.argv[1]), "not a name")
-except ValueError as error:
-    print(error)
-"""
-    with running_hub() as hub:
-        environment = {**os.environ, **hub.environment()}
-        command = [sys.executable, "-c", code, str(latents)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "push_to_hub not a name" in done.stdout
+def test_a_cache_is_pushed_with_its_card(latents, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    push_latents(latents, "you/faces", private=True)
+    rows, _ = open_latents(snapshot_download("you/faces", repo_type="dataset", cache_dir=tmp_path / "hub"))
+    assert rows["id"][:] == open_latents(latents)[0]["id"][:]
+    loaded = load_dataset("you/faces", split="train", cache_dir=str(tmp_path / "datasets"))
+    assert loaded["latent_mean"][5] == rows["latent_mean"][5]
+    with pytest.raises(ValueError, match="push_to_hub not a name"):
+        push_latents(latents, "not a name")
     assert hub.private["you/faces"] is True
     files = hub.repositories["datasets/you/faces"]
     assert files["README.md"] == (latents / "README.md").read_bytes()

@@ -100,6 +100,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_processes_and_an_interruption_make_the_same_cache_of_faces(tmp_path, many_photos, monkeypatch):
     """Photographs have no, one or several rows, which must not depend on who encodes them and when."""
     options = {"vae": "avatar", "resolution": "16", "crop": "face", "min_face_size": 40}

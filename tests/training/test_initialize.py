@@ -1,6 +1,8 @@
+import shutil
+
 import pytest
 import torch
-from conftest import tiny_vae
+from conftest import short_run, tiny_vae
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from training_runs import changed
 
@@ -11,11 +13,11 @@ from dit_hf.training.objective import loss_weights, losses, training_target
 from dit_hf.training.trainer import Trainer, train
 
 
-@pytest.fixture
-def earlier(config, tmp_path):
-    """A run that learned two conditions, in an order that is not the cache's."""
-    options = {"output_dir": str(tmp_path / "earlier"), "max_train_steps": 4}
-    return train(changed(config, data={"conditions": ["Smiling", "Eyeglasses"]}, train=options))
+@pytest.fixture(scope="module")
+def earlier(training_latents, tmp_path_factory):
+    """A run that learned two conditions, in an order that is not the cache's. Not to be written to."""
+    config = short_run(training_latents, tmp_path_factory.mktemp("earlier"))
+    return train(changed(config, data={"conditions": ["Smiling", "Eyeglasses"]}, train={"max_train_steps": 4}))
 
 
 def test_a_run_starts_with_the_weights_and_normalization_of_an_earlier_one(config, earlier):
@@ -106,8 +108,8 @@ def test_a_model_whose_conditions_are_dropped_predicts_the_same_without_conditio
         assert torch.allclose(after(noisy, timesteps).sample, before(noisy, timesteps).sample, atol=1e-5)
 
 
-def imagenet_dit(width=1152, heads=16, latent=32):
-    """A diffusers DiT of the sizes of facebook/DiT-XL-2-256, but of two layers, with random weights."""
+def imagenet_dit(width=384, heads=6, latent=32):
+    """A diffusers DiT as facebook/DiT-XL-2-256, but of the width of DiT-S/2 and of two layers, with random weights."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=width // heads, in_channels=4, out_channels=8, num_layers=2,
@@ -128,7 +130,7 @@ def test_a_published_dit_is_continued_with_its_own_objective(config, tmp_path):
     DiTPipeline(theirs, tiny_vae(), levels).save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), str(tmp_path / "converted"))
     linear = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000, "snr_gamma": None}
-    published = {"preset": "XL/2", "num_layers": 2, "num_attention_heads": None, "attention_head_dim": None}
+    published = {"preset": "S/2", "num_layers": 2, "num_attention_heads": None, "attention_head_dim": None}
     published["init_from"] = str(tmp_path / "converted")
     config = changed(config, model=published, objective={**linear, "condition_dropout": 0.5}, data={"conditions": []})
     trainer = Trainer(config)
@@ -166,6 +168,7 @@ def test_what_continues_other_models_does_not_begin_one(config, objective, messa
 
 
 def test_the_model_that_a_run_started_from_need_not_exist_when_it_resumes(config, earlier, tmp_path):
+    earlier = shutil.copytree(earlier, tmp_path / "earlier")
     config = changed(config, model={"init_from": str(earlier)}, train={"max_train_steps": 4})
     train(config)
     earlier.rename(tmp_path / "moved")

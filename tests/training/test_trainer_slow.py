@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import short_run
 from diffusers import DiffusionPipeline
 from faulty_rank import errors_of_ranks
 from safetensors.torch import load_file
@@ -98,15 +99,21 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits_and_log(tmp_path
     assert json.loads(result.read_text())["kills"] == 10
 
 
+@pytest.fixture(scope="module")
+def long_run(training_latents, tmp_path_factory):
+    """A run of 300 steps, with a checkpoint in the middle. Not to be written to."""
+    config = short_run(training_latents, tmp_path_factory.mktemp("long"))
+    return train(changed(config, train={"max_train_steps": 300, "checkpointing_steps": 150, "logging_steps": 10}))
+
+
 # torchrun hands the signal on and ends with 1; accelerate's launcher dies of it while the run still saves.
 @pytest.mark.parametrize(
     ("launcher", "code"),
     [(PYTHON, 75), (SRUN, 75), (TORCHRUN, 1), (ACCELERATE, -signal.SIGTERM)],
     ids=["python", "srun", "torchrun", "accelerate"],
 )
-def test_a_preempted_run_saves_and_resumes_with_the_same_bits(config, tmp_path, launcher, code):
-    config = changed(config, train={"max_train_steps": 300, "checkpointing_steps": 150, "logging_steps": 10})
-    whole, run = train(config), tmp_path / "stopped"
+def test_a_preempted_run_saves_and_resumes_with_the_same_bits(long_run, tmp_path, launcher, code):
+    whole, run = long_run, tmp_path / "stopped"
     process = begin(command(launcher, whole, run), run)
     os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=120)[0].decode()  # waits for all who can write to it
