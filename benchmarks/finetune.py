@@ -46,7 +46,7 @@ WEIGHTS, ADAPTER = "pipeline/transformer/diffusion_pytorch_model.safetensors", "
 # The commands that train the models, and the weights that they save.
 COMMANDS = {
     "before": "dit-hf train avatars --data.latents runs/hats/latents --train.output_dir runs/hats/before "
-    "--train.max_train_steps 800 --train.sampling_steps 0 --train.report_to none",
+    "--train.max_train_steps 500 --train.sampling_steps 0 --train.report_to none",
     "all weights": "dit-hf train small --data.latents runs/hats/hats-latents --train.output_dir runs/hats/all-weights "
     "--model.init_from runs/hats/before --optim.learning_rate 1e-3 --train.max_train_steps 400 "
     "--train.sampling_steps 0 --train.report_to none",
@@ -75,7 +75,7 @@ def main() -> None:
             models[name] = train(name)
             save(models)
 
-    measure = Measurement(hats.select(tuned), hats.select(held_out), without.select(range(1500)), hats.select(new))
+    measure = Measurement(hats.select(tuned), hats.select(held_out), without.select(range(600)), hats.select(new))
     models["real avatars"] = measure(measure.others)
     for name in COMMANDS:
         models[name] |= measure(measure.samples(load(name)))
