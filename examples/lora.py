@@ -16,6 +16,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch.utils.data import DataLoader
@@ -34,8 +35,10 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--condition_dropout", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     accelerator = Accelerator()
+    set_seed(args.seed, device_specific=True)
 
     # The model stays as it is; only the adapter, beside the matrices of attention and feed-forward layers, is trained.
     pipe = DiffusionPipeline.from_pretrained(args.model)
