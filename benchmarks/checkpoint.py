@@ -1,8 +1,10 @@
-"""Cost of one checkpoint of the reference size, compared with merely writing as many bytes to the same disk.
+"""Cost of one checkpoint by size of the model, compared with merely writing as many bytes to the same disk.
 
-`wait` is what training waits for, `save` ends when the checkpoint stands.
+`wait` is what training waits for; `save` ends when the checkpoint stands, for which it waited in version 0.1.0.
 
-python benchmarks/checkpoint.py [--json FILE] [--scratch DIR]     (about two minutes, 9 GB of disk below --scratch)
+python benchmarks/checkpoint.py [--presets reference S/2 B/2 L/2] [--json FILE] [--scratch DIR]
+
+Two minutes and 9 GB of disk below --scratch for `reference`; L/2 needs 36 GB and 16 GB of memory.
 """
 
 import argparse
@@ -29,30 +31,31 @@ ROUNDS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["reference"])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/checkpoint.json"))
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        result = measure(Path(scratch))
+    result = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    for preset in options.presets:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            result[preset] = measure(Path(scratch), preset)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    trainer = reference(folder)
+def measure(folder: Path, preset: str) -> dict[str, Any]:
+    trainer = open_trainer(folder, preset)
     trainer.step(0)  # allocates the optimizer's moments
     run = folder / "run"
     run.mkdir()
     size = trainer.tensors.bytes()
-    # Random bytes, which no file system compresses.
-    payload = os.urandom(2**24) * -(-size // 2**24)
     times: dict[str, list[float]] = {"gather": [], "wait": [], "save": [], "write_only": [], "check": [], "load": []}
     for step in range(1, ROUNDS + 1):
         times["gather"].append(seconds(trainer.tensors.gather))
         times["wait"].append(seconds(lambda step=step: trainer._save(run, step, {}, print)))
         times["save"].append(times["wait"][-1] + seconds(trainer.saving.wait))
-        times["write_only"].append(seconds(lambda: write(folder / "raw", payload[:size])))
+        times["write_only"].append(seconds(lambda: write(folder / "raw", size)))
         times["check"].append(seconds(lambda: find_checkpoint(run, "latest")))
         times["load"].append(seconds(lambda: trainer.tensors.load(find_checkpoint(run, "latest"))))
     median = {f"{name}_seconds": round(statistics.median(values), 2) for name, values in times.items()}
@@ -69,15 +72,15 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def reference(folder: Path) -> Trainer:
-    """Build a trainer of the reference size on latents [4, 32, 32]."""
+def open_trainer(folder: Path, preset: str) -> Trainer:
+    """Build a trainer on latents [4, 32, 32]."""
     prepare_latents(
         source="avatars", vae="avatar", resolution="128", num_images=64, output_dir=str(folder / "latents")
     )
     return Trainer(
         Config(
             data=DataConfig(latents=str(folder / "latents")),
-            model=ModelConfig(preset="reference"),
+            model=ModelConfig(preset=preset),
             objective=ObjectiveConfig(),
             optim=OptimConfig(),
             train=TrainConfig(
@@ -95,9 +98,12 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def write(path: Path, payload: bytes) -> None:
+def write(path: Path, size: int) -> None:
+    """Write random bytes, which no file system compresses."""
+    payload = os.urandom(2**24)
     with open(path, "wb") as file:
-        file.write(payload)
+        for _ in range(-(-size // len(payload))):
+            file.write(payload)
         file.flush()
         os.fsync(file.fileno())
 
