@@ -12,6 +12,7 @@ The images must have the model's resolution and VAE. To generate with the adapte
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def main() -> None:
     if shape != expected:
         raise SystemExit(f"{args.latents} has latents {shape}, {args.model} {expected}: use its VAE and resolution")
     images = images.filter(lambda split: split == "train", input_columns="split").with_format("torch")
-    loader = DataLoader(images, args.train_batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(images, args.train_batch_size, shuffle=True)
     model, optimizer, loader = accelerator.prepare(transformer, optimizer, loader)
 
     # Latents are normalized by the statistics of the images that the model was trained on, not by those of these.
@@ -63,37 +64,33 @@ def main() -> None:
         torch.tensor(values, device=accelerator.device).view(1, -1, 1, 1)
         for values in (pipe.config.latents_mean, pipe.config.latents_std)
     )
-    step = 0
-    while step < args.max_train_steps:
-        for batch in loader:
-            latents = (batch["latent_mean"].float().view(-1, *shape) - mean) / std
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(len(scheduler), (len(latents),), device=latents.device)
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            ids = None
-            if conditions:
-                columns = [
-                    batch[name].nan_to_num(null) if name in batch else torch.full_like(timesteps, null)
-                    for name, null in conditions.items()
-                ]
-                nulls = torch.tensor([*conditions.values()], device=latents.device)
-                dropped = torch.rand(len(latents), 1, device=latents.device) < args.condition_dropout
-                ids = torch.where(dropped, nulls, torch.stack(columns, 1).long())
+    batches = (batch for _ in itertools.count() for batch in loader)
+    for step, batch in zip(range(1, args.max_train_steps + 1), batches, strict=False):
+        latents = (batch["latent_mean"].float().view(-1, *shape) - mean) / std
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(len(scheduler), (len(latents),), device=latents.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        ids = None
+        if conditions:
+            columns = [
+                batch[name].nan_to_num(null) if name in batch else torch.full_like(timesteps, null)
+                for name, null in conditions.items()
+            ]
+            nulls = torch.tensor([*conditions.values()], device=latents.device)
+            dropped = torch.rand(len(latents), 1, device=latents.device) < args.condition_dropout
+            ids = torch.where(dropped, nulls, torch.stack(columns, 1).long())
 
-            prediction = model(noisy, timesteps, ids, return_dict=False)[0]
-            velocity = scheduler.config.prediction_type == "v_prediction"
-            target = scheduler.get_velocity(latents, noise, timesteps) if velocity else latents
-            loss = F.mse_loss(prediction.float(), target)
+        prediction = model(noisy, timesteps, ids, return_dict=False)[0]
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if velocity else latents
+        loss = F.mse_loss(prediction.float(), target)
 
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % 100 == 0 or step == args.max_train_steps:
-                accelerator.print(f"step {step}: loss {loss.item():.4f}")
-            if step == args.max_train_steps:
-                break
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == args.max_train_steps:
+            accelerator.print(f"step {step}: loss {loss.item():.4f}")
 
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_lora_adapter(args.output_dir)
