@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from datasets.table import table_cast
 
 from ..storage import first_line
 from .stored_images import is_image, is_remote, open_parquet, parquet_address, parse_address, without_structs
+
+_THREADS = 8  # shards that are read at once, since each request to the Hub has to be waited for
 
 
 def load_parquet(files: Sequence[str | Path], declared: Features | None = None) -> Dataset:
@@ -35,13 +38,14 @@ def load_parquet(files: Sequence[str | Path], declared: Features | None = None) 
     features = declared or Features.from_arrow_schema(_open(paths[0]).schema_arrow)
     features = Features({name: _find_images(paths, name, feature) for name, feature in features.items()})
     read = Features({name: _read_feature(feature) for name, feature in features.items()})
-    tables = [table_cast(_read_shard(path, features), read.arrow_schema) for path in paths]
-    return Dataset(pa.concat_tables(tables))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        tables = pool.map(lambda path: table_cast(_read_shard(path, features), read.arrow_schema), paths)
+        return Dataset(pa.concat_tables(tables))
 
 
 def _open(path: str) -> pq.ParquetFile:
     try:
-        return open_parquet(path)
+        return open_parquet(path, labels=True)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
 

@@ -100,7 +100,7 @@ def _first_shards(paths: Sequence[str], most: int) -> list[str]:
     taken, count = [], 0
     for path in paths:
         taken.append(path)
-        count += open_parquet(path).metadata.num_rows
+        count += open_parquet(path, labels=True).metadata.num_rows
         if count >= most:
             break
     return taken
@@ -166,7 +166,7 @@ def _stored_classes(shards: Sequence[str | Path]) -> dict[str, list[str]]:
     known = set()
     for shard in map(str, shards):
         if shard.lower().endswith(".parquet"):
-            schema = open_parquet(shard).schema_arrow
+            schema = open_parquet(shard, labels=True).schema_arrow
         else:
             schema = _map_arrow([shard]).features.arrow_schema
         if (described := str(schema.metadata)) in known:  # cheaper than the features

@@ -32,7 +32,8 @@ Stamp: TypeAlias = tuple[int, int, int]
 NO_STAMP: Stamp = (0, 0, 0)
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 _BATCH = 32  # images of a parquet file that are decompressed at once
-_BUFFER = 1 << 23  # bytes of a file on the Hub that are requested at once
+# Bytes of a file on the Hub that are requested at once: images follow one another, labels lie between images.
+_IMAGES_AT_ONCE, _LABELS_AT_ONCE = 1 << 23, 1 << 18
 
 
 class Address(NamedTuple):
@@ -267,15 +268,16 @@ def without_structs(values: pa.Array) -> pa.Array:
     return values
 
 
-def open_parquet(file: str) -> pq.ParquetFile:
-    """Open a parquet file on this machine or on the Hub."""
+def open_parquet(file: str, labels: bool = False) -> pq.ParquetFile:
+    """Open a parquet file on this machine or on the Hub, to read its images or its labels."""
     # Without pre-buffering, which would hold whole row groups: some writers make one of the whole file.
     if not is_remote(file):
         return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
-    return pq.ParquetFile(open_shard(file), buffer_size=_BUFFER, pre_buffer=False)
+    at_once = _LABELS_AT_ONCE if labels else _IMAGES_AT_ONCE
+    return pq.ParquetFile(open_shard(file, at_once), buffer_size=at_once, pre_buffer=False)
 
 
-def open_shard(file: str) -> BinaryIO:
-    """Open a file on this machine or on the Hub."""
+def open_shard(file: str, at_once: int = _IMAGES_AT_ONCE) -> BinaryIO:
+    """Open a file on this machine or on the Hub, of which `at_once` bytes are requested at once."""
     # Not by fsspec on this machine, which reads brackets and asterisks of a path as patterns.
-    return fsspec.open(file, "rb").open() if is_remote(file) else open(file, "rb")
+    return fsspec.open(file, "rb", block_size=at_once).open() if is_remote(file) else open(file, "rb")

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dit_hf.data import stored_images
 from dit_hf.data.contents import SourceOptions
 from dit_hf.data.sources import open_source
 from dit_hf.data.stored_images import image_stamp, with_bytes
@@ -21,7 +22,7 @@ COUNT = 12  # images of a shard
 
 def noise(seed):
     file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 255, (128, 128, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
 
@@ -73,6 +74,16 @@ def test_shards_are_read_without_a_copy(repository, hub):
     sent = hub.sent.total()
     assert len({image_stamp(row["image"]) for row in rows}) == len(rows)
     assert hub.sent.total() == sent
+
+
+@pytest.mark.parametrize("repository", ["parquet"], indirect=True)
+def test_listing_parquet_reads_no_images(repository, hub, monkeypatch):
+    monkeypatch.setattr(stored_images, "_LABELS_AT_ONCE", 1000)
+    assert open_source("you/faces").rows["smiling"] == [i % 2 for i in range(COUNT)] * 3
+    # Of the first shard an image too, to see that it is one; of each the last 64 KB, where Arrow looks for the footer.
+    first, *others = (hub.sent[f"datasets/you/faces/data/train-{n}.parquet"] for n in range(3))
+    assert first < sum(map(len, repository[:COUNT]))
+    assert max(others) < 2**16 + 10_000
 
 
 def test_num_images_reads_no_more_shards_than_it_needs(repository, hub):
