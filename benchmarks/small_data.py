@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[str, bool, int, dict[str, Any]]] = {
     "300 hats from the model, 1e-3": ("hats-300", True, 400, {"learning_rate": 1e-3}),
     "300 hats": ("hats-300", False, 1500, {}),
     "300 hats from the model, 2e-4": ("hats-300", True, 400, {"learning_rate": 2e-4}),
+    "300 hats, twice as long": ("hats-300", False, 3000, {}),
     "1,000, flip, twice as long": ("all-1000", False, 3000, {}),
 }
 
