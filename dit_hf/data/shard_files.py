@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_datasets, load_dataset
 from datasets.table import CastError, table_cast
 
 from ..pipelines.image_inputs import IMAGE_SUFFIXES
@@ -16,7 +17,7 @@ from .contents import Contents, SourceOptions, counted, image_count, shortened
 from .files import Skipped, walk
 from .parquet_shards import load_parquet
 from .splits import split_named
-from .stored_images import is_remote, open_parquet
+from .stored_images import is_remote, open_parquet, open_shard
 from .webdataset import SHARD, load_archives
 
 LOADERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}  # names of them in `datasets`
@@ -107,18 +108,29 @@ def _first_shards(paths: Sequence[str], most: int) -> list[str]:
 
 
 def _map_arrow(paths: Sequence[str]) -> Dataset:
-    """Load Arrow shards, in the format of streams or of files, whose rows are read from the disk where they are."""
+    """Load Arrow shards: streams are read where they are, also by other processes; other formats are copied."""
     parts = []
     for path in paths:
-        mapped = pa.memory_map(path)
         try:
-            table = pa.ipc.open_stream(mapped).read_all()
+            part = Dataset.from_file(path)
         except pa.ArrowInvalid:
-            table = pa.ipc.open_file(mapped).read_all()
-        table.validate(full=True)  # offsets of a damaged file may lead outside of it
-        parts.append(Dataset(table))
+            part = load_dataset("arrow", data_files=path, split="train")
+        part.data.table.validate(full=True)  # offsets of a damaged file may lead outside of it
+        parts.append(part)
     features = parts[0].features
-    return concatenate_datasets([Dataset(table_cast(part.data.table, features.arrow_schema)) for part in parts])
+    for number, part in enumerate(parts):
+        if part.features != features:
+            table_cast(part.data.table.slice(0, 0), features.arrow_schema)  # raises CastError for other columns
+            parts[number] = part.cast(features)
+    return concatenate_datasets(parts)
+
+
+def _read_arrow_schema(file: Any) -> pa.Schema:
+    """Return the schema of an Arrow shard in the format of streams or of files."""
+    try:
+        return pa.ipc.open_stream(file).schema
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(file).schema
 
 
 def cause_of(error: Exception) -> str:
@@ -168,7 +180,8 @@ def _stored_classes(shards: Sequence[str | Path]) -> dict[str, list[str]]:
         if shard.lower().endswith(".parquet"):
             schema = open_parquet(shard, labels=True).schema_arrow
         else:
-            schema = _map_arrow([shard]).features.arrow_schema
+            with open_shard(shard) as file:
+                schema = _read_arrow_schema(file)
         if (described := str(schema.metadata)) in known:  # cheaper than the features
             continue
         known.add(described)

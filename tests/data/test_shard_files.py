@@ -1,10 +1,13 @@
 """Splits and classes of the shards in a folder."""
 
+import pickle
+
 import fsspec
+import pyarrow as pa
 import pytest
 import yaml
 from celeba import save_image, small_image
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from layouts import data_set
 
 from dit_hf.data.contents import SourceOptions
@@ -78,3 +81,37 @@ def test_shards_of_other_columns_are_one_line(tmp_path):
     data_set(2).rename_column("Smiling", "Male").to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"its shards differ in their columns \(Male, Smiling\): name one as"):
         open_source(str(tmp_path))
+
+
+def write_arrow(path, rows, new):
+    with pa.OSFile(str(path), "wb") as file, new(file, rows.data.table.schema) as arrow:
+        arrow.write_table(rows.data.table)
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_shards_of_both_formats(tmp_path, new):
+    for number in range(2):
+        write_arrow(tmp_path / f"{number}.arrow", data_set(4), new)
+    rows = open_source(str(tmp_path)).rows
+    assert rows["Smiling"] == [1, 0] * 4
+    assert all(row["image"]["bytes"] for row in rows)
+    # A process of a build gets the rows by their path.
+    assert len(pickle.dumps(rows)) < 20_000
+    write_arrow(tmp_path / "2.arrow", data_set(4).rename_column("Smiling", "Male"), new)
+    with pytest.raises(ValueError, match=r"its shards differ in their columns \(Male, Smiling\)"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_classes_of_arrow_shards_elsewhere(tmp_path, new):
+    """As the Hub's files are named, by URLs."""
+    rows = {}
+    for split, names in (("train", ["crow", "owl", "wren"]), ("test", ["owl", "wren"])):
+        rows[split] = Dataset.from_dict({"bird": [0, 1]}, Features({"bird": ClassLabel(names=names)}))
+        write_arrow(tmp_path / f"{split}.arrow", rows[split], new)
+        content = (tmp_path / f"{split}.arrow").read_bytes()
+        fsspec.filesystem("memory").pipe(f"memory://{tmp_path}/{split}.arrow", content)
+    first = Features({"bird": ClassLabel(names=["crow", "owl", "wren"])})
+    loaded = DatasetDict({"train": rows["train"], "test": Dataset.from_dict({"bird": [0, 1]}, first)})
+    urls = {split: [f"memory://{tmp_path}/{split}.arrow"] for split in rows}
+    assert with_stored_classes(loaded, urls)["test"].features["bird"].names == ["owl", "wren"]
