@@ -31,7 +31,7 @@ from .files import CACHE_INFO, Skipped, walk
 from .metadata import METADATA
 from .shard_files import LOADERS, cause_of, load_repository, load_shards, with_stored_classes
 from .splits import split_named
-from .stored_images import image_size, is_image, parse_address
+from .stored_images import image_paths, image_size, is_image, parse_address
 from .stored_paths import drop_foreign_paths, own_folders
 from .webdataset import KEY, SHARD, VALUES, archive_columns, read_folders_inside
 
@@ -79,7 +79,10 @@ def read_hf_dataset(source: str, options: SourceOptions) -> Contents:
     parts = _splits(loaded, options, contents)
 
     # The column of images is the same in all splits; structs become columns, so that an image may be inside one.
-    parts = {name: _flattened(_with_image_features(part)) for name, part in parts.items()}
+    # Readers of shards have found the images already.
+    if not contents.addressed:
+        parts = {name: _with_image_features(part) for name, part in parts.items()}
+    parts = {name: _flattened(part) for name, part in parts.items()}
     contents.image_column = _image_column(source, next(iter(parts.values())), options, contents)
     images, columns, foreign = [], [], 0
     for name, part in parts.items():
@@ -302,8 +305,7 @@ def _image_sizes(images: Dataset) -> list[int]:
 
 def _addressed_sizes(images: Dataset) -> list[int]:
     """Return the size of each image inside shards in bytes; of a parquet file on the Hub its own in place of them."""
-    paths = images.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()
-    return [0 if address is None else image_size(address) for address in map(parse_address, paths)]
+    return [0 if address is None else image_size(address) for address in map(parse_address, image_paths(images))]
 
 
 def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
@@ -322,8 +324,9 @@ def _plain_columns(part: Dataset, contents: Contents) -> dict[str, Column]:
 
 
 def _array(part: Dataset, name: str) -> pa.Array:
-    """Return a column as one array."""
+    """Return a column as one array; of texts, which may be more than 2 GB in all, with 64-bit offsets."""
     column = part.select_columns(name).with_format("arrow")[:][name]
+    column = column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 

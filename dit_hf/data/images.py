@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,8 @@ from datasets import Dataset, Features, Image, concatenate_datasets
 
 from .contents import Missing, SourceOptions, SplitFrom, parse_conditions, parse_exclude
 from .photographs import check_faces, open_faces
-from .sources import DEFAULT_AVATAR_SIZE, open_source
-from .stored_images import Stamp, in_any_order, parse_address, shard_version, stored_bytes
+from .sources import DEFAULT_AVATAR_SIZE, Source, open_source
+from .stored_images import Stamp, image_paths, in_any_order, parse_address, shard_version, stored_bytes
 from .transforms import Faces, Geometry, decode_image, parse_resolution
 
 
@@ -88,12 +89,11 @@ def open_images(
         missing=missing,
         allow_partial=allow_partial,
     )
-    opened = open_source(source, options)
+    opened = _with_random_access(open_source(source, options))
     opened = open_faces(opened, geometry)
     if verbose:
         print("\n".join(opened.plan.lines()), flush=True)
-    rows = _with_random_access(opened.rows)
-    return rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
+    return opened.rows.with_transform(functools.partial(_decode_batch, geometry=geometry))
 
 
 def describe_source(source: str, **options: Any) -> dict[str, Any]:
@@ -121,16 +121,18 @@ def describe_source(source: str, **options: Any) -> dict[str, Any]:
     return open_faces(open_source(source, SourceOptions(**options)), geometry).plan.as_dict()
 
 
-def _with_random_access(rows: Dataset) -> Dataset:
-    """Return rows whose images can be read in any order: those in parquet files or on the Hub are copied once.
+def _with_random_access(source: Source) -> Source:
+    """Return a source whose images can be read in any order: those in parquet files or on the Hub are copied once.
 
     A parquet file is compressed in groups of rows, of which one image takes the whole. `datasets` keeps the copy in
     its cache.
     """
-    paths = rows.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()
+    if not source.plan.contents.addressed:
+        return source
+    rows, paths = source.rows, image_paths(source.rows)
     files = {address.file for path in paths if (address := parse_address(path)) and not in_any_order(address)}
     if not files:
-        return rows
+        return source
     versions = tuple(sorted((file, shard_version(file)) for file in files))
     images = Dataset.from_generator(
         _read_all,
@@ -138,7 +140,7 @@ def _with_random_access(rows: Dataset) -> Dataset:
         gen_kwargs={"paths": tuple(paths), "versions": versions},
     )
     copied = concatenate_datasets([rows.remove_columns("image"), images], axis=1)
-    return copied.select_columns(rows.column_names)
+    return dataclasses.replace(source, rows=copied.select_columns(rows.column_names))
 
 
 def _read_all(paths: tuple[str | None, ...], versions: tuple[tuple[str, Stamp], ...]) -> Iterator[dict[str, Any]]:

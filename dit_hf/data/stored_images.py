@@ -22,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets import Dataset
 from fsspec.core import url_to_fs
 
 from ..storage import first_line
@@ -134,6 +135,14 @@ def image_stamp(stored: dict[str, Any] | None) -> Stamp:
     if not path or (stored or {}).get("bytes") is not None:
         return NO_STAMP
     return file_stamp(os.stat(path))
+
+
+def image_paths(rows: Dataset) -> list[str | None]:
+    """Return the path or address of each row's undecoded image, without reading bytes that are stored with it."""
+    paths: list[str | None] = []
+    for batch in rows.select_columns("image").with_format("arrow").iter(10_000):
+        paths += pc.struct_field(batch["image"], "path").to_pylist()
+    return paths
 
 
 def in_any_order(address: Address) -> bool:

@@ -30,8 +30,8 @@ def drop_foreign_paths(images: Dataset, folders: list[Path], addressed: bool = F
 
     Args:
         images: A dataset with the column `image` alone, undecoded.
-        addressed: Whether it was read shard by shard, so that addresses in it lead into those shards.
         folders: See [`own_folders`].
+        addressed: Whether it was read shard by shard, so that addresses in it lead into those shards.
 
     Returns:
         The dataset, in which such images have neither bytes nor a path, and their number.

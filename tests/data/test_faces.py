@@ -3,6 +3,8 @@
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 from PIL import Image, ImageDraw
@@ -121,6 +123,17 @@ def test_open_images_has_a_row_for_each_face(photos):
     assert [image.size for image in faces["image"]] == [(64, 64)] * 3
     largest = open_images(str(photos), 64, crop="face", faces="largest")
     assert (largest["id"], largest["Smiling"]) == (["a.png#0", "b.png#0"], [1, 1])
+
+
+def test_open_images_finds_faces_in_shards_too(photos):
+    paths = sorted(photos.glob("*.png"))
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    pq.write_table(pa.table({"image": images, "Smiling": [1, 1, 0]}), photos / "photos.parquet")
+    in_shards = open_images(str(photos / "photos.parquet"), 64, crop="face")
+    in_files = open_images(str(photos), 64, crop="face", exclude="*.parquet")
+    assert in_shards["id"] == ["train-0#0", "train-1#0", "train-1#1"]
+    for one, other in zip(in_shards["image"], in_files["image"], strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_the_plan_counts_faces(photos):
