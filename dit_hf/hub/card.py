@@ -204,7 +204,10 @@ def example_attributes(pipeline: LatentDiTPipeline) -> dict[str, AttributeValue]
 
 def project_address() -> str | None:
     """Return the public address of dit_hf's repository from the package's metadata, or None if it has none yet."""
-    urls = importlib.metadata.metadata("dit_hf").get_all("Project-URL") or []
+    try:
+        urls = importlib.metadata.metadata("dit_hf").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:  # it runs from its folder and was never installed
+        return None
     return next((url.partition(", ")[2] for url in urls if url.lower().startswith(("repository,", "source,"))), None)
 
 

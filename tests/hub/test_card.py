@@ -224,3 +224,14 @@ def test_the_card_says_where_dit_hf_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "metadata", lambda _: metadata)
     write_card(tmp_path, tiny_pipeline(), "faces", "you/faces")
     assert "`pip install git+https://github.com/you/dit_hf`" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_is_written_where_the_package_was_never_installed(tmp_path, monkeypatch):
+    """A folder on PYTHONPATH has no metadata; a finished training would end without its pipeline's card."""
+
+    def metadata(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+    write_card(tmp_path, tiny_pipeline(), "faces", "you/faces")
+    assert "With dit_hf installed (in a clone of it: `pip install .`):" in (tmp_path / "README.md").read_text()
