@@ -29,7 +29,7 @@ from .grow import find_new_images, grown_identity, hash_source, read_base
 from .parts import parse_part, take_part
 from .progress import LeftOut, check_share
 from .shards import check_name
-from .vae import load_vae
+from .vae import VAE, load_vae
 
 
 def prepare_latents(
@@ -126,19 +126,16 @@ def prepare_latents(
             another VAE, geometry or other conditions, or if there is nothing to add to it.
         OSError: if the folder cannot be written, or the disk or the GPU's memory is full.
     """
-    # Options. The timeout is long because the ranks wait for the slowest, and for the main one to finish the cache.
+    # The timeout is long because the ranks wait for the slowest, and for the main one to finish the cache.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    _check_num_proc(num_proc, state)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    final = Path(output_dir)
+    _check_work(num_proc, batch_size, max_left_out, state)
     geometry = Geometry(parse_resolution(resolution), crop, faces=faces, min_face_size=min_face_size)
     check_faces(geometry, missing)
     if geometry.resolution is None:
         raise ValueError("resolution is needed: all latents of a cache have one shape")
-    final = Path(output_dir)
     check_name(final)
     check_own_folder(final, CACHE_INFO)
-    check_share(max_left_out)
     if push_to_hub is not None:
         check_repo_id(push_to_hub, "push_to_hub")
     own_part = None if part is None else parse_part(part)
@@ -157,12 +154,11 @@ def prepare_latents(
         allow_partial=allow_partial,
     )
 
-    # Source and VAE. The main rank downloads, renders and compares; the others find the result on the disk.
+    # The main rank downloads, renders and compares; the others find the result on the disk.
     opened = open_on_first_rank(lambda: open_source(source, options))
-    model, base, before = None, None, dict[str, Any]()
+    model, base = None, None
     if add_to is not None:  # what does not fit the cache is refused before images are compared
-        with state.main_process_first():
-            model = None if dry_run else load_vae(vae, state.device)
+        model = None if dry_run else _load_vae(vae, state)
         encoding = encoding_identity(model, geometry, flip)
         before = read_base(Path(add_to), opened, encoding, anonymous_ids, verify and state.is_main_process)
     if anonymous_ids:
@@ -181,9 +177,8 @@ def prepare_latents(
         print("\n".join(opened.plan.lines()), flush=True)
     if dry_run:
         return final
-    if model is None:
-        with state.main_process_first():
-            model = load_vae(vae, state.device)
+
+    model = model or _load_vae(vae, state)
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
     identity = cache_identity(opened, model, geometry, flip)
@@ -196,31 +191,23 @@ def prepare_latents(
     spec = CacheSpec(
         opened, model, geometry, flip, max_left_out, batch_size, settings, identity, hold_out, base, own_part
     )
-
-    # Everything that can be refused is refused before any file is written. The main rank looks at the folder for all.
-    job = plan_job(final, spec)
-    LeftOut(spec)
-    finished = [state.is_main_process and is_finished(final, spec, job, verify)]
-    broadcast_object_list(finished)
-    if not finished[0]:
-        advice = "a smaller --batch_size or --resolution needs less"
-        with disk_errors(f"output_dir {final}"), memory_errors(advice):
-            build(final, spec, num_proc, state)
-
-    # Report and upload.
+    was_there = _build(final, spec, num_proc, verify, state)
     if state.is_main_process:
-        _report(final, finished[0])
+        _report(final, was_there)
         if push_to_hub:
             push_latents(final, push_to_hub, crop == "face" if private is None else private)
     return final
 
 
-def _check_num_proc(num_proc: int, state: PartialState) -> None:
-    """Refuse several processes where ranks or a GPU share the work already."""
+def _check_work(num_proc: int, batch_size: int | None, max_left_out: float, state: PartialState) -> None:
+    """Refuse numbers out of range, and several processes where ranks or a GPU share the work already."""
     if num_proc < 1 or (num_proc > 1 and (state.num_processes > 1 or state.device.type != "cpu")):
         raise ValueError(
             f"num_proc={num_proc}: expected 1, or more on a CPU with one rank; several GPUs need `accelerate launch`"
         )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_share(max_left_out)
 
 
 def _check_growth(final: Path, add_to: str | None, drop_gone: bool, part: str | None, push_to_hub: str | None) -> None:
@@ -236,6 +223,26 @@ def _check_growth(final: Path, add_to: str | None, drop_gone: bool, part: str | 
         raise ValueError("part and add_to: images are added to a whole cache; build parts and join them first")
     if part is not None and push_to_hub is not None:
         raise ValueError("part and push_to_hub: a part is not pushed; join the parts first, dit-hf merge-latents")
+
+
+def _load_vae(vae: str, state: PartialState) -> VAE:
+    """Load a VAE on each rank, first on the main one, which downloads it."""
+    with state.main_process_first():
+        return load_vae(vae, state.device)
+
+
+def _build(final: Path, spec: CacheSpec, num_proc: int, verify: bool, state: PartialState) -> bool:
+    """Build a cache unless the folder holds it already, which is returned."""
+    # Everything that can be refused is refused before any file is written. The main rank looks at the folder for all.
+    job = plan_job(final, spec)
+    LeftOut(spec)
+    finished = [state.is_main_process and is_finished(final, spec, job, verify)]
+    broadcast_object_list(finished)
+    if not finished[0]:
+        advice = "a smaller --batch_size or --resolution needs less"
+        with disk_errors(f"output_dir {final}"), memory_errors(advice):
+            build(final, spec, num_proc, state)
+    return finished[0]
 
 
 def _report(folder: Path, was_there: bool) -> None:
