@@ -15,15 +15,15 @@ import argparse
 import itertools
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+from diffusers.optimization import get_linear_schedule_with_warmup
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
-import dit_hf  # noqa: F401  (registers the classes with diffusers)
 from dit_hf.latents.cache import open_latents
+from dit_hf.training.objective import loss_weights, losses, training_target
 
 
 def main() -> None:
@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--condition_dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     accelerator = Accelerator()
@@ -48,6 +47,7 @@ def main() -> None:
     transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.learning_rate)
+    lr_scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.max_train_steps)
 
     # Conditions of the model that these images lack are null for them: not specified.
     images, info = open_latents(args.latents)
@@ -77,17 +77,16 @@ def main() -> None:
                 for name, null in conditions.items()
             ]
             nulls = torch.tensor([*conditions.values()], device=latents.device)
-            dropped = torch.rand(len(latents), 1, device=latents.device) < args.condition_dropout
+            dropped = torch.rand(len(latents), 1, device=latents.device) < 0.1  # for guidance
             ids = torch.where(dropped, nulls, torch.stack(columns, 1).long())
-
         prediction = model(noisy, timesteps, ids, return_dict=False)[0]
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(latents, noise, timesteps) if velocity else latents
-        loss = F.mse_loss(prediction.float(), target)
+        target = training_target(scheduler, latents, noise, timesteps)
+        loss = losses(prediction, target, loss_weights(scheduler, timesteps, snr_gamma=5.0), "l2").mean()
 
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        lr_scheduler.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == args.max_train_steps:
             accelerator.print(f"step {step}: loss {loss.item():.4f}")
