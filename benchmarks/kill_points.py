@@ -1,6 +1,6 @@
 """Kill commands before every change that they make to a file, call them again, and compare the ends.
 
-python benchmarks/kill_points.py [--verbs train,push] [--every N] [--json FILE]     (all: about 25 minutes on 2 cores)
+python benchmarks/kill_points.py [--verbs train,push] [--every N] [--json FILE]     (all: about 40 minutes on 2 cores)
 
 Each attempt is forked from one process that has everything imported. A change is a file that is opened for writing,
 renamed or removed, or a folder that is made or removed, below the folder of the attempt (by Python's audit hooks;
