@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Value
-from diffusers import AutoencoderKL
 from machine import machine
 from PIL import Image as PILImage
+from vaes import tiny_vae
 
 from dit_hf.latents.cache import open_latents
 from dit_hf.latents.shards import open_shards, shard_files
@@ -36,12 +36,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/additions.json"))
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-        sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-        AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False).save_pretrained(folder / "vae")
+        tiny_vae().save_pretrained(folder / "vae")
         result: dict = {"machine": machine(), "torch": torch.__version__}
         result["addition"] = measure_addition(folder, options.images)
         print(json.dumps(result["addition"], indent=2), flush=True)

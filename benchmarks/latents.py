@@ -18,6 +18,7 @@ import torch
 from datasets import Array3D, Dataset, Features, List, Value
 from diffusers import AutoencoderKL
 from machine import machine
+from vaes import sd_shaped_vae
 
 from dit_hf.data.avatars import choose_face, render_face
 from dit_hf.data.sources import open_source
@@ -53,13 +54,6 @@ def main() -> None:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-
-
-def sd_shaped_vae() -> AutoencoderKL:
-    """Build the architecture of Stable Diffusion's VAE with random weights, which are as fast as trained ones."""
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks).eval()
 
 
 def time_build(folder: Path, vae: AutoencoderKL, size: int, count: int, batch: int, rounds: int) -> dict:

@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from machine import machine
 from torch import nn
+from vaes import sd_shaped_vae
 
 from dit_hf import CosineLatentScheduler, LatentDiTPipeline, LatentDiTTransformer2DModel
 from dit_hf.config import PRESETS
@@ -77,8 +78,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def contestants(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """Return calls that generate `batch` images, by name."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks).eval()
+    vae = sd_shaped_vae()
     options_of_call = {"guidance_scale": 2.0, "num_inference_steps": options.inference_steps}
     calls: dict[str, Callable[[], Any]] = {}
     for name, compiled in (("dit_hf", False), ("dit_hf, compiled", True)):

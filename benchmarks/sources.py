@@ -24,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from diffusers import AutoencoderKL
 from machine import machine
 from PIL import Image as PILImage
+from vaes import tiny_vae
 
 MOST_EARLIER = 300_000  # rows or files: the earlier version took minutes for 100,000 rows
 GIGABYTES, IMAGE_BYTES, SHARDS, ATTRIBUTES = 2, 100_000, 10, 40
@@ -66,7 +66,7 @@ def main() -> None:
                 print(json.dumps(result[f"{count:,} {kind}"], indent=2), flush=True)
                 shutil.rmtree(source)
         write_images(folder / "images")
-        write_vae(folder / "vae")
+        tiny_vae().save_pretrained(folder / "vae")
         result[f"{GIGABYTES} GB of images"] = {name: encoded(v, folder, name) for name, v in versions.items()}
         print(json.dumps(result[f"{GIGABYTES} GB of images"], indent=2), flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +104,6 @@ def write_images(folder: Path) -> None:
         count = GIGABYTES * 10**9 // IMAGE_BYTES // SHARDS
         images = pa.array([image + rng.bytes(IMAGE_BYTES - len(image)) for _ in range(count)], pa.binary())
         pq.write_table(pa.table({"image": images}), folder / f"train-{shard}.parquet", row_group_size=100)
-
-
-def write_vae(folder: Path) -> None:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False).save_pretrained(folder)
 
 
 def listed(version: Path, source: Path) -> dict:
