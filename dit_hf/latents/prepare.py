@@ -178,7 +178,8 @@ def prepare_latents(
     if dry_run:
         return final
 
-    model = model or _load_vae(vae, state)
+    if model is None:
+        model = _load_vae(vae, state)
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
     identity = cache_identity(opened, model, geometry, flip)
@@ -232,7 +233,7 @@ def _load_vae(vae: str, state: PartialState) -> VAE:
 
 
 def _build(final: Path, spec: CacheSpec, num_proc: int, verify: bool, state: PartialState) -> bool:
-    """Build a cache unless the folder holds it already, which is returned."""
+    """Build a cache unless the folder already holds it; return whether it did."""
     # Everything that can be refused is refused before any file is written. The main rank looks at the folder for all.
     job = plan_job(final, spec)
     LeftOut(spec)
