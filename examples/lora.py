@@ -22,7 +22,7 @@ from diffusers.optimization import get_linear_schedule_with_warmup
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
-from dit_hf.latents.cache import open_latents
+from dit_hf.latents.cache import open_latents  # dit_hf registers its classes with diffusers
 from dit_hf.training.objective import loss_weights, losses, training_target
 
 
