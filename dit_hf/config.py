@@ -137,7 +137,8 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "apex_fused_adam", "muon"] = "adamw"
     """`adamw`; `apex_fused_adam` (NVIDIA apex's, in fp16 on CUDA where apex is installed, otherwise `adamw`, which
-    takes the same steps); or `muon` for the matrices of attention and feed-forward layers with Adam for the rest.
+    takes the same steps); or `muon` for the matrices of attention, head by head, and of feed-forward layers, with Adam
+    for the rest.
     """
     learning_rate: float = number(1e-4, low=0)
     """Learning rate after warm-up."""

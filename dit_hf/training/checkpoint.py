@@ -131,6 +131,9 @@ class TrainingTensors:
 
         # Settings come from the recipe; the saved ones may be those of another optimizer (apex's of torch's run).
         groups = [{**own, "params": g["params"]} for own, g in zip(self.optimizer.param_groups, saved, strict=True)]
+        for group, before in zip(groups, saved, strict=True):
+            if group.get("muon"):  # a run keeps the blocks that it began with; version 0.1.0 had whole matrices
+                group["blocks"] = before.get("blocks") or [(1, 1)] * len(before["params"])
         return {"state": state, "param_groups": groups}
 
 

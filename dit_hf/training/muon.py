@@ -13,6 +13,8 @@ MOMENTUM = 0.95
 # a, b, c of the quintic iteration, from https://kellerjordan.github.io/posts/muon/. Steep at 0, so that five
 # iterations are enough.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Into how many blocks of rows and of columns a matrix is cut.
+Blocks = tuple[int, int]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -21,13 +23,15 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) moves a matrix along its Nesterov momentum with
     all singular values made equal. A step is scaled by `0.2 sqrt(max(rows, columns))` (Liu et al.,
     https://arxiv.org/abs/2502.16982, section 2.2), which makes it as long as one of Adam's, so that both share a
-    learning rate. Matrices of one shape are computed as one batch.
+    learning rate. A matrix may be cut into blocks, each orthogonalized as a matrix of its own: the projections into
+    and out of attention heads, head by head. Blocks of one shape are computed as one batch.
 
     Both are one optimizer, so that an overflowing gradient skips the step of both: it reads `found_inf` as torch's
     fused optimizers do, and nothing waits for the device.
 
     Args:
-        groups: Parameter groups; those with `muon=True` hold matrices only.
+        groups: Parameter groups. Those with `muon=True` hold matrices only, and in `blocks` for each of them into how
+            many blocks of rows and of columns it is cut; `(1, 1)` leaves it whole.
         lr: Learning rate.
         betas: Adam's.
         eps: Added to Adam's denominator.
@@ -60,13 +64,16 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
             if not group["muon"]:
-                self._adam_step(group, parameters, found_inf)
+                self._adam_step(group, [p for p in group["params"] if p.grad is not None], found_inf)
                 continue
-            # A batch for each shape, in the order in which shapes first appear.
-            for shape in dict.fromkeys(p.shape for p in parameters):
-                self._muon_step(group, [p for p in parameters if p.shape == shape], found_inf)
+            # A batch for each shape and cut, in the order in which they first appear.
+            batches: dict[tuple[torch.Size, Blocks], list[torch.Tensor]] = {}
+            for parameter, blocks in zip(group["params"], group["blocks"], strict=True):  # lists, once loaded
+                if parameter.grad is not None:
+                    batches.setdefault((parameter.shape, tuple(blocks)), []).append(parameter)
+            for (_, blocks), matrices in batches.items():
+                self._muon_step(group, matrices, blocks, found_inf)
 
     def _adam_step(
         self, group: dict[str, Any], parameters: list[torch.Tensor], found_inf: torch.Tensor | None
@@ -97,8 +104,10 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _muon_step(self, group: dict[str, Any], matrices: list[torch.Tensor], found_inf: torch.Tensor | None) -> None:
-        """Update `matrices`, all of one shape; sharded ones are gathered, as singular values are of whole matrices."""
+    def _muon_step(
+        self, group: dict[str, Any], matrices: list[torch.Tensor], blocks: Blocks, found_inf: torch.Tensor | None
+    ) -> None:
+        """Update `matrices`, all of one shape; sharded ones are gathered, as singular values are of whole blocks."""
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
@@ -113,18 +122,33 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
         directions = torch._foreach_lerp(gradients, buffers, MOMENTUM)
 
-        # 2. All matrices of this shape at once, [n, rows, columns]: few large products instead of many small ones. In
-        #    a skipped step the length is zero.
+        # 2. All blocks of this shape at once: few large products instead of many small ones. In a skipped step the
+        #    length is zero.
         whole = torch.stack([_gather(d, like=matrix) for d, matrix in zip(directions, matrices, strict=True)])
+        parts = _cut(whole, blocks)
+        orthogonal = _join(orthogonalize(parts, self.dtype), blocks)
         moves = torch.ones((), device=whole.device) if found_inf is None else 1 - found_inf
-        length = (0.2 * math.sqrt(max(matrices[0].shape)) * group["lr"]) * moves
+        length = (0.2 * math.sqrt(max(parts.shape[-2:])) * group["lr"]) * moves
 
         # 3. The weights, decayed and moved, shard by shard.
-        for matrix, direction in zip(matrices, orthogonalize(whole, self.dtype), strict=True):
+        for matrix, direction in zip(matrices, orthogonal, strict=True):
             weight = _local(matrix)
             if group["weight_decay"]:
                 weight.mul_(1 - group["lr"] * group["weight_decay"] * moves)
             weight.addcmul_(_shard(direction, like=matrix), length, value=-1)
+
+
+def _cut(matrices: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Cut matrices [n, rows, columns] into blocks, [n * blocks, rows / row blocks, columns / column blocks]."""
+    rows, columns = blocks
+    parts = matrices.unflatten(2, (columns, -1)).unflatten(1, (rows, -1))  # [n, row blocks, r, column blocks, c]
+    return parts.transpose(2, 3).flatten(0, 2)
+
+
+def _join(parts: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Undo `_cut`."""
+    matrices = parts.unflatten(0, (-1, *blocks)).transpose(2, 3)  # [n, row blocks, r, column blocks, c]
+    return matrices.flatten(3, 4).flatten(1, 2)
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:

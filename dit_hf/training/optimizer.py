@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..config import OptimConfig
-from .muon import MuonAdamW
+from ..models.transformer_latent_dit import LatentDiTAttention
+from .muon import Blocks, MuonAdamW
 
 
 def build_optimizer(
@@ -19,7 +20,7 @@ def build_optimizer(
 
     `adamw` is torch's fused AdamW. `apex_fused_adam` is NVIDIA apex's, which takes the same steps; torch's replaces it
     off CUDA, without fp16, where apex is not installed, and under FSDP2. `muon` is Muon for the matrices of attention
-    and feed-forward layers, and torch's fused AdamW for the rest.
+    (head by head) and feed-forward layers, and torch's fused AdamW for the rest.
 
     Args:
         model: Whose parameters are trained.
@@ -102,7 +103,19 @@ def _muon_groups(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[st
     inner = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and any(layer in name for layer in layers)}
     matrices = [p for p in groups[0]["params"] if id(p) in inner]
     rest = [p for p in groups[0]["params"] if id(p) not in inner]
-    return [{**groups[0], "params": matrices, "muon": True}, {**groups[0], "params": rest}, groups[1]]
+
+    # Head by head: queries, keys and values are rows of a head, the output projection's columns are.
+    heads: dict[int, Blocks] = {}
+    for module in model.modules():
+        if isinstance(module, LatentDiTAttention):
+            heads |= {id(layer.weight): (module.heads, 1) for layer in (module.to_q, module.to_k, module.to_v)}
+            heads[id(module.to_out[0].weight)] = (1, module.heads)
+    blocks = [heads.get(id(p), (1, 1)) for p in matrices]
+    return [
+        {**groups[0], "params": matrices, "muon": True, "blocks": blocks},
+        {**groups[0], "params": rest},
+        groups[1],
+    ]
 
 
 def learning_rate(config: OptimConfig, step: int, max_train_steps: int) -> float:

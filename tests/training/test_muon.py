@@ -37,26 +37,45 @@ def build(model, config=CONFIG, precision="bf16"):
     return build_optimizer(model, config, torch.device("cpu"), precision)[0]
 
 
-def test_steps_are_those_of_torchs_muon_and_torchs_adamw():
+def heads_of(name, matrix):
+    """The slices of a matrix that belong to one of the two heads each; the whole matrix where it has none."""
+    if ".attn." not in name:
+        return (matrix,)
+    return matrix.chunk(2, dim=1 if ".to_out." in name else 0)
+
+
+def test_steps_are_those_of_torchs_muon_on_each_head_and_of_torchs_adamw():
     ours, theirs = transformer(), transformer()
     initial = [p.detach().clone() for p in ours.parameters()]
     optimizer = build(ours, precision="no")
     inner = {n: p for n, p in theirs.named_parameters() if p.ndim == 2 and (".attn." in n or ".ff." in n)}
     assert len(inner) == 2 * 6
+    heads = {name: [nn.Parameter(part.detach().clone()) for part in heads_of(name, p)] for name, p in inner.items()}
     adam = {"betas": (0.9, 0.9), "eps": 1e-8, "lr": 1e-2}
     rest = [(n, p) for n, p in theirs.named_parameters() if n not in inner]
     decayed = [p for n, p in rest if p.ndim > 1 and n != "condition_embedding.weight"]
     others = [p for n, p in rest if not any(p is q for q in decayed)]
     reference = [
-        torch.optim.Muon(inner.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            [part for parts in heads.values() for part in parts],
+            lr=1e-2,
+            weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
+        ),
         torch.optim.AdamW(decayed, weight_decay=0.1, **adam),
         torch.optim.AdamW(others, weight_decay=0.0, **adam),
     ]
     for step in range(5):
         give_gradients(ours, step)
         give_gradients(theirs, step)
+        for name, matrix in inner.items():
+            for part, gradient in zip(heads[name], heads_of(name, matrix.grad), strict=True):
+                part.grad = gradient
         for one in (optimizer, *reference):
             one.step()
+    for name, matrix in inner.items():
+        for part, final in zip(heads_of(name, matrix.data), heads[name], strict=True):
+            part.copy_(final.detach())
     for (name, one), other, start in zip(ours.named_parameters(), theirs.parameters(), initial, strict=True):
         difference = ((one - other).norm() / (other - start).norm()).item()
         # torch's rounds to bfloat16 on the way.
