@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -33,6 +34,9 @@ from .training.trainer import Trainer
 NUM_IMAGES = 8000
 GRID_SIZE = 64
 TIMED_STEPS = 20
+# How the grids are generated. Fresh noise in every step corrects errors of a model that was trained for minutes; few
+# steps are then enough (measured: benchmarks/README.md, "How good are the demo's faces?").
+SAMPLING: dict[str, Any] = {"num_inference_steps": 12, "eta": 1.0}
 # The easily visible attributes: line of the caption, name, word in the caption.
 CAPTIONS = (
     (0, "Smiling", "smiling"),
@@ -50,8 +54,9 @@ NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU h
   dit-hf prepare-latents celeba --crop celeba-178 --resolution 256 --flip --output_dir runs/celeba/latents
   dit-hf train celeba
   dit-hf sample runs/celeba-dit --output_dir faces
-And with this model, in a browser:
-  dit-hf app {run}"""
+And with this model, in a browser, or as images like those of sheet.png:
+  dit-hf app {run}
+  dit-hf sample {run} --num_inference_steps 12 --eta 1 --output_dir faces"""
 
 
 def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:
@@ -130,8 +135,8 @@ def make_grids(run: Path) -> None:
     ]
     # One generator for both calls, so that the unconditional faces continue its sequence of random numbers.
     generator = torch.Generator().manual_seed(0)
-    conditional = pipeline(requested, generator=generator).images
-    unconditional = pipeline(batch_size=16, generator=generator).images
+    conditional = pipeline(requested, generator=generator, **SAMPLING).images
+    unconditional = pipeline(batch_size=16, generator=generator, **SAMPLING).images
     captions = ["\n".join(_caption_lines(row)) for row in requested]
     left = make_grid(conditional, 8, captions, "requested attributes (the visible ones)", min_side=96)
     right = make_grid(unconditional, 2, ["\n\n"] * len(unconditional), "unconditional", min_side=96)
@@ -201,12 +206,11 @@ def _make_denoising_grid(pipeline: LatentDiTPipeline, requested: list[Attributes
         stages.append(tensors["latents"])
         return tensors
 
-    pipeline(requested, generator=torch.Generator().manual_seed(1), callback_on_step_end=record, output_type="latent")
-    # Every third step, and the last one.
-    steps = [*range(0, len(stages) - 1, 3), len(stages) - 1]
-    columns = [pipeline.decode_latents(stages[step]) for step in steps]
+    generator = torch.Generator().manual_seed(1)
+    pipeline(requested, generator=generator, callback_on_step_end=record, output_type="latent", **SAMPLING)
+    columns = [pipeline.decode_latents(latents) for latents in stages]
     images = [column[row] for row in range(len(requested)) for column in columns]
-    return make_grid(images, len(steps), title="from noise to image, step by step", min_side=96)
+    return make_grid(images, len(columns), title="from noise to image, step by step", min_side=96)
 
 
 if __name__ == "__main__":
