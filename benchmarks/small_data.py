@@ -6,7 +6,7 @@ python benchmarks/small_data.py MODEL [--only NAME ...]     (MODEL is the demo's
 all kinds. Each setting is a training by `dit_hf.train` with 256 held-out images. 500 samples of it, for the attributes
 of other avatars, are compared with these avatars. A copy is a sample that is nearer to a training image than 99 of 100
 new avatars are, in the feature space of EfficientNet-Lite0; of a model that copies nothing, 1 % are.
-Results are written to results/small_data.json, and a row of faces a setting to results/small_data.png.
+Results are written to results/small_data.json, and a row of faces for each run that is kept to results/small_data.png.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from machine import machine
 from PIL import Image
 
 import dit_hf
+from dit_hf import demo
 from dit_hf.config import TrainConfig
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance, nearest
@@ -36,14 +37,20 @@ from dit_hf.sampling.generate import batches, generate_images
 FOLDER = Path("runs/small")
 RESULTS = Path(__file__).parent / "results" / "small_data.json"
 HELD_OUT, NEW, SAMPLES = 256, 1500, 500
-SAMPLING = {"guidance_scale": 2.0, "num_inference_steps": 12, "eta": 1.0}
-# Name: images, whether the training starts from MODEL, steps of 64 images, and what differs from the recipe.
+# How samples are generated, by patch size: small patches and deterministic steps came first.
+SAMPLING: dict[int, dict[str, Any]] = {2: {"guidance_scale": 2.0}, 4: {"guidance_scale": 2.0, **demo.SAMPLING}}
+PATCHES_OF_4 = {"patch_size": 4, "global_batch_size": 64}
+# Name: images, whether the training starts from MODEL (which has patches of that size), steps, and what differs from
+# patches of 2, batches of 16 and mirrored images.
 SETTINGS: dict[str, tuple[str, bool, int, dict[str, Any]]] = {
-    "300 hats": ("hats-300", False, 1500, {}),
-    "300 hats from the model, 1e-3": ("hats-300", True, 300, {"learning_rate": 1e-3}),
-    "300 hats from the model, 3e-4": ("hats-300", True, 300, {"learning_rate": 3e-4}),
-    "1,000, flip": ("all-1000", False, 1500, {}),
     "1,000": ("all-1000", False, 1500, {"flip": False}),
+    "1,000, flip": ("all-1000", False, 1500, {}),
+    "300 hats": ("hats-300", False, 1500, {}),
+    "300 hats from the model, 1e-3": ("hats-300", True, 400, {"learning_rate": 1e-3}),
+    "1,000, flip, patches of 4": ("all-1000", False, 1500, PATCHES_OF_4),
+    "300 hats, patches of 4": ("hats-300", False, 1500, PATCHES_OF_4),
+    "300 hats from the model, patches of 4, 1e-3": ("hats-300", True, 300, PATCHES_OF_4 | {"learning_rate": 1e-3}),
+    "300 hats from the model, patches of 4, 3e-4": ("hats-300", True, 300, PATCHES_OF_4 | {"learning_rate": 3e-4}),
 }
 
 
@@ -57,7 +64,7 @@ def main() -> None:
         if name not in results:
             results[name] = compete(name, options.model)
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    save_faces(list(results))
+    save_faces([name for name in results if run_folder(name).is_dir()])
 
 
 def compete(name: str, model: str) -> dict[str, Any]:
@@ -72,12 +79,13 @@ def compete(name: str, model: str) -> dict[str, Any]:
     config = read_config(recipe_path("avatars"))
     config.data.latents, config.data.flip = str(latents), changes.get("flip", True)
     config.model.init_from = model if tuned else None
-    config.optim.learning_rate = changes.get("learning_rate", config.optim.learning_rate)
+    config.model.patch_size = changes.get("patch_size", 2)
+    config.optim.learning_rate = changes.get("learning_rate", {2: 2e-3, 4: 3e-3}[config.model.patch_size])
     config.optim.lr_warmup_steps = 20 if tuned else 100
     config.train = TrainConfig(
         output_dir=str(run_folder(name)),
         max_train_steps=steps,
-        global_batch_size=64,
+        global_batch_size=changes.get("global_batch_size", 16),
         checkpointing_steps=steps // 10,
         logging_steps=steps // 10,
         validation_images=HELD_OUT,
@@ -89,12 +97,13 @@ def compete(name: str, model: str) -> dict[str, Any]:
     run = dit_hf.train(config)
 
     # Attributes of new avatars are requested; the same avatars are what the samples are compared with.
+    sampling = SAMPLING[config.model.patch_size]
     net, rows = load_features("efficientnet-lite0"), new.select(range(count + HELD_OUT, len(new)))
     pipeline = load_pipeline(str(run))
     names = list(pipeline.transformer.config.conditions)
     requested = [{key: row[key] for key in names} for row in rows.remove_columns("image")]
     samples = np.concatenate(
-        [net(generate_images(pipeline, part, requested, 0, **SAMPLING)) for part in batches(SAMPLES, 50)]
+        [net(generate_images(pipeline, part, requested, 0, **sampling)) for part in batches(SAMPLES, 50)]
     )
     real = features_of(net, rows)
     trained = features_of(net, new.select(range(count)))
@@ -104,15 +113,17 @@ def compete(name: str, model: str) -> dict[str, Any]:
     return {
         "images": count,
         "steps": steps,
+        "patch_size": config.model.patch_size,
+        "global_batch_size": config.train.global_batch_size,
         "flip": config.data.flip,
-        "initialized_from": "a model of the demo's recipe" if tuned else None,
+        "initialized_from": Path(model).name if tuned else None,
         "learning_rate": config.optim.learning_rate,
         "validation_losses": losses,
         "lowest_at_step": best,
         "frechet_distance": round(frechet_distance(samples, real), 1),
         "copies": float(np.mean(nearest(samples, trained)[0] < near)),
         "samples": SAMPLES,
-        "sampling": SAMPLING,
+        "sampling": sampling,
         "machine": machine(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
@@ -161,9 +172,11 @@ def save_faces(names: list[str]) -> None:
     images = []
     for name in names:
         pipeline = load_pipeline(str(run_folder(name)))
-        pixels = generate_images(pipeline, range(10), None, seed=1, guidance_scale=1.0)
+        sampling = SAMPLING[pipeline.transformer.config.patch_size] | {"guidance_scale": 1.0}
+        pixels = generate_images(pipeline, range(10), None, seed=1, **sampling)
         images += [Image.fromarray(face) for face in pixels]
-    captions = [name if column == 0 else "" for name in names for column in range(10)]
+    lines = (name.replace(" from", "\nfrom").replace(", patches", "\npatches") for name in names)
+    captions = [caption for name in lines for caption in (name, *[""] * 9)]
     save_grid(make_grid(images, 10, captions, min_side=96), RESULTS.with_suffix(".png"))
 
 
