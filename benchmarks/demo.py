@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from avatar_classifier import avatars, classify, train_classifier
+from image_features import features_of
 from machine import machine
 from manipulation import rows_of
 from torch import nn
@@ -74,11 +75,12 @@ def measure(
     for seed in SEEDS:
         images, labels = avatars(seed, 2 * COUNT)
         rows = rows_of(labels[:COUNT])
-        parts = [generate_images(pipeline, part, rows, seed, **sampling) for part in batches(COUNT, 50)]
-        real, others = features(net, images[:COUNT]), features(net, images[COUNT:])
-        generated = np.concatenate([net(part) for part in parts])
-        ratios.append(frechet_distance(generated, real) / frechet_distance(others, real))
-        predicted.append(classify(classifier, np.concatenate(parts)))
+        generated = np.concatenate(
+            [generate_images(pipeline, part, rows, seed, **sampling) for part in batches(COUNT, 50)]
+        )
+        real, others, samples = (features_of(net, part) for part in (images[:COUNT], images[COUNT:], generated))
+        ratios.append(frechet_distance(samples, real) / frechet_distance(others, real))
+        predicted.append(classify(classifier, generated))
         requested.append(labels[:COUNT])
     shown, wanted = np.concatenate(predicted), np.concatenate(requested)
     columns = {name: ATTRIBUTES.index(name) for name in VISIBLE}
@@ -90,10 +92,6 @@ def measure(
             n: round(float(shown[wanted[:, i] == 0, i].mean()), 3) for n, i in columns.items()
         },
     }
-
-
-def features(net: FeatureNet, images: np.ndarray) -> np.ndarray:
-    return np.concatenate([net(part) for part in np.split(images, len(images) // 50)])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from image_features import features_of
 from machine import machine
 from PIL import Image, ImageFilter, ImageOps
 
@@ -56,9 +57,9 @@ def main() -> None:
     options = parser.parse_args()
     count, net = options.num_samples, load_features(options.features)
     images = open_images("avatars", RESOLUTION, num_images=2 * count)["image"]
-    reference = features(net, [images[i] for i in range(count)])
+    reference = features_of(net, [images[i] for i in range(count)])
     others = [images[i] for i in range(count, 2 * count)]
-    rows = {"other avatars (the floor)": figures(features(net, others), reference)}
+    rows = {"other avatars (the floor)": figures(features_of(net, others), reference)}
     reference_images = open_reference_images(
         "avatars", Geometry((RESOLUTION, RESOLUTION)), SourceOptions(num_images=2 * count)
     )
@@ -66,8 +67,10 @@ def main() -> None:
     rebuilt = [net(rebuild(range(start, min(start + 50, 2 * count)))) for start in range(count, 2 * count, 50)]
     rows["the bundled VAE's reconstructions"] = figures(np.concatenate(rebuilt), reference)
     for distortion in DISTORTIONS:
-        rows |= {name: figures(features(net, map(distort, others)), reference) for name, distort in distortion.items()}
-    few = features(net, others[:50])
+        rows |= {
+            name: figures(features_of(net, map(distort, others)), reference) for name, distort in distortion.items()
+        }
+    few = features_of(net, others[:50])
     rows["50 avatars repeated"] = figures(few[np.arange(count) % 50], reference)
     result = {
         "machine": machine(),
@@ -92,11 +95,6 @@ def main() -> None:
 
 def distance(rows: dict[str, dict[str, float]], name: str) -> float:
     return rows[name]["frechet_distance"]
-
-
-def features(net, images) -> np.ndarray:
-    stacked = np.stack([np.asarray(image) for image in images])
-    return np.concatenate([net(stacked[start : start + 50]) for start in range(0, len(stacked), 50)])
 
 
 def figures(some: np.ndarray, reference: np.ndarray) -> dict[str, float]:

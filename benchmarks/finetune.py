@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from image_features import features_of
 from machine import machine
 from PIL import Image
 
@@ -154,8 +155,7 @@ class Measurement:
 
     def features(self, rows: Dataset) -> np.ndarray:
         """Return the features of images, float32 [n, dim]."""
-        parts = (rows[start : start + 50]["image"] for start in range(0, len(rows), 50))
-        return np.concatenate([self.net(np.stack([np.asarray(image) for image in part])) for part in parts])
+        return features_of(self.net, rows["image"])
 
     def samples(self, pipeline: LatentDiTPipeline) -> np.ndarray:
         """Return the features of samples for the attributes of new avatars, float32 [n, dim]."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from image_features import features_of
 from machine import machine
 from PIL import Image
 
@@ -39,18 +40,18 @@ RESULTS = Path(__file__).parent / "results" / "small_data.json"
 HELD_OUT, NEW, SAMPLES = 256, 1500, 500
 # How samples are generated, by patch size: small patches and deterministic steps came first.
 SAMPLING: dict[int, dict[str, Any]] = {2: {"guidance_scale": 2.0}, 4: {"guidance_scale": 2.0, **demo.SAMPLING}}
-PATCHES_OF_4 = {"patch_size": 4, "global_batch_size": 64}
+PATCHES_OF_2 = {"patch_size": 2, "global_batch_size": 16, "learning_rate": 2e-3}
 # Name: images, whether the training starts from MODEL (which has patches of that size), steps, and what differs from
-# patches of 2, batches of 16 and mirrored images.
+# the recipe and from mirrored images.
 SETTINGS: dict[str, tuple[str, bool, int, dict[str, Any]]] = {
-    "1,000": ("all-1000", False, 1500, {"flip": False}),
-    "1,000, flip": ("all-1000", False, 1500, {}),
-    "300 hats": ("hats-300", False, 1500, {}),
-    "300 hats from the model, 1e-3": ("hats-300", True, 400, {"learning_rate": 1e-3}),
-    "1,000, flip, patches of 4": ("all-1000", False, 1500, PATCHES_OF_4),
-    "300 hats, patches of 4": ("hats-300", False, 1500, PATCHES_OF_4),
-    "300 hats from the model, patches of 4, 1e-3": ("hats-300", True, 300, PATCHES_OF_4 | {"learning_rate": 1e-3}),
-    "300 hats from the model, patches of 4, 3e-4": ("hats-300", True, 300, PATCHES_OF_4 | {"learning_rate": 3e-4}),
+    "1,000": ("all-1000", False, 1500, PATCHES_OF_2 | {"flip": False}),
+    "1,000, flip": ("all-1000", False, 1500, PATCHES_OF_2),
+    "300 hats": ("hats-300", False, 1500, PATCHES_OF_2),
+    "300 hats from the model, 1e-3": ("hats-300", True, 400, PATCHES_OF_2 | {"learning_rate": 1e-3}),
+    "1,000, flip, patches of 4": ("all-1000", False, 1500, {}),
+    "300 hats, patches of 4": ("hats-300", False, 1500, {}),
+    "300 hats from the model, patches of 4, 1e-3": ("hats-300", True, 300, {"learning_rate": 1e-3}),
+    "300 hats from the model, patches of 4, 3e-4": ("hats-300", True, 300, {"learning_rate": 3e-4}),
 }
 
 
@@ -79,13 +80,13 @@ def compete(name: str, model: str) -> dict[str, Any]:
     config = read_config(recipe_path("avatars"))
     config.data.latents, config.data.flip = str(latents), changes.get("flip", True)
     config.model.init_from = model if tuned else None
-    config.model.patch_size = changes.get("patch_size", 2)
-    config.optim.learning_rate = changes.get("learning_rate", {2: 2e-3, 4: 3e-3}[config.model.patch_size])
+    config.model.patch_size = changes.get("patch_size", config.model.patch_size)
+    config.optim.learning_rate = changes.get("learning_rate", config.optim.learning_rate)
     config.optim.lr_warmup_steps = 20 if tuned else 100
     config.train = TrainConfig(
         output_dir=str(run_folder(name)),
         max_train_steps=steps,
-        global_batch_size=changes.get("global_batch_size", 16),
+        global_batch_size=changes.get("global_batch_size", config.train.global_batch_size),
         checkpointing_steps=steps // 10,
         logging_steps=steps // 10,
         validation_images=HELD_OUT,
@@ -105,8 +106,8 @@ def compete(name: str, model: str) -> dict[str, Any]:
     samples = np.concatenate(
         [net(generate_images(pipeline, part, requested, 0, **sampling)) for part in batches(SAMPLES, 50)]
     )
-    real = features_of(net, rows)
-    trained = features_of(net, new.select(range(count)))
+    real = features_of(net, rows["image"])
+    trained = features_of(net, new.select(range(count))["image"])
     near = np.quantile(nearest(real, trained)[0], 0.01)
     losses = {int(row["step"]): float(row["validation_loss"]) for row in read_log(run) if row.get("validation_loss")}
     best = min(losses, key=losses.__getitem__)
@@ -159,12 +160,6 @@ def write_source(source: str, rows: Dataset, count: int) -> None:
                 row.pop("image").save(folder / f"{number:04}.png")
                 row.pop("id")
                 writer.writerow({"file_name": f"{number:04}.png", **row})
-
-
-def features_of(net: Any, rows: Dataset) -> np.ndarray:
-    """Return the features of images, float32 [n, dim]."""
-    parts = (rows[start : start + 50]["image"] for start in range(0, len(rows), 50))
-    return np.concatenate([net(np.stack([np.asarray(image.convert("RGB")) for image in part])) for part in parts])
 
 
 def save_faces(names: list[str]) -> None:
