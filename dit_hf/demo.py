@@ -35,7 +35,7 @@ NUM_IMAGES = 8000
 GRID_SIZE = 64
 TIMED_STEPS = 20
 # How the grids are generated. Fresh noise in every step corrects errors of a model that was trained for minutes; few
-# steps are then enough (measured: benchmarks/README.md, "How good are the demo's faces?").
+# steps are then enough (measured: benchmarks/README.md, "How good are the demo's images?").
 SAMPLING: dict[str, Any] = {"num_inference_steps": 12, "eta": 1.0}
 # The easily visible attributes: line of the caption, name, word in the caption.
 CAPTIONS = (
@@ -56,7 +56,7 @@ NEXT = """The same for CelebA, with Kaggle's archive unpacked in celeba (a GPU h
   dit-hf sample runs/celeba-dit --output_dir faces
 And with this model, in a browser, or as images like those of sheet.png:
   dit-hf app {run}
-  dit-hf sample {run} --num_inference_steps 12 --eta 1 --output_dir faces"""
+  dit-hf sample {run} --num_inference_steps {num_inference_steps} --eta {eta:g} --output_dir faces"""
 
 
 def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> None:
@@ -102,7 +102,7 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
     print(f"\n{run} holds:")
     for name in ("sheet.png", "denoising.png", "pipeline", "samples", "loss_curve.png", "training_log.csv", "latents"):
         print(f"  {run / name}")
-    print(f"\n{NEXT.format(run=run)}")
+    print(f"\n{NEXT.format(run=run, **SAMPLING)}")
 
 
 def _run_module(module: str, *args: str, **environment: str) -> None:
