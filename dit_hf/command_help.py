@@ -79,6 +79,7 @@ GROUPS = {
     "train-autoencoder": {
         "What is read of the source": SOURCE + " resolution crop faces min_face_size",
         "Training": "max_train_steps train_batch_size learning_rate mixed_precision seed",
+        "What is learned": "init_from decoder_only kl_weight latent_noise",
     },
     "sample": {
         "What is generated": "num_images attributes seed",

@@ -53,11 +53,12 @@ def verb_of(command):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what a page's code finds: the demo's pipeline, here of random weights, a LoRA, and two images."""
+    """A folder with what a page's code finds: a pipeline and a VAE of random weights, a LoRA, images."""
     monkeypatch.chdir(tmp_path)
     transformer = tiny_transformer(conditions=dict.fromkeys(ATTRIBUTES, 2))
     scheduler = CosineLatentScheduler(prediction_type="v_prediction")
     LatentDiTPipeline(transformer, scheduler, tiny_vae(), guidance_scale=2.0).save_pretrained("runs/demo/pipeline")
+    tiny_vae().save_pretrained("vae")
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     transformer.save_lora_adapter("my-lora")
     Image.new("RGB", (20, 16), "teal").save("face.png")

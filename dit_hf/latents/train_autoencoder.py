@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,8 @@ from ..data.transforms import Faces, photo_of
 from ..devices import available_cpus, default_device
 from ..progress import ProgressBar
 from ..storage import folder_taken, is_missing_or_empty, new_folder, write_text
-from .vae import encode
+from .vae import encode, latent_shape, load_vae
 
-KL_WEIGHT = 1e-4
 MSE_WEIGHT = 0.5
 EMA_DECAY = 0.999
 LOGGING_STEPS = 100
@@ -51,18 +51,28 @@ def train_autoencoder(
     learning_rate: float = 2e-3,
     mixed_precision: str = "no",
     seed: int = 0,
+    init_from: str | None = None,
+    decoder_only: bool = False,
+    kl_weight: float = 1e-4,
+    latent_noise: float = 0.0,
 ) -> AutoencoderKL:
-    """Train a VAE with 4 latent channels and a 4-fold reduction of each side, and save it for diffusers.
+    """Train a VAE with 4 latent channels and a 4-fold reduction of each side, or an earlier one, and save it.
 
-    The loss is L1 + 0.5 MSE on pixels in [-1, 1], plus 1e-4 times the KL divergence to the unit normal, averaged over
-    the latent's elements (Kingma & Welling, https://arxiv.org/abs/1312.6114, eq. 10). The learning rate falls to zero
-    in the second half; the saved weights are the EMA in half precision. The VAE's `scaling_factor` is one over the
-    standard deviation of its latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
+    The loss is L1 + 0.5 MSE on pixels in [-1, 1], plus `kl_weight` times the KL divergence to the unit normal,
+    averaged over the latent's elements (Kingma & Welling, https://arxiv.org/abs/1312.6114, eq. 10). The learning rate
+    falls to zero in the second half; the saved weights are the EMA in half precision. The `scaling_factor` is one over
+    the standard deviation of the latents (Rombach et al., https://arxiv.org/abs/2112.10752, appendix G).
+
+    A decoder that has only seen latents of images turns small errors of generated latents into blotches. With
+    `latent_noise` it learns to correct them (noise-augmented decoding: Zheng et al.,
+    https://arxiv.org/abs/2510.11690, section 4.3), for a little detail. With `decoder_only` the latents stay what they
+    are, so that models which were trained on them can use the new decoder (`pipe.vae = ...`).
 
     Args:
         source: any source of images (see prepare-latents); 2 % of them, chosen by the hash of the id, are held out.
         output_dir: a new or empty folder for the weights and `training.json` (settings and held-out PSNR).
-        resolution: side of the square training images in pixels, divisible by 4; the trained VAE takes any size.
+        resolution: side of the square training images in pixels, divisible by the VAE's reduction, 4 for a new one;
+            the trained VAE takes any size.
         crop: `center` (the largest centered box), `face` (each face of a photograph, aligned by eyes and mouth),
             `celeba-178` or `celeba-140` (squares of CelebA's aligned images), or `none` (stretch the whole image).
         faces: with crop `face`, `all` faces of a photograph or the `largest`.
@@ -80,6 +90,13 @@ def train_autoencoder(
         learning_rate: AdamW's learning rate before the decay.
         mixed_precision: `no` or `bf16`.
         seed: seed of the images (avatars), the initial weights and the order of the images.
+        init_from: start from this `AutoencoderKL` (a Hub id, a folder or `avatar`, as --vae of prepare-latents); by
+            default from a new one with random weights.
+        decoder_only: train the decoder alone; the encoder of `init_from` and its latents stay.
+        kl_weight: weight of the KL divergence. The larger it is, the less fine detail the latents hold, which a model
+            would have to learn.
+        latent_noise: add noise to the latents before they are decoded, of a standard deviation between 0 and this many
+            times theirs, chosen for each image.
 
     Returns:
         The trained VAE, with its weights rounded to half precision.
@@ -99,10 +116,18 @@ def train_autoencoder(
         "learning_rate": learning_rate,
         "mixed_precision": mixed_precision,
         "seed": seed,
+        "init_from": None if init_from is None else Path(init_from).name if Path(init_from).exists() else init_from,
+        "decoder_only": decoder_only,
+        "kl_weight": kl_weight,
+        "latent_noise": latent_noise,
     }
     folder = Path(output_dir)
-    _check_options(folder, resolution, max_train_steps, train_batch_size, learning_rate, mixed_precision)
+    _check_options(folder, max_train_steps, train_batch_size, learning_rate, mixed_precision)
+    for name, number in (("kl_weight", kl_weight), ("latent_noise", latent_noise)):
+        if number < 0:
+            raise ValueError(f"{name}={number:g} must not be negative")
     torch.manual_seed(seed)
+    vae = _open_autoencoder(init_from, decoder_only, resolution)
 
     # Images.
     opened = open_images(
@@ -128,15 +153,16 @@ def train_autoencoder(
         raise ValueError(f"source {source}: {few}; give more images, or a smaller --train_batch_size")
 
     # Training.
-    vae = new_autoencoder(resolution).to(default_device())
     batches = _batches(train, train_batch_size, seed)
     started = time.monotonic()
-    ema = _fit(vae, batches, max_train_steps, learning_rate, bf16=mixed_precision == "bf16")
+    loss_of = functools.partial(_loss, bf16=mixed_precision == "bf16", kl_weight=kl_weight, latent_noise=latent_noise)
+    ema = _fit(vae, batches, max_train_steps, learning_rate, loss_of)
     ema.copy_to(vae.parameters())
     seconds = round(time.monotonic() - started)
 
     # Evaluation, of the weights as they are saved: rounded to half precision.
-    vae.register_to_config(scaling_factor=scaling_factor(vae, validation))
+    if not decoder_only:  # whose latents are what they were
+        vae.register_to_config(scaling_factor=scaling_factor(vae, validation))
     figures = {"psnr_db": psnr(vae.half().float(), validation), "held_out": len(validation), "seconds": seconds}
     with new_folder(folder) as partial:
         vae.half().save_pretrained(partial)
@@ -157,6 +183,29 @@ def new_autoencoder(sample_size: int) -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=sample_size,
     )
+
+
+def _open_autoencoder(init_from: str | None, decoder_only: bool, resolution: int) -> AutoencoderKL:
+    """Return the VAE to train, a new one or `init_from`, on the device; its encoder is frozen with `decoder_only`.
+
+    Raises:
+        ValueError: if it cannot be loaded, is no `AutoencoderKL`, or does not fit the resolution.
+    """
+    if init_from is None:
+        if decoder_only:
+            raise ValueError("decoder_only keeps an encoder that is trained already; name its VAE by init_from")
+        vae = new_autoencoder(resolution).to(default_device())
+    else:
+        loaded = load_vae(init_from)
+        if not isinstance(loaded, AutoencoderKL):
+            raise ValueError(f"init_from {init_from}: expected an AutoencoderKL, got {type(loaded).__name__}")
+        vae = loaded.train().requires_grad_(True)
+    latent_shape(vae, (resolution, resolution))  # refuses a resolution that does not fit
+    if decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            if part is not None:  # some VAEs have no quant_conv
+                part.requires_grad_(False)
+    return vae
 
 
 def scaling_factor(vae: AutoencoderKL, images: Dataset, count: int = 1000) -> float:
@@ -184,12 +233,7 @@ def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
 
 
 def _check_options(
-    folder: Path,
-    resolution: int,
-    max_train_steps: int,
-    train_batch_size: int,
-    learning_rate: float,
-    mixed_precision: str,
+    folder: Path, max_train_steps: int, train_batch_size: int, learning_rate: float, mixed_precision: str
 ) -> None:
     """Refuse a folder that is not empty, and options that do not fit."""
     if not is_missing_or_empty(folder):
@@ -199,8 +243,6 @@ def _check_options(
             raise ValueError(f"{name}={number} must be at least 1")
     if learning_rate <= 0:
         raise ValueError(f"learning_rate={learning_rate:g} must be above 0")
-    if resolution % 4:
-        raise ValueError(f"resolution={resolution} must be divisible by 4")
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r}: expected no or bf16")
 
@@ -246,7 +288,13 @@ def _batches(images: Dataset, batch_size: int, seed: int) -> DataLoader:
     )
 
 
-def _fit(vae: AutoencoderKL, batches: DataLoader, steps: int, learning_rate: float, bf16: bool) -> EMAModel:
+def _fit(
+    vae: AutoencoderKL,
+    batches: DataLoader,
+    steps: int,
+    learning_rate: float,
+    loss_of: Callable[[AutoencoderKL, torch.Tensor], torch.Tensor],
+) -> EMAModel:
     """Train `vae` for `steps` optimizer steps and return the EMA of its weights."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
@@ -254,7 +302,7 @@ def _fit(vae: AutoencoderKL, batches: DataLoader, steps: int, learning_rate: flo
     with ProgressBar(steps, "training", "steps") as progress:
         for pixels in _repeated(batches, steps):
             # Loss and gradients.
-            loss = _loss(vae, pixels.to(vae.device), bf16)
+            loss = loss_of(vae, pixels.to(vae.device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
 
@@ -277,15 +325,20 @@ def _repeated(batches: DataLoader, count: int) -> Iterator[torch.Tensor]:
     return itertools.islice(endless, count)
 
 
-def _loss(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool) -> torch.Tensor:
+def _loss(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool, kl_weight: float, latent_noise: float) -> torch.Tensor:
     """Return the loss on `pixels`, [B, 3, H, W] in [-1, 1]; see [`train_autoencoder`]."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
         posterior = vae.encode(pixels).latent_dist
-        rebuilt = vae.decode(posterior.sample()).sample  # [B, 3, H, W]
+        latents = posterior.sample()  # [B, C, h, w]
+        if latent_noise:
+            # Relative to the latents, or the encoder could escape the noise by making them larger.
+            levels = latent_noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+            latents = latents + levels * torch.randn_like(latents)
+        rebuilt = vae.decode(latents).sample  # [B, 3, H, W]
     # Float32 from here on: exponentials and means lose too much in bfloat16.
     rebuilt, mean, logvar = rebuilt.float(), posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return F.l1_loss(rebuilt, pixels) + MSE_WEIGHT * F.mse_loss(rebuilt, pixels) + KL_WEIGHT * kl
+    return F.l1_loss(rebuilt, pixels) + MSE_WEIGHT * F.mse_loss(rebuilt, pixels) + kl_weight * kl
 
 
 def _to_pixels(image: Image) -> torch.Tensor:
