@@ -1,6 +1,6 @@
 """How good the demo's faces are: their Fréchet distance to avatars, over that between avatars and other avatars.
 
-python benchmarks/demo.py MODEL [--num_inference_steps 12 25] [--eta 0 1]                  (MODEL is the demo's run)
+python benchmarks/demo.py MODEL [--num_inference_steps 12 25] [--eta 0 1] [--vae avatar]   (MODEL is the demo's run)
 
 200 images are generated for the attributes of 200 avatars and compared with these avatars, which are compared with 200
 others: three times, with avatars and noise of three seeds. So 1 would be as good as avatars are. A classifier counts
@@ -28,6 +28,7 @@ from dit_hf.data.avatars import ATTRIBUTES
 from dit_hf.demo import SAMPLING
 from dit_hf.evaluation.features import FeatureNet, load_features
 from dit_hf.evaluation.metrics import frechet_distance
+from dit_hf.latents.vae import load_vae
 from dit_hf.runs import load_pipeline, read_log
 from dit_hf.sampling.generate import batches, generate_images, model_sha256
 
@@ -42,19 +43,25 @@ def main() -> None:
     parser.add_argument("--guidance_scale", nargs="+", type=float, default=[None], help="Default: the pipeline's.")
     parser.add_argument("--num_inference_steps", nargs="+", type=int, default=[SAMPLING["num_inference_steps"]])
     parser.add_argument("--eta", nargs="+", type=float, default=[SAMPLING["eta"]])
+    parser.add_argument("--vae", nargs="+", default=[None], help="VAEs with the latents of MODEL's. Default: MODEL's.")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     pipeline, net, classifier = load_pipeline(options.model), load_features("efficientnet-lite0"), train_classifier()
     settings = []
-    for scale, steps, eta in itertools.product(options.guidance_scale, options.num_inference_steps, options.eta):
+    own_vae = pipeline.vae
+    choices = (options.vae, options.guidance_scale, options.num_inference_steps, options.eta)
+    for vae, scale, steps, eta in itertools.product(*choices):
+        pipeline.vae = own_vae if vae is None else load_vae(vae, own_vae.device)
         sampling = {
             "guidance_scale": pipeline.config.guidance_scale if scale is None else scale,
             "num_inference_steps": steps,
             "eta": eta,
         }
-        settings.append(sampling | measure(pipeline, net, classifier, sampling))
+        measured = measure(pipeline, net, classifier, sampling)
+        settings.append({"vae": vae or "the model's own", **sampling, **measured})
         print(json.dumps(settings[-1]), flush=True)
     log = read_log(Path(options.model))
+    pipeline.vae = own_vae
     result = {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),

@@ -81,7 +81,7 @@ def demo(output_dir: str = "runs/demo", minutes: float = 6.0, seed: int = 0) -> 
     # Images to latents; a finished cache is reused.
     latents = prepare_latents(
         source=AVATARS,
-        vae="avatar",
+        vae="avatar-robust",
         resolution="64",
         num_images=NUM_IMAGES,
         seed=seed,

@@ -76,7 +76,7 @@ def prepare_latents(
         output_dir: the cache's folder. If it already holds the finished cache of the same images (by content), labels,
             VAE and geometry, only images that could not be read are tried again.
         vae: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`, with `@REVISION` or without) or folder of a diffusers
-            `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, or `avatar`, the bundled one.
+            `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, or a bundled one, `avatar` or `avatar-robust`.
         resolution: `N` or `HxW` in pixels, divisible by twice the VAE's reduction of a side (patches are of 2).
         crop: `center` (the largest centered box), `face` (each face of a photograph, aligned by eyes and mouth),
             `celeba-178` or `celeba-140` (squares of CelebA's aligned images), or `none` (stretch the whole image).

@@ -21,14 +21,14 @@ from ..devices import default_device
 from ..hub_ids import hub_problem, reading_problem, split_revision
 from ..storage import first_line
 
-BUNDLED = "avatar"
+BUNDLED = {"avatar": "avatar_vae", "avatar-robust": "avatar_robust_vae"}  # name: folder in assets
 # Pixels of the images that a VAE encodes or decodes at once; Stable Diffusion's needs about 3 GB for this many.
 CHUNK_PIXELS = 16 * 256 * 256
 VAE: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
 
 def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
-    """Load a VAE in float32; `avatar` is the bundled one.
+    """Load a VAE in float32; `avatar` and `avatar-robust` are bundled.
 
     Args:
         name: Hub id (`OWNER/NAME` or `OWNER/NAME/SUBFOLDER`, either with `@REVISION`), folder, or `.safetensors` file.
@@ -38,8 +38,8 @@ def load_vae(name: str, device: str | torch.device | None = None) -> VAE:
     Raises:
         ValueError: if it cannot be loaded (the message says what to do), or is of another class.
     """
-    if name == BUNDLED:
-        vae = _load_folder(str(files("dit_hf") / "assets" / "avatar_vae"))
+    if name in BUNDLED:
+        vae = _load_folder(str(files("dit_hf") / "assets" / BUNDLED[name]))
     elif Path(name).is_file():
         vae = _load_file(Path(name))
     else:
