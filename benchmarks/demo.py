@@ -47,7 +47,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     pipeline, net, classifier = load_pipeline(options.model), load_features("efficientnet-lite0"), train_classifier()
-    settings = []
+    log = read_log(Path(options.model))
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "model_sha256": model_sha256(pipeline),
+        "steps_of_training": int(log[-1]["step"]) if log else None,
+        "seeds": SEEDS,
+        "images": COUNT,
+        "settings": [],
+    }
     own_vae = pipeline.vae
     choices = (options.vae, options.guidance_scale, options.num_inference_steps, options.eta)
     for vae, scale, steps, eta in itertools.product(*choices):
@@ -58,19 +67,8 @@ def main() -> None:
             "eta": eta,
         }
         measured = measure(pipeline, net, classifier, sampling)
-        settings.append({"vae": vae or "the model's own", **sampling, **measured})
-        print(json.dumps(settings[-1]), flush=True)
-    log = read_log(Path(options.model))
-    pipeline.vae = own_vae
-    result = {
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "model_sha256": model_sha256(pipeline),
-        "steps_of_training": int(log[-1]["step"]) if log else None,
-        "seeds": SEEDS,
-        "images": COUNT,
-        "settings": settings,
-    }
+        result["settings"].append({"vae": vae or "the model's own", **sampling, **measured})
+        print(json.dumps(result["settings"][-1]), flush=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -106,6 +106,10 @@ def train_autoencoder(
         FileExistsError: if `output_dir` is not empty.
     """
     # Options.
+    folder = Path(output_dir)
+    _check_options(folder, max_train_steps, train_batch_size, learning_rate, mixed_precision, kl_weight, latent_noise)
+    torch.manual_seed(seed)
+    vae = _open_autoencoder(init_from, decoder_only, resolution)
     settings = {
         "source": source,
         "resolution": resolution,
@@ -116,18 +120,11 @@ def train_autoencoder(
         "learning_rate": learning_rate,
         "mixed_precision": mixed_precision,
         "seed": seed,
-        "init_from": None if init_from is None else Path(init_from).name if Path(init_from).exists() else init_from,
+        "init_from": vae.config.get("_name_or_path"),  # `load_vae` sets it; without paths of this machine
         "decoder_only": decoder_only,
         "kl_weight": kl_weight,
         "latent_noise": latent_noise,
     }
-    folder = Path(output_dir)
-    _check_options(folder, max_train_steps, train_batch_size, learning_rate, mixed_precision)
-    for name, number in (("kl_weight", kl_weight), ("latent_noise", latent_noise)):
-        if number < 0:
-            raise ValueError(f"{name}={number:g} must not be negative")
-    torch.manual_seed(seed)
-    vae = _open_autoencoder(init_from, decoder_only, resolution)
 
     # Images.
     opened = open_images(
@@ -233,7 +230,13 @@ def psnr(vae: AutoencoderKL, images: Dataset, batch_size: int = 64) -> float:
 
 
 def _check_options(
-    folder: Path, max_train_steps: int, train_batch_size: int, learning_rate: float, mixed_precision: str
+    folder: Path,
+    max_train_steps: int,
+    train_batch_size: int,
+    learning_rate: float,
+    mixed_precision: str,
+    kl_weight: float,
+    latent_noise: float,
 ) -> None:
     """Refuse a folder that is not empty, and options that do not fit."""
     if not is_missing_or_empty(folder):
@@ -243,6 +246,9 @@ def _check_options(
             raise ValueError(f"{name}={number} must be at least 1")
     if learning_rate <= 0:
         raise ValueError(f"learning_rate={learning_rate:g} must be above 0")
+    for name, weight in (("kl_weight", kl_weight), ("latent_noise", latent_noise)):
+        if weight < 0:
+            raise ValueError(f"{name}={weight:g} must not be negative")
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r}: expected no or bf16")
 

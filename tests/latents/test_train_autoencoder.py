@@ -23,8 +23,7 @@ def test_bundled_vae_reconstructs_new_avatars(name, db, resolution, latents):
 
 def unit(vae, resolution):
     """Return the standard deviation of the scaled latents of 100 avatars."""
-    faces = open_images("avatars", resolution=resolution, num_images=100, seed=4711)["image"]
-    pixels = torch.stack([torch.from_numpy(np.array(face)).permute(2, 0, 1) / 127.5 - 1 for face in faces])
+    pixels = pixels_of(4711, 100, resolution).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         return (vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor).std().item()
 
@@ -34,12 +33,7 @@ def test_robust_vae_has_the_latents_of_the_other_and_corrects_noisy_ones():
     latents, _ = encode(other, pixels)
     assert torch.equal(encode(robust, pixels)[0], latents)
     assert robust.config.scaling_factor == other.config.scaling_factor
-    noise = 0.3 * latents.float().std() * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    error, of_other = (
-        (decode(vae, latents.float() + noise).float() - pixels.float()).square().mean().item()
-        for vae in (robust, other)
-    )
-    assert error < 0.6 * of_other
+    assert error_of_noisy(robust, pixels, 0.3) < 0.6 * error_of_noisy(other, pixels, 0.3)
 
 
 @pytest.mark.parametrize("name", BUNDLED.values())
@@ -76,18 +70,20 @@ def pixels_of(seed, count, resolution=32):
     return torch.stack([torch.from_numpy(np.array(face)) for face in faces])  # uint8 [count, height, width, 3]
 
 
+def error_of_noisy(vae, pixels, level):
+    """Return the squared error of images decoded from latents with noise of `level` times their standard deviation."""
+    latents = encode(vae, pixels)[0].float()
+    noise = level * latents.std() * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    return (decode(vae, latents + noise).float() - pixels.float()).square().mean().item()
+
+
 def test_decoder_trained_with_noise_corrects_noisy_latents_of_the_same_encoder(tmp_path):
     before, pixels = load_vae("avatar"), pixels_of(4711, 50)
     after = train(tmp_path / "x", 60, init_from="avatar", decoder_only=True, latent_noise=0.5)
     latents, _ = encode(before, pixels)
     assert torch.equal(encode(after, pixels)[0], latents)
     assert after.config.scaling_factor == before.config.scaling_factor
-    noise = 0.4 * latents.float().std() * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    errors = [
-        (decode(vae, latents.float() + noise).float() - pixels.float()).square().mean().item()
-        for vae in (before, after)
-    ]
-    assert errors[1] < 0.8 * errors[0]
+    assert error_of_noisy(after, pixels, 0.4) < 0.8 * error_of_noisy(before, pixels, 0.4)
     settings = json.loads((tmp_path / "x" / "training.json").read_text())["settings"]
     assert (settings["init_from"], settings["decoder_only"], settings["latent_noise"]) == ("avatar", True, 0.5)
 
