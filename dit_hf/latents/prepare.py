@@ -17,13 +17,13 @@ from ..data.files import CACHE_INFO
 from ..data.near_duplicates import note_near_duplicates
 from ..data.photographs import check_faces, open_faces
 from ..data.shared_source import open_on_first_rank
-from ..data.sources import MAX_LEFT_OUT, open_source
+from ..data.sources import MAX_LEFT_OUT, Source, open_source
 from ..data.transforms import Faces, Geometry, parse_resolution
 from ..devices import memory_errors
 from ..hub_ids import check_repo_id
 from ..storage import check_own_folder, disk_errors
 from .build import build, is_finished, plan_job
-from .cache import CacheSpec, cache_identity, encoding_identity, holds_out, push_latents, read_cache_info
+from .cache import Base, CacheSpec, Part, cache_identity, encoding_identity, holds_out, push_latents, read_cache_info
 from .card import describe_copies, quality
 from .grow import find_new_images, grown_identity, hash_source, read_base
 from .parts import parse_part, take_part
@@ -157,17 +157,13 @@ def prepare_latents(
     # The main rank downloads, renders and compares; the others find the result on the disk.
     opened = open_on_first_rank(lambda: open_source(source, options))
     model, base = None, None
-    if add_to is not None:  # what does not fit the cache is refused before images are compared
+    if add_to is None:
+        opened = _named(opened, anonymous_ids)
+    else:  # what does not fit the cache is refused before images are compared
         model = None if dry_run else _load_vae(vae, state)
         encoding = encoding_identity(model, geometry, flip)
         before = read_base(Path(add_to), opened, encoding, anonymous_ids, verify and state.is_main_process)
-    if anonymous_ids:
-        named = opened
-        opened = open_on_first_rank(lambda: with_anonymous_ids(named))
-    if add_to is not None:
-        hashed: list[Any] = [hash_source(opened, Path(add_to), crop) if state.is_main_process else None]
-        broadcast_object_list(hashed)
-        opened, base = find_new_images(opened, Path(add_to), before, hashed[0], drop_gone, crop)
+        opened, base = _additions(_named(opened, anonymous_ids), Path(add_to), before, drop_gone, crop, state)
     if crop == "face" or drop_near_duplicates:
         compared = opened
         opened = open_on_first_rank(lambda: note_near_duplicates(compared, drop_near_duplicates))
@@ -182,16 +178,7 @@ def prepare_latents(
         model = _load_vae(vae, state)
     settings = {"source": opened.name, "split": split, "num_images": num_images, "seed": seed}
     settings |= {"vae": model.config._name_or_path, "resolution": resolution, "crop": crop, "flip": flip}
-    identity = cache_identity(opened, model, geometry, flip)
-    hold_out = "split" not in opened.rows.column_names or "validation" not in opened.rows.unique("split")
-    if base is not None:
-        identity, hold_out = grown_identity(identity, base), holds_out(base.info)
-    if own_part is not None:
-        identity["part"] = str(own_part)
-        opened = dataclasses.replace(opened, rows=take_part(opened.rows, own_part, geometry.resolution))
-    spec = CacheSpec(
-        opened, model, geometry, flip, max_left_out, batch_size, settings, identity, hold_out, base, own_part
-    )
+    spec = _spec(opened, model, geometry, flip, max_left_out, batch_size, settings, base, own_part)
     was_there = _build(final, spec, num_proc, verify, state)
     if state.is_main_process:
         _report(final, was_there)
@@ -230,6 +217,43 @@ def _load_vae(vae: str, state: PartialState) -> VAE:
     """Load a VAE on each rank, first on the main one, which downloads it."""
     with state.main_process_first():
         return load_vae(vae, state.device)
+
+
+def _named(opened: Source, anonymous_ids: bool) -> Source:
+    """Return the source with the ids that the cache gets."""
+    return open_on_first_rank(lambda: with_anonymous_ids(opened)) if anonymous_ids else opened
+
+
+def _additions(
+    opened: Source, cache: Path, before: dict[str, Any], drop_gone: bool, crop: str, state: PartialState
+) -> tuple[Source, Base]:
+    """Compare the source with the cache that it is added to: return the images that are new, and what stays."""
+    hashed: list[Any] = [hash_source(opened, cache, crop) if state.is_main_process else None]
+    broadcast_object_list(hashed)
+    return find_new_images(opened, cache, before, hashed[0], drop_gone, crop)
+
+
+def _spec(
+    opened: Source,
+    model: VAE,
+    geometry: Geometry,
+    flip: bool,
+    max_left_out: float,
+    batch_size: int | None,
+    settings: dict[str, Any],
+    base: Base | None,
+    part: Part | None,
+) -> CacheSpec:
+    """Return everything that defines the cache, on all ranks alike."""
+    identity = cache_identity(opened, model, geometry, flip)
+    hold_out = "split" not in opened.rows.column_names or "validation" not in opened.rows.unique("split")
+    if base is not None:
+        identity, hold_out = grown_identity(identity, base), holds_out(base.info)
+    if part is not None:
+        assert geometry.resolution is not None  # `prepare_latents` refuses None
+        identity["part"] = str(part)
+        opened = dataclasses.replace(opened, rows=take_part(opened.rows, part, geometry.resolution))
+    return CacheSpec(opened, model, geometry, flip, max_left_out, batch_size, settings, identity, hold_out, base, part)
 
 
 def _build(final: Path, spec: CacheSpec, num_proc: int, verify: bool, state: PartialState) -> bool:

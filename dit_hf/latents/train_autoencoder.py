@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,10 +144,9 @@ def train_autoencoder(
         min_face_size=min_face_size,
         verbose=True,
     )
-    images = _readable(opened)
-    train, validation = _hold_out(images, crop)
+    train, validation = _hold_out(_readable(opened), crop)
     if not len(validation) or len(train) < train_batch_size:
-        few = f"{len(images)} images are too few for batches of {train_batch_size}"
+        few = f"{len(train) + len(validation)} images are too few for batches of {train_batch_size}"
         raise ValueError(f"source {source}: {few}; give more images, or a smaller --train_batch_size")
 
     # Training.
@@ -156,15 +156,9 @@ def train_autoencoder(
     ema = _fit(vae, batches, max_train_steps, learning_rate, loss_of)
     ema.copy_to(vae.parameters())
     seconds = round(time.monotonic() - started)
-
-    # Evaluation, of the weights as they are saved: rounded to half precision.
     if not decoder_only:  # whose latents are what they were
         vae.register_to_config(scaling_factor=scaling_factor(vae, validation))
-    figures = {"psnr_db": psnr(vae.half().float(), validation), "held_out": len(validation), "seconds": seconds}
-    with new_folder(folder) as partial:
-        vae.half().save_pretrained(partial)
-        write_text(partial / "training.json", json.dumps({"settings": settings, **figures}, indent=2) + "\n")
-    print(f"{folder}: {figures['psnr_db']:.2f} dB PSNR on {len(validation)} held-out images")
+    _save(vae, folder, validation, {"settings": settings, "seconds": seconds})
     return vae
 
 
@@ -244,11 +238,11 @@ def _check_options(
     for name, number in (("max_train_steps", max_train_steps), ("train_batch_size", train_batch_size)):
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
-    if learning_rate <= 0:
+    if not learning_rate > 0:  # NaN too
         raise ValueError(f"learning_rate={learning_rate:g} must be above 0")
     for name, weight in (("kl_weight", kl_weight), ("latent_noise", latent_noise)):
-        if weight < 0:
-            raise ValueError(f"{name}={weight:g} must not be negative")
+        if not weight >= 0:
+            raise ValueError(f"{name}={weight:g} must be at least 0")
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r}: expected no or bf16")
 
@@ -345,6 +339,16 @@ def _loss(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool, kl_weight: float
     rebuilt, mean, logvar = rebuilt.float(), posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return F.l1_loss(rebuilt, pixels) + MSE_WEIGHT * F.mse_loss(rebuilt, pixels) + kl_weight * kl
+
+
+def _save(vae: AutoencoderKL, folder: Path, validation: Dataset, record: dict[str, Any]) -> None:
+    """Round the weights to half precision, measure them, and save them with `record` and the figures."""
+    value = psnr(vae.half().float(), validation)
+    with new_folder(folder) as partial:
+        vae.half().save_pretrained(partial)
+        record |= {"psnr_db": value, "held_out": len(validation)}
+        write_text(partial / "training.json", json.dumps(record, indent=2) + "\n")
+    print(f"{folder}: {value:.2f} dB PSNR on {len(validation)} held-out images")
 
 
 def _to_pixels(image: Image) -> torch.Tensor:

@@ -1,4 +1,5 @@
 import json
+import math
 from importlib.resources import files
 
 import numpy as np
@@ -116,10 +117,11 @@ def test_training_from_an_earlier_vae_keeps_its_architecture_and_refuses_others(
     ("options", "message"),
     [
         ({"resolution": 30}, "divisible by 4"),
-        ({"kl_weight": -1.0}, "kl_weight=-1 must not be negative"),
-        ({"latent_noise": -0.1}, "latent_noise=-0.1 must not be negative"),
+        ({"kl_weight": -1.0}, "kl_weight=-1 must be at least 0"),
+        ({"latent_noise": math.nan}, "latent_noise=nan must be at least 0"),
         ({"num_images": 5}, "5 images are too few for batches of 16"),
         ({"learning_rate": 0.0}, "learning_rate=0 must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be above 0"),
         ({"train_batch_size": 0}, "train_batch_size=0 must be at least 1"),
         ({"mixed_precision": "fp8"}, "expected no or bf16"),
     ],
