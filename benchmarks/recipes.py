@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import yaml
 from machine import machine
-from matplotlib.figure import Figure
 from PIL import Image
+from race_plot import plot
 
 from dit_hf import open_images
 from dit_hf.evaluation.metrics import frechet_distance
@@ -56,7 +56,7 @@ def main() -> None:
     commands = Commands(time.monotonic() + 60 * options.minutes)
     folder = Path("runs/race") / options.race.stem
     latents, real = folder / "latents", folder / "reference"
-    commands.run("prepare-latents", "--source", "avatars", "--vae", "avatar", output_dir=latents, **race["latents"])
+    commands.run("prepare-latents", "--source", "avatars", output_dir=latents, **race["latents"])
     if "evaluation" in race:
         commands.run("reference", "avatars", output_dir=real, **race["reference"])
         # The decoded cache is the best that any contestant can reach.
@@ -219,43 +219,6 @@ def table(result: dict[str, Any]) -> str:
     if isinstance(result["floor"], float):
         lines.append(f"| the VAE's reconstructions | | {result['floor']:.0f} | | |")
     return "\n".join(lines) + "\n"
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Plot distance against images and against time during training, and of more samples at the end.
-
-    Only runs on this machine are plotted against time.
-    """
-    race = result["race"]
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    by_images, by_time, at_end = figure.subplots(1, 3)
-    for number, (name, row) in enumerate(result["contestants"].items()):
-        style = {"color": f"C{number}", "marker": "o", "markersize": 4}
-        for entry in row["seeds"]:
-            if entry["curve"]:
-                images, distances = zip(*entry["curve"], strict=True)
-                by_images.plot(images, distances, **style)
-                if entry["machine"] == result["machine"]:
-                    by_time.plot([count / entry["images_per_second"] / 60 for count in images], distances, **style)
-        final_distances = [entry["frechet_distance"] for entry in row["seeds"] if "frechet_distance" in entry]
-        if final_distances or any(entry["curve"] for entry in row["seeds"]):
-            at_end.plot([row["images"]] * len(final_distances), final_distances, linestyle="", label=name, **style)
-        if final_distances and name in race["baselines"]:
-            at_end.axhline(row["frechet_distance"], color=f"C{number}", linewidth=0.8, linestyle="--")
-    if isinstance(result["floor"], float):
-        at_end.axhline(result["floor"], color="grey", linewidth=0.8, linestyle=":", label="the VAE's reconstructions")
-    samples = race["base"]["train"]["evaluation_samples"]
-    counts = sorted({row["images"] for row in result["contestants"].values()})
-    by_images.set(xlabel="images seen", ylabel=f"Fréchet distance of {samples} samples", title="during training")
-    by_time.set(xlabel=f"minutes of training on {result['machine']}", title="during training")
-    at_end.set(xlabel="images seen", title="at the end", ylabel=f"of {race['evaluation']['num_samples']} samples")
-    for axes, values in ((by_images, counts), (by_time, ()), (at_end, counts)):
-        axes.set(xscale="log" if values else "linear", ylim=(0, None))
-        axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30) if values else axes.set_xlim(0)
-        axes.minorticks_off()
-        axes.grid(visible=True, alpha=0.25)
-    at_end.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
 
 
 def save_faces(race: dict[str, Any], folder: Path, real: Path, output: Path) -> None:
