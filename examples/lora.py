@@ -1,6 +1,6 @@
 """Train a LoRA, a small adapter, for a model on a few hundred images, with peft, diffusers and accelerate.
 
-    dit-hf prepare-latents my_images --resolution 64 --vae avatar --output_dir latents
+    dit-hf prepare-latents my_images --resolution 64 --vae avatar-robust --output_dir latents
     accelerate launch examples/lora.py --model runs/demo/pipeline --latents latents --output_dir my-lora
 
 The images must have the model's resolution and VAE. To generate with the adapter:

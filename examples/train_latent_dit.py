@@ -1,6 +1,6 @@
 """A training loop of your own on a latent cache, with plain PyTorch, diffusers and accelerate.
 
-    dit-hf prepare-latents my_images --resolution 64 --vae avatar --output_dir latents
+    dit-hf prepare-latents my_images --resolution 64 --vae avatar-robust --output_dir latents
     accelerate launch examples/train_latent_dit.py --latents latents --output_dir my-model
 
 `dit-hf train` does more: it resumes with the same bits, validates, logs and samples. Start from here to change what it

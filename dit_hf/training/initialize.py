@@ -28,7 +28,7 @@ def build_transformer(
     Args:
         config: The recipe; `model.init_from` names the earlier model, if there is one.
         reader: Of the training images.
-        log: Receives a line if the earlier model was trained on the latents of another VAE.
+        log: Receives a line if the earlier model has another VAE than the latents.
 
     Returns:
         The transformer, and mean and standard deviation by channel to normalize its latents with.
@@ -55,7 +55,7 @@ def build_transformer(
         raise ValueError(f"model.init_from {error}") from error
     _check_schedule(config, earlier)
     if earlier.vae is not None and weights_sha256(earlier.vae) != reader.info["vae_sha256"]:
-        log(f"{config.model.init_from} (model.init_from) was trained on the latents of another VAE than these")
+        log(f"{config.model.init_from} (model.init_from) has another VAE than these latents; this run takes theirs")
     _check_sizes(config, options, earlier.transformer)
 
     # Keep what gives its weights their meaning: the scale of timesteps, and the size that positions refer to (they are

@@ -95,7 +95,7 @@ def test_another_schedule_is_refused_and_another_vae_is_reported(config, tmp_pat
     other_vae = AutoencoderKL.from_config(tiny_vae().config)
     LatentDiTPipeline(LatentDiTTransformer2DModel(**sizes), levels, other_vae).save_pretrained(tmp_path / "other")
     Trainer(config)
-    assert "was trained on the latents of another VAE than these" in capsys.readouterr().out
+    assert "has another VAE than these latents; this run takes theirs" in capsys.readouterr().out
 
 
 def test_a_model_whose_conditions_are_dropped_predicts_the_same_without_conditions(config, earlier):
