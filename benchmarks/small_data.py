@@ -1,7 +1,8 @@
 """Train on few images: held-out loss, distance, and copies of training images, by setting.
 
-python benchmarks/small_data.py MODEL [--only NAME ...]     (MODEL is the demo's run; some minutes a setting on a core)
+python benchmarks/small_data.py MODEL [--only NAME ...]     (up to a quarter of an hour a setting on a core)
 
+MODEL is `avatars-0` or `patch-4-0` of a race of benchmarks/races, a model of the same recipe.
 1,000 avatars from scratch, and 300 avatars that all wear a hat, from scratch and from MODEL, which has seen avatars of
 all kinds. Each setting is a training by `dit_hf.train` with 256 held-out images. 500 samples of it, for the attributes
 of other avatars, are compared with these avatars. A copy is a sample that is nearer to a training image than 99 of 100
@@ -26,11 +27,12 @@ from machine import machine
 from PIL import Image
 
 import dit_hf
-from dit_hf import demo
+from dit_hf import LatentDiTPipeline, demo
 from dit_hf.config import TrainConfig
 from dit_hf.evaluation.features import load_features
 from dit_hf.evaluation.metrics import frechet_distance, nearest
 from dit_hf.image_grid import make_grid, save_grid
+from dit_hf.models.transformer_latent_dit import LatentDiTTransformer2DModel
 from dit_hf.recipe_file import read_config, recipe_path
 from dit_hf.runs import load_pipeline, read_log
 from dit_hf.sampling.generate import batches, generate_images
@@ -38,20 +40,16 @@ from dit_hf.sampling.generate import batches, generate_images
 FOLDER = Path("runs/small")
 RESULTS = Path(__file__).parent / "results" / "small_data.json"
 HELD_OUT, NEW, SAMPLES = 256, 1500, 500
-# How samples are generated, by patch size: small patches and deterministic steps came first.
-SAMPLING: dict[int, dict[str, Any]] = {2: {"guidance_scale": 2.0}, 4: {"guidance_scale": 2.0, **demo.SAMPLING}}
-PATCHES_OF_2 = {"patch_size": 2, "global_batch_size": 16, "learning_rate": 2e-3}
-# Name: images, whether the training starts from MODEL (which has patches of that size), steps, and what differs from
-# the recipe and from mirrored images.
+SAMPLING: dict[str, Any] = {"guidance_scale": 2.0, **demo.SAMPLING}
+EMAS = [0.99, 0.999]  # beside the one of the recipe
+# Name: images, whether the training starts from MODEL, steps, and what differs from the recipe.
 SETTINGS: dict[str, tuple[str, bool, int, dict[str, Any]]] = {
-    "1,000": ("all-1000", False, 1500, PATCHES_OF_2 | {"flip": False}),
-    "1,000, flip": ("all-1000", False, 1500, PATCHES_OF_2),
-    "300 hats": ("hats-300", False, 1500, PATCHES_OF_2),
-    "300 hats from the model, 1e-3": ("hats-300", True, 400, PATCHES_OF_2 | {"learning_rate": 1e-3}),
-    "1,000, flip, patches of 4": ("all-1000", False, 1500, {}),
-    "300 hats, patches of 4": ("hats-300", False, 1500, {}),
-    "300 hats from the model, patches of 4, 1e-3": ("hats-300", True, 300, {"learning_rate": 1e-3}),
-    "300 hats from the model, patches of 4, 3e-4": ("hats-300", True, 300, {"learning_rate": 3e-4}),
+    "1,000": ("all-1000", False, 1500, {}),
+    "1,000, a smaller model": ("all-1000", False, 1500, {"num_attention_heads": 2}),
+    "300 hats": ("hats-300", False, 1500, {}),
+    "300 hats, a smaller model": ("hats-300", False, 1500, {"num_attention_heads": 2}),
+    "300 hats from the model, 1e-3": ("hats-300", True, 300, {"learning_rate": 1e-3}),
+    "300 hats from the model, 3e-4": ("hats-300", True, 300, {"learning_rate": 3e-4}),
 }
 
 
@@ -74,19 +72,21 @@ def compete(name: str, model: str) -> dict[str, Any]:
     count = int(source.rpartition("-")[2])
     new = avatars(source)
     write_source(source, new, count)
-    latents = dit_hf.prepare_latents(
-        str(FOLDER / source), str(FOLDER / f"{source}-latents"), vae="avatar", resolution="64", flip=True
+    config = read_config(recipe_path("small"))
+    config.data.latents = str(
+        dit_hf.prepare_latents(
+            str(FOLDER / source), str(FOLDER / f"{source}-latents"), vae="avatar-robust", resolution="64", flip=True
+        )
     )
-    config = read_config(recipe_path("avatars"))
-    config.data.latents, config.data.flip = str(latents), changes.get("flip", True)
     config.model.init_from = model if tuned else None
-    config.model.patch_size = changes.get("patch_size", config.model.patch_size)
+    config.model.num_attention_heads = changes.get("num_attention_heads")
     config.optim.learning_rate = changes.get("learning_rate", config.optim.learning_rate)
     config.optim.lr_warmup_steps = 20 if tuned else 100
+    config.optim.extra_ema_decays = EMAS
     config.train = TrainConfig(
         output_dir=str(run_folder(name)),
         max_train_steps=steps,
-        global_batch_size=changes.get("global_batch_size", config.train.global_batch_size),
+        global_batch_size=config.train.global_batch_size,
         checkpointing_steps=steps // 10,
         logging_steps=steps // 10,
         validation_images=HELD_OUT,
@@ -97,38 +97,60 @@ def compete(name: str, model: str) -> dict[str, Any]:
     )
     run = dit_hf.train(config)
 
-    # Attributes of new avatars are requested; the same avatars are what the samples are compared with.
-    sampling = SAMPLING[config.model.patch_size]
-    net, rows = load_features("efficientnet-lite0"), new.select(range(count + HELD_OUT, len(new)))
-    pipeline = load_pipeline(str(run))
-    names = list(pipeline.transformer.config.conditions)
-    requested = [{key: row[key] for key in names} for row in rows.remove_columns("image")]
-    samples = np.concatenate(
-        [net(generate_images(pipeline, part, requested, 0, **sampling)) for part in batches(SAMPLES, 50)]
-    )
-    real = features_of(net, rows["image"])
-    trained = features_of(net, new.select(range(count))["image"])
-    near = np.quantile(nearest(real, trained)[0], 0.01)
-    losses = {int(row["step"]): float(row["validation_loss"]) for row in read_log(run) if row.get("validation_loss")}
-    best = min(losses, key=losses.__getitem__)
+    judge = Judge(load_pipeline(str(run)), new, count)
+    log, emas = [row for row in read_log(run) if row.get("validation_loss")], {}
+    for decay in (config.optim.ema_decay, *EMAS):
+        folder = "pipeline/transformer" if decay == config.optim.ema_decay else f"ema-{decay:g}"
+        column = "validation_loss" if decay == config.optim.ema_decay else f"validation_loss-{decay:g}"
+        losses = {int(row["step"]): float(row[column]) for row in log}
+        lowest = min(losses, key=losses.__getitem__)
+        emas[f"{decay:g}"] = {"validation_losses": losses, "lowest_at_step": lowest}
+        emas[f"{decay:g}"] |= judge(LatentDiTTransformer2DModel.from_pretrained(run / folder))
+
+    # Where the held-out loss rises again, the checkpoint of the lowest too; its EMA is the recipe's.
+    best = emas[f"{config.optim.ema_decay:g}"]["lowest_at_step"]
+    at_lowest = judge(load_pipeline(str(run / f"checkpoint-{best}")).transformer) if best < steps else None
     return {
         "images": count,
         "steps": steps,
-        "patch_size": config.model.patch_size,
-        "global_batch_size": config.train.global_batch_size,
-        "flip": config.data.flip,
+        "parameters": judge.pipeline.transformer.num_parameters(),
         "initialized_from": Path(model).name if tuned else None,
         "learning_rate": config.optim.learning_rate,
-        "validation_losses": losses,
-        "lowest_at_step": best,
-        "frechet_distance": round(frechet_distance(samples, real), 1),
-        "copies": float(np.mean(nearest(samples, trained)[0] < near)),
+        "emas": emas,
+        "at_lowest_validation_loss": at_lowest,
         "samples": SAMPLES,
-        "sampling": sampling,
+        "sampling": SAMPLING,
         "machine": machine(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+class Judge:
+    """Measure of samples: their distance to new avatars whose attributes are requested, and the share of copies.
+
+    Args:
+        pipeline: The run's; its transformer is replaced by the one that is measured.
+        images: Those of `avatars`.
+        count: How many of them were trained on.
+    """
+
+    def __init__(self, pipeline: LatentDiTPipeline, images: Dataset, count: int):
+        self.pipeline, self.net = pipeline, load_features("efficientnet-lite0")
+        rows = images.select(range(count + HELD_OUT, len(images)))
+        names = list(pipeline.transformer.config.conditions)
+        self.requested = [{key: row[key] for key in names} for row in rows.remove_columns("image")]
+        self.real = features_of(self.net, rows["image"])
+        self.trained = features_of(self.net, images.select(range(count))["image"])
+        self.near = np.quantile(nearest(self.real, self.trained)[0], 0.01)
+
+    def __call__(self, transformer: LatentDiTTransformer2DModel) -> dict[str, float]:
+        self.pipeline.transformer = transformer
+        parts = batches(SAMPLES, 50)
+        images = [generate_images(self.pipeline, part, self.requested, 0, **SAMPLING) for part in parts]
+        samples = np.concatenate([self.net(part) for part in images])
+        copies = float(np.mean(nearest(samples, self.trained)[0] < self.near))
+        return {"frechet_distance": round(frechet_distance(samples, self.real), 1), "copies": copies}
 
 
 def run_folder(name: str) -> Path:
@@ -167,10 +189,9 @@ def save_faces(names: list[str]) -> None:
     images = []
     for name in names:
         pipeline = load_pipeline(str(run_folder(name)))
-        sampling = SAMPLING[pipeline.transformer.config.patch_size] | {"guidance_scale": 1.0}
-        pixels = generate_images(pipeline, range(10), None, seed=1, **sampling)
+        pixels = generate_images(pipeline, range(10), None, seed=1, **SAMPLING | {"guidance_scale": 1.0})
         images += [Image.fromarray(face) for face in pixels]
-    lines = (name.replace(" from", "\nfrom").replace(", patches", "\npatches") for name in names)
+    lines = (name.replace(" from", "\nfrom").replace(", ", ",\n") for name in names)
     captions = [caption for name in lines for caption in (name, *[""] * 9)]
     save_grid(make_grid(images, 10, captions, min_side=96), RESULTS.with_suffix(".png"))
 

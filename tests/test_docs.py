@@ -27,6 +27,7 @@ SMALLER = {
     'preset="tiny"': 'preset="tiny", num_layers=1, num_attention_heads=2, attention_head_dim=12',
     "max_train_steps=200": "max_train_steps=4",
     "num_samples=64": "num_samples=32",
+    '"runs/mine/pipeline", vae=vae': '"runs/demo/pipeline", vae=vae',
 }
 
 

@@ -21,6 +21,7 @@ from .shards import Job, ShardNotes
 
 FACES_GRID = "faces.png"
 GRID_FACES, EDGE_FACES, GRID_SEED = 100, 10, 0
+CAPTION_LENGTH = 15  # letters that fit below a face
 
 
 def describe_faces(plan: Plan, photos: int, columns: list[str], notes: list[ShardNotes]) -> None:
@@ -45,7 +46,7 @@ def describe_faces(plan: Plan, photos: int, columns: list[str], notes: list[Shar
 
 
 def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Path) -> None:
-    """Save a grid of crops: 100 at random, and if there are more, those that are closest to being left out.
+    """Save a grid of crops with their ids: 100 at random, and if there are more, those closest to being left out.
 
     Args:
         job: The job that encoded the cache.
@@ -59,7 +60,7 @@ def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Pa
     smallest = sorted(faces, key=lambda face: face[1])[:edge]
     least_certain = sorted(faces, key=lambda face: face[2])[:edge]
     chosen = [*(faces[i] for i in sorted(random)), *smallest, *least_certain]
-    labels = [""] * len(random) + ["smallest"] * len(smallest) + ["least certain"] * len(least_certain)
+    labels = [""] * len(random) + ["\nsmallest"] * len(smallest) + ["\nleast certain"] * len(least_certain)
 
     numbers = {image_id: row for row, image_id in enumerate(spec.source.rows["id"][:])}
     photos = sorted({photo_of(name, "face") for name, _, _ in chosen})
@@ -69,8 +70,17 @@ def save_faces_grid(job: Job, spec: CacheSpec, notes: list[ShardNotes], path: Pa
         for found in pool.map(lambda row: decode_crops(row, job.geometry), rows):
             shown = {crop.id: Image.fromarray(crop.pixels) for crop in found.crops}
             images |= {name: image.resize((96, 96), Image.Resampling.BICUBIC) for name, image in shown.items()}
-    captions = [f"{side:.0f} px, {score:.2f}\n{label}" for (_, side, score), label in zip(chosen, labels, strict=True)]
+    captions = [
+        f"{_short(name)}\n{side:.0f} px, {score:.2f}{label}"
+        for (name, side, score), label in zip(chosen, labels, strict=True)
+    ]
     title = f"{len(random)} of {len(faces):,} faces" + (
         " at random, the smallest and the least certain" if edge else ""
     )
     save_grid(make_grid([images[name] for name, _, _ in chosen], 10, captions, title), path)
+
+
+def _short(name: str) -> str:
+    """Return the end of an id without its folder, short enough for a caption."""
+    name = name.rpartition("/")[2]
+    return name if len(name) <= CAPTION_LENGTH else "…" + name[1 - CAPTION_LENGTH :]
