@@ -57,9 +57,9 @@ def test_peers_train(name, read, training_latents):
 
 def test_peers_have_their_published_settings(read):
     rates = {
-        "lightningdit-eighth": (2e-4, 0.95, 0.0),
-        "sit-eighth": (1e-4, 0.999, 1.0),
-        "diffusers-eighth": (1e-4, 0.999, 1.0),
+        "lightningdit": (2e-4, 0.95, 0.0),
+        "sit": (1e-4, 0.999, 1.0),
+        "diffusers": (1e-4, 0.999, 1.0),
     }
     for name, expected in rates.items():
         config = read("peers", name)
@@ -67,4 +67,4 @@ def test_peers_have_their_published_settings(read):
         assert optim.optimizer == "adamw"
         assert (optim.learning_rate, optim.adam_beta2, optim.max_grad_norm) == expected
         assert config.objective.num_train_timesteps == 1000
-    assert read("peers", "lightningdit-eighth").objective.timestep_sampling == "logit_normal"
+    assert read("peers", "lightningdit").objective.timestep_sampling == "logit_normal"
