@@ -26,7 +26,7 @@ from dit_hf.demo import SAMPLING
 from dit_hf.evaluation.features import load_features
 from dit_hf.image_grid import make_grid, save_grid
 from dit_hf.recipe_file import read_config, recipe_path
-from dit_hf.runs import RunFolder, load_pipeline
+from dit_hf.runs import load_pipeline
 from dit_hf.sampling.generate import generate_images
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +53,7 @@ def main() -> None:
     requested = rows_of(avatars(SEED, FACES)[1])
     faces, captions, distances = [], [], {}
     for label, twelfths in SHARES.items():
-        checkpoint = RunFolder(options.run).path / f"checkpoint-{twelfths * options.steps // 12}"
-        pipeline = load_pipeline(str(checkpoint))
+        pipeline = load_pipeline(str(options.run / f"checkpoint-{twelfths * options.steps // 12}"))
         sampling = {"guidance_scale": pipeline.config.guidance_scale, **SAMPLING}
         faces += map(Image.fromarray, generate_images(pipeline, range(FACES), requested, SEED, **sampling))
         captions += [label, *[""] * (FACES - 1)]

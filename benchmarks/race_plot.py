@@ -43,12 +43,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def _draw(axes: Axes, lines: dict[str, list], colors: dict[str, str], floor: float | str) -> None:
     """Draw the lines with their names beside their last points, and the distance of the VAE's reconstructions."""
     axes.set(xscale="log", yscale="log")
+    ends = {}
     for recipe, points in lines.items():
         at, rows = zip(*sorted(points, key=lambda point: point[0]), strict=True)
         mean = [row["frechet_distance"] for row in rows]
         bars = [[m - row["range"][0] for m, row in zip(mean, rows, strict=True)]]
         bars += [[row["range"][1] - m for m, row in zip(mean, rows, strict=True)]]
         axes.errorbar(at, mean, bars, color=colors[recipe], marker="o", markersize=5, capsize=3)
+        ends[recipe] = (at[-1], mean[-1])
     if isinstance(floor, float):
         axes.axhline(floor, color="grey", linewidth=1, linestyle=":")
         axes.annotate("the VAE's reconstructions", (0.02, floor), (0, 4), **_text("grey", "axes fraction"))
@@ -60,8 +62,6 @@ def _draw(axes: Axes, lines: dict[str, list], colors: dict[str, str], floor: flo
     axes.grid(visible=True, alpha=0.25)
 
     # The names, from the highest down, pushed apart where lines end close to each other.
-    ends = {recipe: max(points, key=lambda point: point[0]) for recipe, points in lines.items()}
-    ends = {recipe: (at, row["frechet_distance"]) for recipe, (at, row) in ends.items()}
     lowest = float("inf")
     for recipe, end in sorted(ends.items(), key=lambda item: -item[1][1]):
         height = axes.transData.transform(end)[1] * 72 / axes.figure.dpi

@@ -100,12 +100,14 @@ def compete(name: str, model: str) -> dict[str, Any]:
     judge = Judge(load_pipeline(str(run)), new, count)
     log, emas = [row for row in read_log(run) if row.get("validation_loss")], {}
     for decay in (config.optim.ema_decay, *EMAS):
-        folder = "pipeline/transformer" if decay == config.optim.ema_decay else f"ema-{decay:g}"
-        column = "validation_loss" if decay == config.optim.ema_decay else f"validation_loss-{decay:g}"
-        losses = {int(row["step"]): float(row[column]) for row in log}
-        lowest = min(losses, key=losses.__getitem__)
-        emas[f"{decay:g}"] = {"validation_losses": losses, "lowest_at_step": lowest}
-        emas[f"{decay:g}"] |= judge(LatentDiTTransformer2DModel.from_pretrained(run / folder))
+        suffix = "" if decay == config.optim.ema_decay else f"-{decay:g}"
+        folder = run / f"ema{suffix}" if suffix else run / "pipeline" / "transformer"
+        losses = {int(row["step"]): float(row[f"validation_loss{suffix}"]) for row in log}
+        emas[f"{decay:g}"] = {
+            "validation_losses": losses,
+            "lowest_at_step": min(losses, key=losses.__getitem__),
+            **judge(LatentDiTTransformer2DModel.from_pretrained(folder)),
+        }
 
     # Where the held-out loss rises again, the checkpoint of the lowest too; its EMA is the recipe's.
     best = emas[f"{config.optim.ema_decay:g}"]["lowest_at_step"]

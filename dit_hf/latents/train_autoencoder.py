@@ -346,8 +346,8 @@ def _save(vae: AutoencoderKL, folder: Path, validation: Dataset, record: dict[st
     value = psnr(vae.half().float(), validation)
     with new_folder(folder) as partial:
         vae.half().save_pretrained(partial)
-        record |= {"psnr_db": value, "held_out": len(validation)}
-        write_text(partial / "training.json", json.dumps(record, indent=2) + "\n")
+        figures = {"psnr_db": value, "held_out": len(validation)}
+        write_text(partial / "training.json", json.dumps(record | figures, indent=2) + "\n")
     print(f"{folder}: {value:.2f} dB PSNR on {len(validation)} held-out images")
 
 

@@ -118,6 +118,7 @@ def test_training_from_an_earlier_vae_keeps_its_architecture_and_refuses_others(
     [
         ({"resolution": 30}, "divisible by 4"),
         ({"kl_weight": -1.0}, "kl_weight=-1 must be at least 0"),
+        ({"latent_noise": -0.1}, "latent_noise=-0.1 must be at least 0"),
         ({"latent_noise": math.nan}, "latent_noise=nan must be at least 0"),
         ({"num_images": 5}, "5 images are too few for batches of 16"),
         ({"learning_rate": 0.0}, "learning_rate=0 must be above 0"),
